@@ -1,0 +1,54 @@
+"""What a user can be told. A command that catches one of these ends with its `exit_code`."""
+import numbers
+from collections.abc import Iterator
+from typing import Any
+
+Complaint = tuple[str, Any, str]  # (field, value, what to write instead), as the `check` methods yield them
+
+
+class ConfigError(ValueError):
+  """A setting that cannot be used. Its text is ONE line: `field = value: fix`."""
+  exit_code = 2
+
+  def __init__(self, field: str, value: Any, fix: str):
+    super().__init__(field, value, fix)
+    self.field, self.value, self.fix = field, value, fix
+
+  def __str__(self) -> str:
+    value = repr(self.value)
+    if len(value) > 120: value = value[:117] + '...'
+    return ' '.join(f'{self.field} = {value}: {self.fix}'.split())
+
+
+class CheckpointError(Exception):
+  """No usable checkpoint where one is needed."""
+  exit_code = 3
+
+
+class NonFinite(Exception):
+  """Training went non-finite and stopped with the last good state kept."""
+  exit_code = 4
+
+
+class Preempted(Exception):
+  """The machine was taken away; the state was saved and the same command resumes."""
+  exit_code = 42
+
+
+def too_small(config: Any, **least: float) -> Iterator[Complaint]:
+  """Complains of named fields of `config` below the given value or, where that is an int, not whole."""
+  for field, minimum in least.items():
+    value = getattr(config, field)
+    whole = isinstance(minimum, int)
+    kind = numbers.Integral if whole else numbers.Real
+    # `not >=` instead of `<`, so that NaN is refused too.
+    if not isinstance(value, kind) or isinstance(value, bool) or not value >= minimum:
+      yield field, value, f'a {"whole " * whole}number of at least {minimum} is needed'
+
+
+def not_fraction(config: Any, *fields: str) -> Iterator[Complaint]:
+  """Complains of named fields of `config` that are not strictly between 0 and 1."""
+  for field in fields:
+    value = getattr(config, field)
+    if not isinstance(value, numbers.Real) or not 0 < value < 1:
+      yield field, value, 'a number between 0 and 1 is needed'
