@@ -1,0 +1,122 @@
+"""Weight: a matrix that knows how to be multiplied. Techniques wrap or replace Weights; models never name a technique.
+
+Every Weight has `axes`, the letters of its last dimensions ('DNH', 'EDF'), and `inputs`, those of them that a forward
+product sums over ('D'). Stacks of layers add dimensions in front, which no method here looks at.
+"""
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from efficient_lm import axes as alphabet
+from efficient_lm.ops.grouped_matmul import grouped_matmul
+from efficient_lm.ops.linear_cross_entropy import linear_cross_entropy
+
+
+class Frozen(nnx.Variable):
+  """Carried by the model and saved with it, never moved by the optimizer."""
+
+
+class Weight(nnx.Module):
+  """Subclasses must say what they are worth as an array; the three verbs follow from that, or are done better."""
+  axes: str
+  inputs: str
+
+  def materialize(self) -> jax.Array:
+    """The weight as one float array whose last dimensions are `axes`."""
+    raise NotImplementedError
+
+  def contract(self, equation: str, x, dtype=None):
+    """einsum(equation, x, weight) in x's dtype; `dtype` asks for another one of the result (float32 logits)."""
+    x = self.rounded(x, equation.split(',')[0])
+    return jnp.einsum(equation, x, self.materialize().astype(x.dtype), preferred_element_type=dtype)
+
+  def contract_grouped(self, x_MD, sizes_E):
+    """Rows of x sorted by expert, `sizes_E` rows each, times that expert's matrix; rows past the sum give zeros."""
+    x_MD = self.rounded(x_MD, 'M' + self.inputs)
+    return grouped_matmul(x_MD, self.materialize().astype(x_MD.dtype), sizes_E)
+
+  def rounded(self, x, axes: str):
+    """What a product of this weight does to x first; activation quantization lives here."""
+    return x
+
+  def nll(self, hidden_BTD, labels_BT):
+    """Negative log-likelihood of labels under softmax(hidden @ weight), and the log normaliser: (B, T) float32 each."""
+    hidden_BTD = self.rounded(hidden_BTD, 'BTD')
+    return linear_cross_entropy(hidden_BTD, self.materialize().astype(hidden_BTD.dtype), labels_BT)
+
+  def take(self, ids):
+    """Rows of an embedding: ids of any shape -> that shape + (D,)."""
+    return self.materialize()[ids]
+
+
+class Dense(Weight):
+  """A plain trainable array."""
+
+  def __init__(self, array, axes: str, inputs: str):
+    self.array, self.axes, self.inputs = nnx.Param(array, axes=axes, inputs=inputs), axes, inputs
+
+  def materialize(self):
+    return self.array.get_value()
+
+
+class Transposed(Weight):
+  """An embedding 'VD' read as a head 'DV', so that both can be one array (Press and Wolf 2017)."""
+
+  def __init__(self, inner: Weight):
+    self.inner = inner
+
+  @property
+  def axes(self): return self.inner.axes[::-1]
+
+  @property
+  def inputs(self): return self.inner.inputs
+
+  def materialize(self):
+    return self.inner.materialize().T
+
+  def contract(self, equation, x, dtype=None):
+    x_axes, rest = equation.split(',')
+    return self.inner.contract(f'{x_axes},{rest.replace(self.axes, self.inner.axes, 1)}', x, dtype)
+
+  def rounded(self, x, axes: str):
+    return self.inner.rounded(x, axes)
+
+
+def initial(key, sizes: dict[str, int], axes: str, inputs: str, scale: float = 1.0) -> Dense:
+  """A Dense weight drawn from a normal of deviation scale / sqrt(fan-in), fan-in counted over `inputs`."""
+  fan_in = 1
+  for letter in inputs: fan_in *= sizes[letter]
+  return Dense(jax.random.normal(key, [sizes[letter] for letter in axes]) * (scale * fan_in ** -.5), axes, inputs)
+
+
+def absmax_scale(values, axes: str, inputs: str, bits: int):
+  """Step of the symmetric grid that just holds the largest magnitude along `inputs`; never zero."""
+  largest = alphabet.max_over(jnp.abs(lax.stop_gradient(values)), axes, inputs)
+  return jnp.maximum(largest / (2 ** (bits - 1) - 1), jnp.finfo(jnp.float32).tiny)
+
+
+def fake_quantize(values, axes: str, inputs: str, bits: int):
+  """Rounds to `bits` (error at most half a step); the gradient passes straight through (Bengio et al. 2013)."""
+  scale = absmax_scale(values, axes, inputs, bits).astype(values.dtype)
+  return values + lax.stop_gradient(jnp.round(values / scale) * scale - values)
+
+
+class FakeQuantized(Weight):
+  """Trains as `inner`, multiplies as its rounding: one scale an output channel, one a token for activations."""
+
+  def __init__(self, inner: Weight, bits: int, activation_bits: int | None = None):
+    self.inner, self.bits, self.activation_bits = inner, bits, activation_bits
+
+  @property
+  def axes(self): return self.inner.axes
+
+  @property
+  def inputs(self): return self.inner.inputs
+
+  def materialize(self):
+    return fake_quantize(self.inner.materialize(), self.axes, self.inputs, self.bits)
+
+  def rounded(self, x, axes: str):
+    if self.activation_bits is None: return x
+    return fake_quantize(x, axes, ''.join(letter for letter in axes if letter in self.inputs), self.activation_bits)
