@@ -1,0 +1,12 @@
+"""The loss of a language model's last layer as its equation: all logits are built."""
+
+import jax
+import jax.numpy as jnp
+
+
+def linear_cross_entropy(hidden_BTD, head_DV, labels_BT):
+  """logits = hidden @ head; nll = logsumexp(logits) - logits[label]."""
+  logits_BTV = jnp.einsum('BTD,DV->BTV', hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+  logsumexp_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+  label_BT = jnp.take_along_axis(logits_BTV, labels_BT[..., None], axis=-1)[..., 0]
+  return logsumexp_BT - label_BT, logsumexp_BT
