@@ -1,0 +1,123 @@
+"""Attention layers: projections around the one `ops.attention`, and what each of them keeps in a cache.
+
+Both layers are called as `layer(x_BTD, positions_BT, segments_BT, cache, start)`. Without a cache the T tokens attend to
+each other (within their document, where `segments_BT` is given). With one, T new tokens are written at `start` and attend
+to all that the cache holds up to themselves; the updated cache is returned.
+"""
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from efficient_lm.axes import constrain
+from efficient_lm.models import spec as specs
+from efficient_lm.models.layers import RMSNorm, rotate
+from efficient_lm.ops.attention import attention
+from efficient_lm.weights import initial
+
+
+def write(cache, new, start):
+  """Puts `new`, (B, T, ...), into the cache's slots from `start` on."""
+  return lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=1)
+
+
+class GroupedQueryAttention(nnx.Module):
+  """N query heads share K key-value heads (Ainslie et al. 2023); the cache holds the K rotated keys and the values."""
+
+  def __init__(self, spec: specs.GroupedQuery, site: 'specs.Site', *, rngs: nnx.Rngs):
+    N, K, H, D = spec.num_heads, spec.num_kv_heads, spec.head_dim, site.dim
+    sizes = dict(D=D, N=N, K=K, H=H)
+    self.query = initial(rngs.params(), sizes, 'DNH', 'D')
+    self.key = initial(rngs.params(), sizes, 'DKH', 'D')
+    self.value = initial(rngs.params(), sizes, 'DKH', 'D')
+    self.output = initial(rngs.params(), sizes, 'NHD', 'NH', scale=(2 * site.depth) ** -.5)
+    norms = {'': None, 'H': ((H,), (H,), 'H', 'H'), 'NH': ((N, H), (K, H), 'NH', 'KH')}[spec.qk_norm]
+    self.query_norm = RMSNorm(norms[0], norms[2], site.norm_eps) if norms else None
+    self.key_norm = RMSNorm(norms[1], norms[3], site.norm_eps) if norms else None
+    self.theta, self.layout, self.window = spec.rope.theta, spec.rope.layout, spec.window
+    self.cache_shape = (K, H)
+
+  def init_cache(self, batch: int, length: int, dtype):
+    zeros = jnp.zeros((batch, length, *self.cache_shape), dtype)
+    return {'k_BSKH': zeros, 'v_BSKH': zeros}
+
+  def __call__(self, x_BTD, positions_BT, segments_BT=None, cache=None, start=0):
+    q_BTNH = self.query.contract('BTD,DNH->BTNH', x_BTD)
+    k_BTKH = self.key.contract('BTD,DKH->BTKH', x_BTD)
+    v_BTKH = self.value.contract('BTD,DKH->BTKH', x_BTD)
+    if self.query_norm is not None: q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+    q_BTNH = constrain(rotate(q_BTNH, positions_BT, self.theta, self.layout), 'BTNH')
+    k_BTKH = rotate(k_BTKH, positions_BT, self.theta, self.layout)
+    if cache is not None:
+      cache = {'k_BSKH': write(cache['k_BSKH'], k_BTKH, start), 'v_BSKH': write(cache['v_BSKH'], v_BTKH, start)}
+      k_BTKH, v_BTKH = cache['k_BSKH'].astype(x_BTD.dtype), cache['v_BSKH'].astype(x_BTD.dtype)
+    o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, start=start, segments_BS=segments_BT, window=self.window)
+    return self.output.contract('BTNH,NHD->BTD', o_BTNH), cache
+
+
+class LatentAttention(nnx.Module):
+  """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+  Keys and values are linear in a latent of R numbers a token, except one rotated key that all heads share. Training
+  expands the latent into heads. Decoding does the reverse (the paper's absorption): queries are mapped into the latent
+  space, where attention is that of N queries and a single key-value head, so the cache is R + H numbers a token.
+  """
+
+  def __init__(self, spec: specs.Latent, site: 'specs.Site', *, rngs: nnx.Rngs):
+    D, N, R, Q = site.dim, spec.num_heads, spec.kv_rank, spec.query_rank
+    nope, rope, value = spec.nope_dim, spec.rope_dim, spec.value_dim
+    key = rngs.params
+    if Q is None:
+      self.query_down, self.query_norm = None, None
+      self.query_nope = initial(key(), dict(D=D, N=N, H=nope), 'DNH', 'D')
+      self.query_rope = initial(key(), dict(D=D, N=N, H=rope), 'DNH', 'D')
+    else:
+      self.query_down = initial(key(), dict(D=D, R=Q), 'DR', 'D')
+      self.query_norm = RMSNorm((Q,), 'R', site.norm_eps)
+      self.query_nope = initial(key(), dict(R=Q, N=N, H=nope), 'RNH', 'R')
+      self.query_rope = initial(key(), dict(R=Q, N=N, H=rope), 'RNH', 'R')
+    self.latent_down = initial(key(), dict(D=D, R=R), 'DR', 'D')
+    self.latent_norm = RMSNorm((R,), 'R', site.norm_eps)
+    self.key_rope = initial(key(), dict(D=D, H=rope), 'DH', 'D')
+    self.key_up = initial(key(), dict(R=R, N=N, H=nope), 'RNH', 'R')
+    self.value_up = initial(key(), dict(R=R, N=N, H=value), 'RNH', 'R')
+    self.output = initial(key(), dict(N=N, H=value, D=D), 'NHD', 'NH', scale=(2 * site.depth) ** -.5)
+    self.theta, self.layout = spec.rope.theta, spec.rope.layout
+    self.scale, self.cache_sizes = (nope + rope) ** -.5, (R, rope)
+
+  def init_cache(self, batch: int, length: int, dtype):
+    R, H = self.cache_sizes
+    return {'c_BSR': jnp.zeros((batch, length, R), dtype), 'k_BSH': jnp.zeros((batch, length, H), dtype)}
+
+  def _queries(self, x_BTD, positions_BT):
+    """Unrotated and rotated parts of the queries, (B, T, N, H) each."""
+    if self.query_down is None: c, letter = x_BTD, 'D'
+    else: c, letter = self.query_norm(self.query_down.contract('BTD,DR->BTR', x_BTD)), 'R'
+    nope_BTNH = self.query_nope.contract(f'BT{letter},{letter}NH->BTNH', c)
+    rope_BTNH = self.query_rope.contract(f'BT{letter},{letter}NH->BTNH', c)
+    return nope_BTNH, rotate(rope_BTNH, positions_BT, self.theta, self.layout)
+
+  def __call__(self, x_BTD, positions_BT, segments_BT=None, cache=None, start=0):
+    nope_BTNH, rope_BTNH = self._queries(x_BTD, positions_BT)
+    c_BTR = self.latent_norm(self.latent_down.contract('BTD,DR->BTR', x_BTD))
+    k_BT1H = self.key_rope.contract('BTD,DH->BTH', x_BTD)[:, :, None]
+    k_BT1H = rotate(k_BT1H, positions_BT, self.theta, self.layout)
+    if cache is None:
+      o_BTNH = self._expanded(nope_BTNH, rope_BTNH, c_BTR, k_BT1H, segments_BT)
+    else:
+      cache = {'c_BSR': write(cache['c_BSR'], c_BTR, start), 'k_BSH': write(cache['k_BSH'], k_BT1H[:, :, 0], start)}
+      o_BTNH = self._absorbed(nope_BTNH, rope_BTNH, cache, start)
+    return self.output.contract('BTNH,NHD->BTD', o_BTNH), cache
+
+  def _expanded(self, nope_BTNH, rope_BTNH, c_BTR, k_BT1H, segments_BT):
+    q = jnp.concatenate([nope_BTNH, rope_BTNH], -1)
+    k_nope = self.key_up.contract('BTR,RNH->BTNH', c_BTR)
+    k = jnp.concatenate([k_nope, jnp.broadcast_to(k_BT1H, (*k_nope.shape[:-1], k_BT1H.shape[-1]))], -1)
+    v = self.value_up.contract('BTR,RNH->BTNH', c_BTR)
+    return attention(constrain(q, 'BTNH'), k, v, segments_BS=segments_BT, scale=self.scale)
+
+  def _absorbed(self, nope_BTNH, rope_BTNH, cache, start):
+    dtype = nope_BTNH.dtype
+    q = jnp.concatenate([self.key_up.contract('BTNH,RNH->BTNR', nope_BTNH), rope_BTNH], -1)
+    c_BS1R, k_BS1H = cache['c_BSR'][:, :, None].astype(dtype), cache['k_BSH'][:, :, None].astype(dtype)
+    o_BTNR = attention(q, jnp.concatenate([c_BS1R, k_BS1H], -1), c_BS1R, start=start, scale=self.scale)
+    return self.value_up.contract('BTNR,RNH->BTNH', o_BTNR)
