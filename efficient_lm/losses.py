@@ -1,0 +1,67 @@
+"""What is minimised. A loss reads `Outputs` and a batch and returns (scalar, metrics); it is an argument of the step.
+
+A batch holds inputs_BT, targets_BT, weights_BT (1 where the target counts), bytes_BT (bytes of text a target stands for),
+positions_BT and segments_BT.
+"""
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def outputs_of(model, batch):
+  """Runs a model on a batch: attention stays within documents."""
+  return model(batch['inputs_BT'], batch['positions_BT'], batch['segments_BT'])
+
+
+def weighted_mean(values_BT, weights_BT):
+  """sum(values * weights) / sum(weights); 0 for a batch in which nothing counts."""
+  return jnp.sum(values_BT * weights_BT) / jnp.maximum(jnp.sum(weights_BT), 1)
+
+
+def auxiliary(aux) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Sum of the layers' auxiliary losses (they are weighted already), and each by name, averaged over layers."""
+  total, named = jnp.zeros(()), {}
+  for stack in aux:
+    for name, loss_L in stack.get('losses', {}).items():
+      total += jnp.sum(loss_L)
+      named.setdefault(name, []).append(loss_L.reshape(-1))
+  return total, {name: jnp.concatenate(losses).mean() for name, losses in named.items()}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+  """Cross-entropy of the next token in nats, plus what the layers ask for (load balance, router z-loss …)."""
+
+  def __call__(self, outputs, batch):
+    nll_BT, _ = outputs.head.nll(outputs.hidden_BTD, batch['targets_BT'])
+    cross_entropy = weighted_mean(nll_BT, batch['weights_BT'])
+    extra, named = auxiliary(outputs.aux)
+    per_byte = jnp.sum(batch['weights_BT']) / jnp.maximum(jnp.sum(batch['bytes_BT']), 1)
+    metrics = {'cross_entropy': cross_entropy, 'bits_per_byte': cross_entropy * per_byte / math.log(2), **named}
+    return cross_entropy + extra, metrics
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Distilled:
+  """(1 - weight) * inner + weight * temperature^2 * KL(teacher || student), at `temperature` (Hinton et al. 2015, eq. 4).
+
+  The teacher is a pytree in the loss, so it is neither differentiated, nor donated, nor saved with the student.
+  """
+  inner: Any
+  teacher: Any
+  weight: float = dataclasses.field(default=0.5, metadata=dict(static=True))
+  temperature: float = dataclasses.field(default=1.0, metadata=dict(static=True))
+
+  def __call__(self, outputs, batch):
+    loss, metrics = self.inner(outputs, batch)
+    if self.weight == 0: return loss, metrics
+    teacher_BTV = jax.lax.stop_gradient(outputs_of(self.teacher, batch).logits_BTV)
+    log_p = jax.nn.log_softmax(teacher_BTV / self.temperature)
+    log_q = jax.nn.log_softmax(outputs.logits_BTV / self.temperature)
+    kl = weighted_mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1), batch['weights_BT'])
+    return (1 - self.weight) * loss + self.weight * self.temperature ** 2 * kl, {**metrics, 'teacher_kl': kl}
