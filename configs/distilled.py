@@ -1,0 +1,24 @@
+"""Distillation: a student of half the width and depth learns from the dense baseline. Does the teacher beat the labels?
+
+  make baseline distilled
+  python -m efficient_lm.main --config=configs/distilled.py --workdir=runs/distilled
+  python -m efficient_lm.main --config=configs/distilled.py --config.techniques[0].weight=0   (the labels alone)
+
+tiny (default): 2 CPU cores, TODO-MEASURE minutes, TODO-MEASURE bits per byte; with the labels alone TODO-MEASURE.
+gpt2_124m: one H100 or a v5e-8, TODO-MEASURE; its teacher is runs/baseline-gpt2_124m.
+"""
+import dataclasses
+
+from configs import baseline
+from efficient_lm.experiment import Experiment
+from efficient_lm.models.spec import SwiGLU
+from efficient_lm.techniques.distill import Distill
+
+
+def get_config(variant: str = 'tiny') -> Experiment:
+  teacher = baseline.trained(variant)
+  dense = baseline.get_config(variant)
+  layers = dense.model.stacks[0]
+  half = dataclasses.replace(layers, num_layers=layers.num_layers // 2, mlp=SwiGLU(hidden=layers.mlp.hidden // 2))
+  return dataclasses.replace(dense, techniques=(Distill(teacher=teacher, weight=0.5),),
+                             model=dataclasses.replace(dense.model, dim=dense.model.dim // 2, stacks=(half,)))

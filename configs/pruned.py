@@ -1,0 +1,20 @@
+"""Pruning while training: half of every matrix to exact zeros by two thirds of the steps. What does it cost in quality?
+
+  make pruned
+  python -m efficient_lm.main --config=configs/pruned.py --workdir=runs/pruned
+  python -m efficient_lm.main --config=configs/pruned.py --config.techniques[0].sparsity=0.8
+
+tiny (default): 2 CPU cores, TODO-MEASURE minutes, TODO-MEASURE bits per byte beside TODO-MEASURE of the dense row.
+gpt2_124m: one H100 or a v5e-8, TODO-MEASURE.
+"""
+import dataclasses
+
+from configs import baseline
+from efficient_lm.experiment import Experiment
+from efficient_lm.techniques.prune import Prune
+
+
+def get_config(variant: str = 'tiny') -> Experiment:
+  dense = baseline.get_config(variant)
+  steps = dense.train.steps
+  return dataclasses.replace(dense, techniques=(Prune(sparsity=0.5, start=steps // 10, end=steps * 2 // 3),))

@@ -1,0 +1,20 @@
+"""Upcycling: the trained dense baseline becomes a mixture of 8 experts and trains on. Is that better than from scratch?
+
+  make baseline upcycled
+  python -m efficient_lm.main --config=configs/upcycled.py --workdir=runs/upcycled
+
+tiny (default): 2 CPU cores, TODO-MEASURE minutes, TODO-MEASURE bits per byte, beside TODO-MEASURE of the baseline
+trained on for as many steps. gpt2_124m: one H100 or a v5e-8, TODO-MEASURE; it starts from runs/baseline-gpt2_124m.
+"""
+import dataclasses
+
+from configs import baseline
+from efficient_lm.experiment import Experiment
+from efficient_lm.techniques.upcycle import Upcycle
+
+
+def get_config(variant: str = 'tiny') -> Experiment:
+  start = baseline.trained(variant)
+  dense = baseline.get_config(variant)
+  train = dataclasses.replace(dense.train, steps=dense.train.steps // 2)
+  return dataclasses.replace(dense, model=None, start=start, train=train, techniques=(Upcycle(num_experts=8),))

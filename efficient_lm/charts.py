@@ -1,0 +1,131 @@
+"""The pictures of a report: curves of a run and quality against cost over runs, drawn with matplotlib on `Figure`s.
+
+A curve is a pair of arrays, steps and values. A value that is not finite is marked, not left out in silence.
+"""
+import io
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; the first is for a run on its own.
+COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#6B6B6B')
+STYLE = {
+  'font.family': 'sans-serif', 'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
+  'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#8a8f98', 'axes.labelcolor': '#4a4f57',
+  'xtick.color': '#8a8f98', 'ytick.color': '#8a8f98', 'xtick.labelcolor': '#4a4f57', 'ytick.labelcolor': '#4a4f57',
+  'axes.grid': True, 'grid.color': '#e8eaed', 'axes.axisbelow': True, 'legend.frameon': False, 'svg.fonttype': 'none',
+}
+MAX_POINTS = 1000   # of a line; more are not seen and make pages heavy
+
+
+def svg(draw, width: float, height: float) -> str:
+  """The picture that `draw(plot)` makes, as an <svg> element for a page; inches. Margins are fixed: a layout engine
+  would take longer than the drawing."""
+  with rc_context(STYLE):
+    picture, buffer = Figure(figsize=(width, height)), io.StringIO()
+    left, right, bottom, top = (0.65, 0.45, 0.5, 0.3) if width > 4 else (0.45, 0.1, 0.25, 0.3)
+    draw(picture.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)))
+    picture.savefig(buffer, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
+  text = buffer.getvalue()
+  return text[text.index('<svg'):]
+
+
+def png(drawings: list, path):
+  """All of `drawings` (functions of a plot) in one file, two in a row."""
+  columns = min(2, len(drawings))
+  rows = -(-len(drawings) // columns)
+  with rc_context(STYLE):
+    picture = Figure(figsize=(5.2 * columns, 3.4 * rows), layout='constrained')
+    for i, draw in enumerate(drawings): draw(picture.add_subplot(rows, columns, i + 1))
+    picture.savefig(path, dpi=130)
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+  """Moving average over the last fiftieth of the points (exponential, without a bias towards the start)."""
+  decay = 1 - 1 / max(1, len(values) / 50)
+  total, weight, result = 0.0, 0.0, np.empty(len(values))
+  for i, value in enumerate(values):
+    if np.isfinite(value): total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+    result[i] = total / weight if weight else np.nan
+  return result
+
+
+def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Every k-th point and the last."""
+  keep = np.arange(len(steps)) % max(1, -(-len(steps) // MAX_POINTS)) == 0
+  keep[-1:] = True
+  return steps[keep], values[keep]
+
+
+def draw_loss(plot, curves: dict[str, tuple]):
+  """Training losses by run: as logged (faint) and smoothed. The scale leaves out the fall of the first steps."""
+  lows, highs = [], []
+  for color, (name, (steps, values)) in zip(_colors(), curves.items()):
+    line = smoothed(values)
+    plot.plot(*thinned(steps, values), color=color, alpha=0.25, linewidth=0.8)
+    plot.plot(*thinned(steps, line), color=color, linewidth=1.6, label=name)
+    bad = ~np.isfinite(values)
+    if bad.any(): plot.plot(steps[bad], np.full(bad.sum(), 0.98), 'x', color='#c00000', transform=plot.get_xaxis_transform(),
+                            label=f'{name}: not finite')
+    seen = values[np.isfinite(values)]
+    if seen.size: lows.append(seen.min()), highs.append(np.quantile(seen, 0.98))
+  if lows and max(highs) > min(lows): plot.set_ylim(min(lows) - 0.05 * (max(highs) - min(lows)), max(highs))
+  plot.set(title='training loss', xlabel='step', ylabel='nats per token')
+  _legend(plot, len(curves) > 1)
+
+
+def draw_eval(plot, curves: dict[str, tuple], yardsticks: dict[str, float]):
+  """Bits per byte on held-out text by run, beside those of compressors on the same text."""
+  several = len(curves) > 1
+  for color, (name, (steps, values)) in zip(_colors(), curves.items()):
+    plot.plot(*thinned(steps, values), color=color, linewidth=1.6, marker='o', markersize=3 * (len(steps) < 40),
+              label=f'{name}: {values[-1]:.3f}')
+    if not several: plot.annotate(f'{values[-1]:.3f}', (steps[-1], values[-1]), (5, 0), textcoords='offset points',
+                                  color=color, va='center', fontsize=9, annotation_clip=False)
+  for name, value in yardsticks.items():
+    plot.axhline(value, color='#6B6B6B', linestyle='--', linewidth=1)
+    plot.annotate(f'{name} {value:.3f}', (1, value), (0, 2), xycoords=plot.get_yaxis_transform(), ha='right',
+                  textcoords='offset points', color='#4a4f57', fontsize=8)
+  plot.set(title='held-out text', xlabel='step', ylabel='bits per byte')
+  _legend(plot, several)
+
+
+def draw_pareto(plot, points: list[tuple[str, float, float]], label: str):
+  """points: (name, cost, bits per byte). The line joins those that no other one beats in both."""
+  best, front = np.inf, []
+  for name, cost, quality in sorted(points, key=lambda point: point[1:]):
+    if quality < best:
+      front.append((cost, quality))
+      best = quality
+  if len(front) > 1: plot.step(*zip(*front), where='post', color='#b9bec6', linewidth=1.2, zorder=1)
+  colored = zip(_colors(), points)
+  for i, (color, (name, cost, quality)) in enumerate(sorted(colored, key=lambda item: item[1][2])):
+    plot.scatter(cost, quality, color=color, s=34, zorder=2, edgecolor='white', linewidth=0.8)
+    # Neighbours in quality have their names on different sides; below a point runs no line.
+    plot.annotate(name, (cost, quality), (-6 if i % 2 else 6, -6), ha='right' if i % 2 else 'left', va='center',
+                  textcoords='offset points', fontsize=8, color=color)
+  costs = [cost for _, cost, _ in points]
+  if max(costs) > 20 * min(costs): plot.set_xscale('log')
+  plot.xaxis.set_major_formatter(EngFormatter(sep=' '))
+  plot.xaxis.set_minor_formatter(NullFormatter())
+  plot.margins(0.3, 0.15)
+  plot.set(title=f'quality against {label}', xlabel=label, ylabel='bits per byte')
+
+
+def draw_series(plot, name: str, steps: np.ndarray, values: np.ndarray):
+  """A small picture of one more thing that was logged."""
+  plot.plot(*thinned(steps, values), color=COLORS[0], linewidth=1)
+  plot.yaxis.set_major_formatter(EngFormatter(sep=''))
+  plot.xaxis.set_major_formatter(EngFormatter(sep=''))
+  plot.locator_params(nbins=4)
+  plot.set_title(name)
+
+
+def _colors():
+  while True: yield from COLORS
+
+
+def _legend(plot, several: bool):
+  if several or any('finite' in text for text in plot.get_legend_handles_labels()[1]): plot.legend(fontsize=8)

@@ -1,0 +1,301 @@
+"""Checkpoints: Orbax writes and reshards the arrays; this file sees to it that only good ones are kept and loaded.
+
+Orbax commits a step atomically (a temporary folder, renamed) but has no checksums, casts dtypes without a word, and
+takes any folder with a number for a name as a checkpoint. So each step carries a manifest that is committed with it:
+path, dtype, shape and digest of every leaf. Digests are taken on device from the live state, and again from what was
+restored, on whatever mesh that is: a change anywhere in between is found.
+"""
+import concurrent.futures
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+
+from efficient_lm.errors import CheckpointError, ConfigError, NonFinite
+from efficient_lm.tree import path_name
+
+log = logging.getLogger(__name__)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Corrupt(Exception):
+  """A step that cannot be trusted; its text is the reason, in a few words."""
+
+
+class Checkpoints:
+  """The steps of one run: `folder/<step>/`. Of those committed, the newest `keep` stay.
+
+  `state` is any pytree of arrays; what lies under its `model` can be restored alone. In a program of several processes
+  all of them make the same calls.
+  """
+
+  def __init__(self, folder, keep: int = 2):
+    self.folder, self.keep = Path(folder).absolute(), keep
+    self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+    self._thread = concurrent.futures.ThreadPoolExecutor(1)
+    self._pending = None
+    self._corrupt = set()
+
+  def steps(self) -> list[int]:
+    """Committed steps, oldest first, unverified. Temporary and empty folders and other names are none."""
+    if not self.folder.is_dir(): return []
+    folders = [entry for entry in self.folder.iterdir() if entry.name.isdecimal() and entry.is_dir()]
+    return sorted(int(entry.name) for entry in folders if entry.name == str(int(entry.name)) and any(entry.iterdir()))
+
+  def save(self, step: int, state, wait: bool = False):
+    """Copies the state to the host, then writes in the background; `wait` returns when the step is committed.
+
+    Raises NonFinite, and writes nothing, when a leaf holds NaN or an infinity; CheckpointError when the disk is full
+    (also for the save before this one, which may fail while training goes on).
+    """
+    self.wait()
+    step, leaves = int(step), _named(state)
+    manifest = _manifest(leaves)
+    if self._holds(step, manifest): return
+    if jax.process_index() == 0: self._make_room(step, leaves)
+    arguments = {item: ocp.args.StandardSave(part) for item, part in _items(leaves).items()}
+    with self._explained(step):
+      self._orbax.save(self.folder / str(step), force=True,
+                       args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **arguments))
+    self._pending = step, self._thread.submit(self._commit, step)
+    if wait: self.wait()
+
+  def wait(self):
+    """Returns when nothing is being written any more; raises CheckpointError if that failed."""
+    if self._pending is None: return
+    (step, future), self._pending = self._pending, None
+    with self._explained(step): future.result()
+
+  def close(self):
+    try: self.wait()
+    finally:
+      self._thread.shutdown()
+      self._orbax.close()
+
+  def latest(self) -> int | None:
+    """The newest step of which every bit is as it was saved (reads it all; `restore` checks what it reads anyway).
+
+    None when there is no step. CheckpointError when there are steps and none is intact.
+    """
+    self.wait()
+    found = self._newest(lambda step: (step, self._load(step, None)))
+    return None if found is None else found[0]
+
+  def restore(self, abstract, step: int | None = None):
+    """The state of `step`, or the newest one that is intact, placed as `abstract` says.
+
+    abstract: the state as a pytree of ShapeDtypeStruct (or arrays) with the shardings wanted, on any mesh; without one a
+    leaf goes to the first device. Raises CheckpointError when there is no intact step, or when paths, shapes or dtypes
+    are others than those saved: nothing is cast.
+    """
+    return self._restore(abstract, step, '')
+
+  def restore_model(self, abstract, step: int | None = None):
+    """As `restore`, but reads and returns the state's `model` only."""
+    return self._restore(abstract, step, 'model/')
+
+  def _restore(self, abstract, step, prefix):
+    self.wait()
+    wanted = {name: _placed(leaf) for name, leaf in _named(abstract, prefix).items()}
+    if step is None:
+      loaded = self._newest(lambda step: self._load(step, wanted, prefix))
+      if loaded is None: raise CheckpointError(f'no checkpoint in {self.folder}')
+    else:
+      if step not in self.steps(): raise CheckpointError(f'no step {step} in {self.folder}, only {self.steps()}')
+      try: loaded = self._load(step, wanted, prefix)
+      except Corrupt as error: raise CheckpointError(f'{self.folder / str(step)} is corrupt: {error}') from error
+    return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
+
+  def _newest(self, load):
+    """load(step) of the newest step for which that does not raise Corrupt; None when there is no step at all."""
+    steps = self.steps()
+    for step in reversed(steps):
+      if step in self._corrupt: continue
+      try: return load(step)
+      except Corrupt as error:
+        self._corrupt.add(step)
+        if jax.process_index(): continue
+        log.warning('checkpoint %s is corrupt, passed over: %s', self.folder / str(step), error)
+    if steps: raise CheckpointError(f'none of the checkpoints in {self.folder} is intact; move them away to start anew')
+    return None
+
+  def _load(self, step: int, wanted: dict | None, prefix: str = '') -> dict:
+    """The leaves `wanted`, or all of them as host arrays; Corrupt unless their digests are those of the manifest."""
+    saved = {name: entry for name, entry in self._entries(step).items() if name.startswith(prefix)}
+    if wanted is None:
+      wanted = {name: np.broadcast_to(np.zeros((), jnp.dtype(dtype)), shape) for name, (dtype, shape, _) in saved.items()}
+    _compare(saved, wanted, self.folder / str(step))
+    with _corruption():
+      arguments = {item: ocp.args.StandardRestore(part) for item, part in _items(wanted).items()}
+      restored = self._orbax.restore(self.folder / str(step), args=ocp.args.Composite(**arguments))
+      loaded = {name: leaf for item in arguments for name, leaf in restored[item].items()}
+      for name, (value, _) in _digests(loaded).items():
+        if value != saved[name][2]: raise Corrupt(f'{name} is not what was saved')
+    return loaded
+
+  def _holds(self, step: int, manifest: dict) -> bool:
+    """Whether this very state is already saved as `step`, as after a resume that trained no further."""
+    if step in self._corrupt or step not in self.steps(): return False
+    try: return self._entries(step) == manifest['leaves']
+    except Corrupt: return False
+
+  def _entries(self, step: int) -> dict:
+    """{path: [dtype, shape, digest]} of a step's manifest, or Corrupt."""
+    with _corruption():
+      args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
+      manifest = self._orbax.restore(self.folder / str(step), args=args)['manifest']
+      if manifest['crc32'] != _crc32(manifest['leaves']): raise Corrupt('its manifest is damaged')
+      return manifest['leaves']
+
+  def _make_room(self, step: int, leaves: dict):
+    """Before a save: clears what killed processes left, sets corrupt steps aside, checks the free space."""
+    self.folder.mkdir(parents=True, exist_ok=True)
+    self._clear_temporary()
+    for number in self._corrupt & set(self.steps()):   # else they would count as new, or as already saved
+      aside = self.folder / f'{number}.corrupt'
+      shutil.rmtree(aside, ignore_errors=True)
+      (self.folder / str(number)).rename(aside)
+    needed = sum(leaf.nbytes for leaf in leaves.values())
+    if needed > shutil.disk_usage(self.folder).free: raise self._disk_full(step, needed)
+
+  def _clear_temporary(self):
+    for entry in self.folder.glob('*.orbax-checkpoint-tmp*'): shutil.rmtree(entry, ignore_errors=True)
+
+  def _commit(self, step: int):
+    """In the background: waits for the step and its manifest, and only then deletes steps that are too many."""
+    self._orbax.wait_until_finished()
+    if jax.process_index(): return
+    others = [number for number in self.steps() if number != step]
+    for number in others[:max(0, len(others) - self.keep + 1)]: shutil.rmtree(self.folder / str(number))
+
+  @contextlib.contextmanager
+  def _explained(self, step: int):
+    try: yield
+    except Exception as error:
+      full = isinstance(error, OSError) and error.errno in DISK_FULL
+      if not full and 'No space left' not in str(error) and 'File too large' not in str(error): raise
+      self._clear_temporary()
+      raise self._disk_full(step) from error
+
+  def _disk_full(self, step: int, needed: int | None = None) -> CheckpointError:
+    free = shutil.disk_usage(self.folder).free
+    size = '' if needed is None else f' of {needed:,} bytes'
+    return CheckpointError(f'disk full: no room for step {step}{size} in {self.folder} ({free:,} bytes free); '
+                           f'earlier steps are as they were')
+
+
+@jax.jit
+def digest(leaf):
+  """uint32 (2,): a hash of the array's bits, and whether all its numbers are finite.
+
+  The hash is the sum modulo 2**32 of a bijection of each word and its place. A change within one word of at most 32 bits
+  always changes it, any other with probability 1 - 2**-32. The sum is the same however the array is cut into shards.
+  """
+  finite = jnp.isfinite(leaf).all() if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.bool_(True)
+  if leaf.dtype.itemsize > 4: words = lax.bitcast_convert_type(leaf, jnp.uint32)
+  elif jnp.issubdtype(leaf.dtype, jnp.floating):
+    words = lax.bitcast_convert_type(leaf, f'uint{jnp.finfo(leaf.dtype).bits}').astype(jnp.uint32)
+  else: words = leaf.astype(jnp.uint32)
+  place = jnp.uint32(1)
+  for dim, size in enumerate(words.shape):
+    place = place * jnp.uint32(size % 2 ** 32) + lax.broadcasted_iota(jnp.uint32, words.shape, dim)
+  bits = words ^ (place * jnp.uint32(0x9E3779B1))
+  bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)   # the finaliser of MurmurHash3 (Appleby)
+  bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
+  return jnp.stack([jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32), finite.astype(jnp.uint32)])
+
+
+def _named(tree, prefix: str = '') -> dict:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {prefix + path_name(path): leaf if hasattr(leaf, 'dtype') else np.asarray(leaf) for path, leaf in leaves}
+
+
+def _items(leaves: dict) -> dict[str, dict]:
+  """The leaves in the two parts that a step is stored in, so that a model can be read without the optimizer."""
+  parts = {'model': {}, 'rest': {}}
+  for name, leaf in leaves.items(): parts['model' if name.startswith('model/') else 'rest'][name] = leaf
+  return {item: part for item, part in parts.items() if part}
+
+
+def _placed(leaf) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, 'sharding', None) or SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _digests(leaves: dict) -> dict[str, list[int]]:
+  found = {name: digest(leaf) for name, leaf in leaves.items()}   # all are under way before the first is waited for
+  return {name: np.asarray(value).tolist() for name, value in found.items()}
+
+
+def _manifest(leaves: dict) -> dict:
+  """{'leaves': {path: [dtype, shape, digest]}, 'crc32': of that}; raises NonFinite."""
+  digests = _digests(leaves)
+  bad = [name for name, (_, finite) in digests.items() if not finite]
+  if bad: raise NonFinite(f'state not saved: NaN or infinity in {", ".join(bad[:5])}{" …" if len(bad) > 5 else ""}')
+  entries = {name: [str(leaf.dtype), list(leaf.shape), digests[name][0]] for name, leaf in leaves.items()}
+  return {'leaves': entries, 'crc32': _crc32(entries)}
+
+
+def _crc32(entries: dict) -> int:
+  return zlib.crc32(json.dumps(entries, sort_keys=True).encode())
+
+
+def _compare(saved: dict, wanted: dict, folder: Path):
+  """Raises CheckpointError that names the first five paths on which a checkpoint and what is wanted of it differ."""
+  def said(name, entries): return entries[name] if name in entries else 'absent'
+  saved = {name: f'{dtype}{tuple(shape)}' for name, (dtype, shape, _) in saved.items()}
+  wanted = {name: f'{leaf.dtype}{tuple(leaf.shape)}' for name, leaf in wanted.items()}
+  differ = sorted(name for name in saved | wanted if saved.get(name) != wanted.get(name))
+  if not differ: return
+  listed = '; '.join(f'{name} is {said(name, saved)} there, {said(name, wanted)} here' for name in differ[:5])
+  more = f'; and {len(differ) - 5} more' if len(differ) > 5 else ''
+  raise CheckpointError(f'{folder} holds another state: {listed}{more}')
+
+
+@contextlib.contextmanager
+def _corruption() -> Iterator[None]:
+  """Turns whatever Orbax raises over damaged files into Corrupt, on all processes if it happens on one."""
+  reason = None
+  try: yield
+  except (MemoryError, jax.errors.JaxRuntimeError): raise
+  except Exception as error: reason = str(error).strip().split('\n')[0][:160] or type(error).__name__
+  if jax.process_count() > 1 and not multihost_utils.process_allgather(np.asarray(reason is None)).all():
+    reason = reason or 'another process cannot read it'
+  if reason: raise Corrupt(reason)
+
+
+@contextlib.contextmanager
+def lock(workdir) -> Iterator[None]:
+  """Holds `workdir/lock`, which names the host and process. ConfigError when another process holds it.
+
+  The kernel drops the lock when the process ends, however it ends: a file left behind locks nothing. In a program of
+  several processes the first one holds it for all.
+  """
+  if jax.process_index():
+    yield
+    return
+  Path(workdir).mkdir(parents=True, exist_ok=True)
+  with open(Path(workdir) / 'lock', 'a+') as file:
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise ConfigError('workdir', str(workdir), f'another process uses it ({file.read().strip()}); wait or take another')
+    file.truncate(0)
+    file.write(f'host {socket.gethostname()}, process {os.getpid()}\n')
+    file.flush()
+    yield

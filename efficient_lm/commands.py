@@ -1,0 +1,86 @@
+"""What the commands share: how they read their words, and how each end becomes a line and an exit code.
+
+A command is a module with absl flags, `main(overrides)` and, last, `commands.start(main, __doc__)`.
+"""
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+
+from absl import flags
+
+from efficient_lm import experiment
+from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted
+
+FLAGS = flags.FLAGS
+INTERRUPTED = 130   # what a shell reports of a program that SIGINT ended
+
+
+def define_config():
+  """Defines --config, for a command that reads one; words that start with --config. are its overrides."""
+  flags.DEFINE_string('config', None, 'FILE.py or FILE.py:variant')
+
+
+def load_config(overrides: list[str]):
+  """The experiment that --config and `overrides` describe, and the file's own. Raises ConfigError."""
+  if not FLAGS.config: raise ConfigError('--config', FLAGS.config, 'is missing: write --config=configs/moe.py, say')
+  return experiment.load(FLAGS.config, overrides)
+
+
+def default_workdir() -> str:
+  """runs/moe for configs/moe.py, runs/moe-olmoe_1b_7b for configs/moe.py:olmoe_1b_7b."""
+  file, _, variant = FLAGS.config.partition(':')
+  name = os.path.splitext(os.path.basename(file))[0]
+  return os.path.join('runs', f'{name}-{variant}' if variant else name)
+
+
+def require_run(folder: str | None):
+  """Refuses a --run that is no workdir before anything heavy is loaded. Raises ConfigError."""
+  if not folder: raise ConfigError('--run', folder, 'is missing: write --run=runs/moe, say')
+  experiment.read(folder)
+
+
+def start(main: Callable[[list[str]], None], doc: str):
+  """Runs a command on the words it was called with, and leaves the process with its exit code."""
+  if {'--help', '-h', '--helpfull', '--helpshort'} & set(sys.argv):
+    print(doc.strip())
+    sys.exit(0)
+  sys.exit(exit_code(main, sys.argv))
+
+
+def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
+  """Runs a command; what a user can mend is one line on stderr, any other exception a bug with its traceback."""
+  try:
+    main(_parse(argv))
+    return 0
+  except (ConfigError, CheckpointError, NonFinite, Preempted) as error:
+    print(' '.join(str(error).split()), file=sys.stderr)
+    return error.exit_code
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    return INTERRUPTED
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Sets absl's flags and returns the overrides. Raises ConfigError for any word that is neither."""
+  is_override = [('config' in FLAGS) and bool(re.match('--?config[.]', word)) for word in argv]
+  try:
+    left = FLAGS([word for word, override in zip(argv, is_override, strict=True) if not override])[1:]
+  except flags.UnrecognizedFlagError as error:
+    raise ConfigError(f'--{error.flagname}', error.flagvalue, f'no such flag; {_known(error.flagname)}') from error
+  except flags.Error as error:
+    raise ConfigError('arguments', argv[1:], str(error)) from error
+  if left:
+    meant = f'did you mean --{left[0].lstrip("-")}? ' if '=' in left[0] else ''
+    raise ConfigError('arguments', left[0], f'is not a flag; {meant}write --name=value, with dashes and equals sign')
+  return ['--' + word.lstrip('-') for word, override in zip(argv, is_override, strict=True) if override]
+
+
+def _known(name: str) -> str:
+  """The flag that was likely meant, and all those of the command."""
+  modules = FLAGS.flags_by_module_dict().items()
+  known = [flag.name for module, own in modules if not module.startswith('absl') for flag in own]
+  close = difflib.get_close_matches(name.split('.')[0], known, 1)
+  hint = f'did you mean --{name.replace(name.split(".")[0], close[0], 1)}? ' if close else ''
+  return f'{hint}there are {", ".join("--" + flag for flag in known)}' + ', --config.FIELD' * ('config' in known)

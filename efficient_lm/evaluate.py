@@ -1,0 +1,53 @@
+"""Bits per byte and perplexity of a trained model on any text:
+
+  python -m efficient_lm.evaluate --run=runs/moe [--text=FILE]
+
+  --run=FOLDER   workdir of a training run
+  --text=FILE    any text file (default: the held-out text of the run)
+"""
+import os
+
+from absl import flags
+
+from efficient_lm import commands
+from efficient_lm.errors import ConfigError
+from efficient_lm.lazy import lazy
+
+console = lazy('efficient_lm.console')
+jax = lazy('jax')
+packing = lazy('efficient_lm.data.packing')
+pipeline = lazy('efficient_lm.data.pipeline')
+run = lazy('efficient_lm.run')
+train = lazy('efficient_lm.train')
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string('run', None, 'workdir of a training run')
+flags.DEFINE_string('text', None, 'text file')
+
+
+def batches_of(text: str | None, folder: str, experiment):
+  """Batches of the file `text`, or of the run's held-out text, cut into rows as in training."""
+  training = experiment.train
+  if text is None:
+    corpus = experiment.data.open(sequence_length=training.sequence_length, batch_size=training.batch_size, seed=0)
+    return corpus.eval_batches()
+  with open(text, 'rb') as file: content = file.read()
+  if len(content) < 2: raise ConfigError('--text', text, 'must hold at least two bytes')
+  tokenizer = run.load_tokenizer(folder)
+  rows = packing.Rows(*packing.concatenate(tokenizer, [content]), tokenizer.bytes_V, training.sequence_length)
+  return pipeline.in_sequence(rows, batch_size=training.batch_size, limit=len(rows))
+
+
+def main(overrides: list[str]):
+  """Measures and prints."""
+  commands.require_run(FLAGS.run)
+  if FLAGS.text is not None and not os.path.isfile(FLAGS.text):
+    raise ConfigError('--text', FLAGS.text, 'there is no such file')
+  batches = batches_of(FLAGS.text, FLAGS.run, run.read_experiment(FLAGS.run))
+  mesh = run.single_device_mesh()
+  with jax.set_mesh(mesh): result = train.evaluate(run.load_model(FLAGS.run, mesh), batches, mesh)
+  console.terminal().print(f'[bold]{result["bits_per_byte"]:.4f} bits per byte[/], perplexity {result["perplexity"]:.3f} '
+                           f'a token, over {result["bytes"]} bytes in {result["tokens"]} tokens')
+
+
+if __name__ == '__main__': commands.start(main, __doc__)

@@ -1,0 +1,197 @@
+"""The ledger: one row a stage of a run, quality beside what it costs. Efficiency claims are read off it, with hardware.
+
+None stands for what was not measured; a table shows it as a dash, never as a number.
+"""
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quality:
+  """On held-out text: bits per byte of text, perplexity per token, and the bits per byte of compressors on that text."""
+  bits_per_byte: float | None = None
+  perplexity: float | None = None
+  yardsticks: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+  """Numbers of parameters; bytes of the model's files and of its arrays; forward FLOPs a token (see measure.Flops)."""
+  parameters: int | None = None
+  active_parameters: int | None = None
+  bytes_on_disk: int | None = None
+  bytes_in_memory: int | None = None
+  flops_per_token: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed:
+  """Training tokens a second; seconds from one generated token to the next; peak bytes, and of what memory."""
+  tokens_per_second: float | None = None
+  latency_seconds: float | None = None
+  peak_memory_bytes: int | None = None
+  memory_source: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Effort:
+  """What the stage took: steps, tokens, seconds; joules a token, and the counter that they were read from."""
+  steps: int | None = None
+  tokens: int | None = None
+  wall_seconds: float | None = None
+  joules_per_token: float | None = None
+  energy_source: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+  """What the figures depend on beside the configuration."""
+  hardware: str | None = None
+  versions: dict[str, str] = dataclasses.field(default_factory=dict)
+  corpus_hash: str | None = None
+  seed: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+  """What a stage left behind ('train', 'prune' …); `notes` are its invariants in words ('masks exact', '2:4')."""
+  stage: str
+  quality: Quality = Quality()
+  size: Size = Size()
+  speed: Speed = Speed()
+  effort: Effort = Effort()
+  origin: Origin = Origin()
+  notes: tuple[str, ...] = ()
+
+
+GROUPS = {'quality': Quality, 'size': Size, 'speed': Speed, 'effort': Effort, 'origin': Origin}
+
+
+class Ledger:
+  """The rows of a run, in `workdir/ledger.json`, in the order in which its stages were first done."""
+
+  def __init__(self, workdir):
+    self.path = Path(workdir) / 'ledger.json'
+    self.rows = read(self.path)
+
+  def add(self, row: Row):
+    """Appends the row, or puts it in the place of an earlier one of the same stage; all or nothing reaches the disk."""
+    stages = [known.stage for known in self.rows]
+    if row.stage in stages: self.rows[stages.index(row.stage)] = row
+    else: self.rows.append(row)
+    text = json.dumps([dataclasses.asdict(row) for row in self.rows], indent=2)
+    beside = self.path.with_name('ledger.json.tmp')
+    beside.write_text(text + '\n', encoding='utf-8')
+    os.replace(beside, self.path)
+
+
+def read(path) -> list[Row]:
+  """Rows of a ledger.json; none if it is missing. Fields of another version of this file are left out, missing ones None.
+
+  Raises ValueError that names the file when it is no ledger.
+  """
+  if not Path(path).is_file(): return []
+  try: return [_row(entry) for entry in json.loads(Path(path).read_text(encoding='utf-8'))]
+  except (ValueError, TypeError, KeyError, AttributeError) as error:
+    raise ValueError(f'{path} is no ledger: {type(error).__name__}: {error}') from error
+
+
+def _row(entry: dict) -> Row:
+  groups = {name: _known(kind, entry.get(name, {})) for name, kind in GROUPS.items()}
+  return Row(stage=entry['stage'], notes=tuple(entry.get('notes', ())), **groups)
+
+
+def _known(kind, entry: dict):
+  return kind(**{field.name: entry[field.name] for field in dataclasses.fields(kind) if field.name in entry})
+
+
+def hardware() -> str:
+  """The devices in use, with the processor's name where they are its cores: '8 x NVIDIA H100 80GB HBM3'."""
+  import jax
+  devices = jax.devices()
+  if devices[0].platform != 'cpu': return f'{len(devices)} x {devices[0].device_kind}'
+  cpuinfo = Path('/proc/cpuinfo')
+  lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+  names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
+  shown = f', shown as {len(devices)} devices' if len(devices) > 1 else ''
+  return f'{names[0] if names else platform.machine()}, {os.cpu_count()} threads{shown}'
+
+
+def versions() -> dict[str, str]:
+  """Python and the packages that figures depend on."""
+  return {'python': platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def quantity(value: float | None, unit: str = '', base: int = 1000) -> str:
+  """Three digits and a prefix: 12345678 -> '12.3 M'; base 1024 for bytes: '11.8 MiB'; '–' for None."""
+  if value is None: return '–'
+  power = 0
+  while abs(value) >= (999.5 if base == 1000 else 1023.5) and power < 5: value, power = value / base, power + 1
+  prefix = ('', 'k', 'M', 'G', 'T', 'P')[power] if base == 1000 else ('', 'Ki', 'Mi', 'Gi', 'Ti', 'Pi')[power]
+  number = f'{value:.3g}' if abs(value) < 999.5 else f'{value:.0f}'
+  return f'{number} {prefix}{unit}'.strip()
+
+
+def duration(seconds: float | None) -> str:
+  """'250 us', '3.2 ms', '41 s', '12 min 5 s', '3 h 20 min'; '–' for None."""
+  if seconds is None: return '–'
+  if seconds < 1e-3: return f'{seconds * 1e6:.3g} us'
+  if seconds < 1: return f'{seconds * 1e3:.3g} ms'
+  if seconds < 60: return f'{seconds:.3g} s'
+  if seconds < 3600: return f'{int(seconds // 60)} min {int(seconds % 60)} s'
+  return f'{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min'
+
+
+def number(value: float | None, digits: int = 3) -> str:
+  return '–' if value is None else f'{value:.{digits}f}'
+
+
+# Heading -> text of a row; the order of a table's columns.
+COLUMNS = {
+  'bits/byte': lambda row: number(row.quality.bits_per_byte),
+  'perplexity': lambda row: number(row.quality.perplexity, 2),
+  'parameters': lambda row: quantity(row.size.parameters),
+  'active': lambda row: quantity(row.size.active_parameters),
+  'on disk': lambda row: quantity(row.size.bytes_on_disk, 'B', 1024),
+  'in memory': lambda row: quantity(row.size.bytes_in_memory, 'B', 1024),
+  'FLOPs/token': lambda row: quantity(row.size.flops_per_token),
+  'tokens/s': lambda row: quantity(row.speed.tokens_per_second),
+  'latency': lambda row: duration(row.speed.latency_seconds),
+  'peak memory': lambda row: quantity(row.speed.peak_memory_bytes, 'B', 1024),
+  'J/token': lambda row: '–' if row.effort.joules_per_token is None else f'{row.effort.joules_per_token:.3g}',
+  'time': lambda row: duration(row.effort.wall_seconds),
+}
+
+
+def cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+  """Headings and a list of texts a row; columns that no row has a figure for are left out."""
+  columns = {name: [text(row) for row in rows] for name, text in COLUMNS.items()}
+  columns = {name: texts for name, texts in columns.items() if set(texts) != {'–'}}
+  return list(columns), [list(texts) for texts in zip(*columns.values())] if columns else [[] for _ in rows]
+
+
+def table(rows: dict[str, Row]):
+  """A rich table, a column a row of the ledger (a terminal holds several of those, not a dozen figures side by side).
+
+  rows: by label ('moe / train').
+  """
+  import rich.box
+  import rich.table
+  from rich.text import Text
+  headings, texts = cells(list(rows.values()))
+  grid = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+  grid.add_column('')
+  for label in rows: grid.add_column(Text(label), justify='right', overflow='fold')
+  for heading, *line in zip(headings, *texts): grid.add_row(heading, *line)
+  for heading, of in (('hardware', lambda row: row.origin.hardware), ('energy', lambda row: row.effort.energy_source)):
+    line = [of(row) or '–' for row in rows.values()]
+    if set(line) == {'–'}: continue
+    if len(set(line)) == 1: grid.caption = '\n'.join(filter(None, [grid.caption, f'{heading}: {line[0]}']))
+    else: grid.add_row(heading, *map(Text, line))
+  return grid

@@ -1,0 +1,201 @@
+"""From an experiment to a trained model in a folder, and back: what `main`, `generate` and `evaluate` have in common."""
+import contextlib
+import math
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from efficient_lm import axes, console, decode, fields, ledger, measure, train, tree
+from efficient_lm import experiment as experiments
+from efficient_lm.checkpoint import Checkpoints, lock
+from efficient_lm.data import tokenizers
+from efficient_lm.data.yardsticks import yardsticks
+from efficient_lm.errors import CheckpointError
+from efficient_lm.learner import Learner, assemble, initial_state, new_model
+from efficient_lm.report import write_report
+from efficient_lm.tracking import Tracker, load_heatmap
+
+SAMPLE_TOKENS = 256
+
+
+def starting_model(experiment, key, mesh=None):
+  """The model before any technique: drawn from its spec, or that of an earlier run."""
+  if experiment.start is not None: return experiment.start.load(mesh)
+  return new_model(experiment.model, key, mesh)
+
+
+def abstract_model(experiment):
+  """Shapes of the model that a run of `experiment` trains, without drawing or reading a single number."""
+  def build(key):
+    if experiment.start is not None: model = blank(abstract_model(experiment.start.read()))
+    else: model = experiment.model.build(rngs=nnx.Rngs(params=key))
+    learner = Learner(model, None, None)
+    # The keys of techniques count every technique, as in `assemble`; shapes do not depend on them.
+    for technique in experiment.techniques:
+      if technique.touches == 'model': learner = technique(learner, key)
+    return learner.model
+  return jax.eval_shape(build, jax.random.key(0))
+
+
+def blank(abstract):
+  """Zeros of the given shapes; inside `eval_shape` they cost nothing."""
+  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+
+
+def placed(abstract, mesh):
+  """The same shapes with the sharding that each will have on `mesh`."""
+  add = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  return jax.tree.map(add, abstract, axes.shardings(abstract, mesh))
+
+
+def single_device_mesh():
+  """All of a model on the first device."""
+  types = (jax.sharding.AxisType.Auto,) * len(axes.MESH)
+  return jax.make_mesh((1,) * len(axes.MESH), axes.MESH, devices=jax.devices()[:1], axis_types=types)
+
+
+def load_model(folder, mesh=None):
+  """The newest saved model of a run, on `mesh` (default: one device), whatever mesh it was trained on."""
+  abstract = placed(abstract_model(experiments.read(str(folder))), mesh or single_device_mesh())
+  with contextlib.closing(Checkpoints(Path(folder) / 'checkpoints')) as checkpoints:
+    return checkpoints.restore_model(abstract)
+
+
+def load_tokenizer(folder):
+  """The tokenizer that a run was trained with."""
+  path = Path(folder) / 'tokenizer.json'
+  if not path.is_file(): raise CheckpointError(f'{path} is missing: the run has not started training')
+  return tokenizers.from_json(path.read_text())
+
+
+class Run:
+  """One training run: its corpus, learner, state and files. Nothing is written before all of it has been built."""
+
+  def __init__(self, experiment, default, workdir):
+    self.experiment, self.default, self.workdir = experiment, default, Path(workdir)
+    training = self.training = experiment.train
+    self.mesh = experiment.mesh.build()
+    self.corpus = experiment.data.open(
+      sequence_length=training.sequence_length, batch_size=training.batch_size, seed=experiment.seed,
+      process_index=jax.process_index(), process_count=jax.process_count())
+    key_model, key_techniques = jax.random.split(jax.random.key(experiment.seed))
+    with jax.set_mesh(self.mesh):
+      model = starting_model(experiment, key_model, self.mesh)
+      self.learner = assemble(model, training.optimizer.build(training.steps), experiment.techniques, key_techniques)
+      self.state = initial_state(self.learner, self.mesh)
+    self.learner = self.learner.replace(model=None)   # the state has its own copy; keep no second one alive
+    self.flops = measure.flops_per_token(self.state.model, training.sequence_length)
+    self.load, self.result, self.speeds = None, {}, []
+
+  def train(self):
+    """Trains to the last step, resuming where the workdir left off; then the stages, the ledger and the report."""
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(jax.set_mesh(self.mesh))
+      stack.enter_context(lock(self.workdir))
+      self.checkpoints = stack.enter_context(contextlib.closing(Checkpoints(self.workdir / 'checkpoints')))
+      resumed = self._restore()
+      console.report(self, resumed)
+      self._write_config()
+      self.tracker = stack.enter_context(contextlib.closing(Tracker(self.workdir, resumed)))
+      energy, clock = measure.Energy(), time.perf_counter()
+      with console.Progress(resumed or 0, self.training.steps) as self.progress:
+        batches = self.corpus.iterate(resumed or 0)
+        callbacks = train.Callbacks(self._log, self._evaluate, self._save, self.progress.advance)
+        next_batch = lambda step: train.place(next(batches), self.mesh)
+        self.state = train.fit(self.state, self.learner, next_batch, self.training, callbacks)
+      self.checkpoints.wait()
+      steps = self.training.steps - (resumed or 0)
+      self._enter('train', self.state.model, steps, time.perf_counter() - clock, energy)
+      self._stages()
+      if jax.process_index() == 0: console.finish(self, write_report(self.workdir))
+
+  def _restore(self) -> int | None:
+    resumed = self.checkpoints.latest()
+    if resumed is None: return None
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.state)
+    self.state = self.checkpoints.restore(shapes, resumed)
+    return resumed
+
+  def _write_config(self):
+    if jax.process_index(): return
+    (self.workdir / 'samples').mkdir(parents=True, exist_ok=True)
+    experiments.write(str(self.workdir), self.experiment)
+    (self.workdir / 'tokenizer.json').write_text(self.corpus.tokenizer.to_json())
+
+  def _log(self, step: int, numbers: dict):
+    numbers['tokens_per_second'] = console.tokens_per_step(self.training) * numbers['steps_per_second']
+    numbers['learning_rate'] = float(self.training.optimizer.schedule.build(self.training.steps)(step - 1))
+    peak = measure.peak_flops(jax.devices()[0])
+    if peak: numbers['mfu'] = numbers['tokens_per_second'] * self.flops.training / (peak * jax.device_count())
+    self.tracker.scalars(step, numbers)
+    self.speeds.append(numbers['tokens_per_second'])
+    if 'load' in numbers: self.load = np.array(numbers['load'])
+
+  def _evaluate(self, step: int, model):
+    self.result = train.evaluate(model, self.corpus.eval_batches(), self.mesh)
+    self.tracker.scalars(step, {f'eval/{name}': value for name, value in self.result.items()})
+    if self.load is not None: self.tracker.image(step, 'expert_load', load_heatmap(self.load))
+    for name, array in measure.histogram_arrays(model): self.tracker.histogram(step, name, array)
+    self._sample(step, model)
+    self.progress.note(step, self.result)
+
+  def _sample(self, step: int, model):
+    """Continues the beginning of the held-out text, and times it: one row, so this is the latency of a single reader."""
+    tokenizer, prompt_BT = self.corpus.tokenizer, next(iter(self.corpus.eval_batches()))['inputs_BT'][:1, :32]
+    drawn, clock = [], None
+    for ids in decode.stream(model, prompt_BT, SAMPLE_TOKENS, sampling=decode.Sampling(0.8), seed=step,
+                             vocab_size=tokenizer.vocab_size):
+      drawn.append(ids)
+      clock = clock or time.perf_counter()   # the first burst compiles
+    self.latency = (time.perf_counter() - clock) / (SAMPLE_TOKENS - drawn[0].shape[1])
+    self.sample = tokenizer.decode(prompt_BT[0]), tokenizer.decode(np.concatenate(drawn, 1)[0])
+    if jax.process_index() == 0:
+      (self.workdir / 'samples' / f'{step:08d}.txt').write_text(''.join(self.sample), encoding='utf-8')
+    self.tracker.text(step, 'sample', ''.join(self.sample))
+
+  def _save(self, step: int, state, wait: bool):
+    self.checkpoints.save(step, state, wait=wait)
+
+  def _stages(self):
+    """What follows training: each stage maps the model to another and gets its own row."""
+    model = self.state.model
+    for i, stage in enumerate(self.experiment.stages):
+      energy, clock = measure.Energy(), time.perf_counter()
+      model = stage(model, self)
+      self.result = train.evaluate(model, self.corpus.eval_batches(), self.mesh)
+      self._enter(f'{i + 1} {type(stage).__name__}', model, 0, time.perf_counter() - clock, energy)
+
+  def _enter(self, stage: str, model, steps: int, seconds: float, energy):
+    """Adds the ledger's row of a stage. A run resumed at its end keeps the row that it had."""
+    if jax.process_index() or not self.result: return
+    tokens = steps * console.tokens_per_step(self.training)
+    parameters, (peak, peak_source), joules = measure.parameters(model), measure.peak_memory(), energy.joules()
+    floor = self.corpus.entropy_nats_per_token
+    known = {'entropy': floor / math.log(2)} if floor is not None else yardsticks(self.corpus)
+    row = ledger.Row(
+      stage=stage, notes=self.learner.notes,
+      quality=ledger.Quality(bits_per_byte=self.result['bits_per_byte'], perplexity=self.result['perplexity'],
+                             yardsticks=known),
+      size=ledger.Size(parameters=parameters.total, active_parameters=parameters.active,
+                       bytes_on_disk=None, bytes_in_memory=tree.num_bytes(model),
+                       flops_per_token=self.flops.forward),
+      speed=ledger.Speed(tokens_per_second=float(np.median(self.speeds)) if self.speeds else None,
+                         latency_seconds=self.latency, peak_memory_bytes=peak, memory_source=peak_source),
+      effort=ledger.Effort(steps=steps, tokens=tokens, wall_seconds=seconds, energy_source=energy.source,
+                           joules_per_token=joules / tokens if joules is not None and tokens else None),
+      origin=ledger.Origin(hardware=ledger.hardware(), versions=ledger.versions(), corpus_hash=self.corpus.hash,
+                           seed=self.experiment.seed))
+    ledger.Ledger(self.workdir).add(row)
+    self.row = row
+    best = {'bits_per_byte': self.result['bits_per_byte']}
+    settings = {path: value for path, value in fields.walk(self.experiment) if not fields.is_config(value)}
+    self.tracker.hparams(settings, best)
+
+
+def run(experiment, default, workdir):
+  """Builds and trains; see `main`."""
+  Run(experiment, default, workdir).train()

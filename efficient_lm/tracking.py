@@ -1,0 +1,130 @@
+"""What a run writes while it goes: `metrics.jsonl` for programs, TensorBoard for people.
+
+Both stay monotone across a kill and a resume: rows of steps that are about to be done again are cut off.
+"""
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+class Tracker:
+  """Writes under `workdir`. In a program of several processes only the first one writes; the others' calls do nothing.
+
+  resume_step: the step that the state was restored at; what was logged after it is cut. None starts anew.
+  """
+
+  def __init__(self, workdir, resume_step: int | None = None):
+    import jax   # here, so that a report can read metrics without loading it
+    self.file = self.board = None
+    if jax.process_index(): return
+    import tensorboardX
+    logging.getLogger('tensorboardX.x2num').setLevel(logging.ERROR)   # NaN is logged on purpose here
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    cut(workdir / 'metrics.jsonl', -1 if resume_step is None else resume_step)
+    self.file = open(workdir / 'metrics.jsonl', 'a', encoding='utf-8')
+    purge = None if resume_step is None else resume_step + 1
+    self.board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=purge, flush_secs=30)
+
+  def scalars(self, step: int, values: dict):
+    """One row of metrics.jsonl: {'step': …, name: number …}. NaN and infinities become the strings 'nan', 'inf' and
+    '-inf', so that each line is JSON. An array (an expert load, say) becomes nested lists, which TensorBoard is not
+    shown: give it the picture."""
+    if self.file is None: return
+    values = {name: np.asarray(value).tolist() for name, value in values.items()}
+    row = {'step': int(step), **{name: _json(value) for name, value in values.items()}}
+    self.file.write(json.dumps(row, allow_nan=False) + '\n')
+    self.file.flush()
+    for name, value in values.items():
+      if not isinstance(value, list): self.board.add_scalar(name, value, step)
+
+  def histogram(self, step: int, name: str, values):
+    if self.board: self.board.add_histogram(name, np.asarray(values, np.float32).ravel(), step)
+
+  def image(self, step: int, name: str, image_HWC):
+    """image_HWC: uint8, height x width x 3."""
+    if self.board: self.board.add_image(name, np.asarray(image_HWC), step, dataformats='HWC')
+
+  def text(self, step: int, name: str, text: str):
+    """Shown verbatim, with its line breaks (TensorBoard reads Markdown, where four spaces begin a literal block)."""
+    if self.board: self.board.add_text(name, '\n'.join('    ' + line for line in text.split('\n')), step)
+
+  def hparams(self, settings: dict, metrics: dict):
+    """Settings (flat: 'train.steps' …) beside what came of them, for TensorBoard's table over runs."""
+    if not self.board: return
+    plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in settings.items()}
+    self.board.add_hparams(plain, {name: float(value) for name, value in metrics.items()}, name='hparams')
+
+  def close(self):
+    if self.file is None: return
+    self.file.close()
+    self.board.close()
+
+
+def _json(value):
+  if isinstance(value, list): return [_json(item) for item in value]
+  return value if math.isfinite(value) else str(float(value))
+
+
+def _plain(value):
+  if isinstance(value, list): return [_plain(item) for item in value]
+  return float(value) if value in ('nan', 'inf', '-inf') else value
+
+
+def read(path) -> list[dict]:
+  """Rows of a metrics.jsonl, numbers as numbers ('nan' too). A line that is no row, such as one torn by a kill, is left
+  out, and so is everything after it."""
+  rows = []
+  if not Path(path).is_file(): return rows
+  for line in Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
+    try: row = json.loads(line)
+    except ValueError: break
+    if not isinstance(row, dict) or not isinstance(row.get('step'), int): break
+    rows.append({name: _plain(value) for name, value in row.items()})
+  return rows
+
+
+def cut(path: Path, step: int):
+  """Removes rows after `step`, and a torn last line, from a metrics.jsonl: written beside it, then renamed over it."""
+  if not path.is_file(): return
+  lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
+  kept = [line for line, row in zip(lines, read(path)) if row['step'] <= step]
+  beside = path.with_name(path.name + '.tmp')
+  beside.write_text(''.join(line + '\n' for line in kept), encoding='utf-8')
+  os.replace(beside, path)
+
+
+def load_heatmap(load_LE) -> np.ndarray:
+  """Expert load as a picture: uint8, height x width x 3; a row a layer, a column an expert.
+
+  load_LE: share of the routed tokens times the number of experts: 1 is balanced (white). Colours are the same in every
+  picture, so that pictures of different steps and runs compare: blue down to a quarter, red up to four times the
+  balanced load; an expert that is never chosen is black.
+  """
+  from matplotlib import colormaps
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.colors import ListedColormap
+  from matplotlib.figure import Figure
+  load_LE = np.atleast_2d(np.asarray(load_LE, np.float64))
+  layers, experts = load_LE.shape
+  width, height = np.clip(0.45 * experts, 4, 12), np.clip(0.3 * layers, 0.9, 6)   # inches of the grid alone
+  total_width, total_height = width + 1.5, height + 1.0
+  figure = Figure(figsize=(total_width, total_height), dpi=110)
+  canvas = FigureCanvasAgg(figure)
+  plot = figure.add_axes((0.65 / total_width, 0.55 / total_height, width / total_width, height / total_height))
+  side = figure.add_axes(((0.77 + width) / total_width, 0.55 / total_height, 0.14 / total_width, height / total_height))
+  octaves = np.ma.log2(load_LE)   # masked where the load is 0
+  colors = ListedColormap(colormaps['RdBu_r'](np.linspace(0.1, 0.9, 256)), 'load').with_extremes(bad='black')
+  image = plot.imshow(octaves, colors, vmin=-2, vmax=2, aspect='auto', interpolation='nearest')
+  plot.set_title(f'expert load (1 is balanced): largest {load_LE.max():.2f}, '
+                 f'never chosen {np.sum(load_LE == 0)} of {load_LE.size}', fontsize=9, loc='left')
+  plot.set(xlabel='expert', ylabel='layer')
+  for axis, count in ((plot.xaxis, experts), (plot.yaxis, layers)): axis.set_ticks(range(0, count, -(-count // 16)))
+  bar = figure.colorbar(image, cax=side)
+  bar.set_ticks(range(-2, 3), labels=['1/4', '1/2', '1', '2', '4'])
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()

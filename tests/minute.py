@@ -1,0 +1,18 @@
+"""A config for tests: an experiment that trains in seconds on text whose entropy is known."""
+from efficient_lm.data import Corpus, Markov
+from efficient_lm.experiment import Experiment, Training
+from efficient_lm.models.routing import LoadBalance, LossFreeBias, SoftmaxTopK
+from efficient_lm.models.spec import GroupedQuery, MoE, Stack, SwiGLU, Transformer
+from efficient_lm.optim import AdamW, WarmupCosine
+
+
+def get_config(variant: str = 'moe') -> Experiment:
+  mlp = {'dense': SwiGLU(hidden=32), 'moe': MoE(num_experts=4, hidden=16, router=SoftmaxTopK(top_k=2),
+                                                balance=(LoadBalance(), LossFreeBias()))}[variant]
+  attention = GroupedQuery(num_heads=2, num_kv_heads=1, head_dim=8)
+  language = Markov(alphabet=8, order=1, document_length=64, train_documents=256, heldout_documents=32)
+  return Experiment(
+    model=Transformer(vocab_size=8, dim=16, stacks=(Stack(num_layers=2, attention=attention, mlp=mlp),)),
+    data=Corpus(source=language, eval_batches=4),
+    train=Training(steps=24, batch_size=8, sequence_length=64, log_every=1, eval_every=12, checkpoint_every=6,
+                   optimizer=AdamW(schedule=WarmupCosine(peak=1e-2, warmup=4))))
