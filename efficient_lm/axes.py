@@ -34,6 +34,7 @@ def weight_spec(axes: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
 
 
 def is_variable(node) -> bool:
+  """Whether a node of a tree is an `nnx.Variable`, told by its metadata."""
   return hasattr(node, 'get_metadata')
 
 
@@ -47,6 +48,7 @@ def shardings(tree, mesh):
 
 
 def activation_spec(axes: str) -> PartitionSpec:
+  """How an activation with these letters lies on the mesh."""
   return PartitionSpec(*[ACTIVATION.get(letter) for letter in axes])
 
 

@@ -12,7 +12,8 @@ from matplotlib.ticker import EngFormatter, NullFormatter
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the first is for a run on its own.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#6B6B6B')
 STYLE = {
-  'font.family': 'sans-serif', 'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
+  'font.family': 'sans-serif', 'font.size': 9,
+  'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
   'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#8a8f98', 'axes.labelcolor': '#4a4f57',
   'xtick.color': '#8a8f98', 'ytick.color': '#8a8f98', 'xtick.labelcolor': '#4a4f57', 'ytick.labelcolor': '#4a4f57',
   'axes.grid': True, 'grid.color': '#e8eaed', 'axes.axisbelow': True, 'legend.frameon': False, 'svg.fonttype': 'none',
@@ -67,8 +68,8 @@ def draw_loss(plot, curves: dict[str, tuple]):
     plot.plot(*thinned(steps, values), color=color, alpha=0.25, linewidth=0.8)
     plot.plot(*thinned(steps, line), color=color, linewidth=1.6, label=name)
     bad = ~np.isfinite(values)
-    if bad.any(): plot.plot(steps[bad], np.full(bad.sum(), 0.98), 'x', color='#c00000', transform=plot.get_xaxis_transform(),
-                            label=f'{name}: not finite')
+    if bad.any(): plot.plot(steps[bad], np.full(bad.sum(), 0.98), 'x', color='#c00000',
+                            transform=plot.get_xaxis_transform(), label=f'{name}: not finite')
     seen = values[np.isfinite(values)]
     if seen.size: lows.append(seen.min()), highs.append(np.quantile(seen, 0.98))
   if lows and max(highs) > min(lows): plot.set_ylim(min(lows) - 0.05 * (max(highs) - min(lows)), max(highs))
@@ -95,7 +96,7 @@ def draw_eval(plot, curves: dict[str, tuple], yardsticks: dict[str, float]):
 def draw_pareto(plot, points: list[tuple[str, float, float]], label: str):
   """points: (name, cost, bits per byte). The line joins those that no other one beats in both."""
   best, front = np.inf, []
-  for name, cost, quality in sorted(points, key=lambda point: point[1:]):
+  for _, cost, quality in sorted(points, key=lambda point: point[1:]):
     if quality < best:
       front.append((cost, quality))
       best = quality

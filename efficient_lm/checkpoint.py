@@ -68,6 +68,7 @@ class Checkpoints:
     manifest = _manifest(leaves)
     if self._holds(step, manifest): return
     if jax.process_index() == 0: self._make_room(step, leaves)
+    self._corrupt.clear()   # they have been set aside
     arguments = {item: ocp.args.StandardSave(part) for item, part in _items(leaves).items()}
     with self._explained(step):
       self._orbax.save(self.folder / str(step), force=True,
@@ -257,12 +258,11 @@ def _crc32(entries: dict) -> int:
 
 def _compare(saved: dict, wanted: dict, folder: Path):
   """Raises CheckpointError that names the first five paths on which a checkpoint and what is wanted of it differ."""
-  def said(name, entries): return entries[name] if name in entries else 'absent'
   saved = {name: f'{dtype}{tuple(shape)}' for name, (dtype, shape, _) in saved.items()}
   wanted = {name: f'{leaf.dtype}{tuple(leaf.shape)}' for name, leaf in wanted.items()}
   differ = sorted(name for name in saved | wanted if saved.get(name) != wanted.get(name))
   if not differ: return
-  listed = '; '.join(f'{name} is {said(name, saved)} there, {said(name, wanted)} here' for name in differ[:5])
+  listed = '; '.join(f'{name} is {saved.get(name, "absent")} there, {wanted.get(name, "absent")} here' for name in differ[:5])
   more = f'; and {len(differ) - 5} more' if len(differ) > 5 else ''
   raise CheckpointError(f'{folder} holds another state: {listed}{more}')
 
@@ -292,9 +292,10 @@ def lock(workdir) -> Iterator[None]:
   Path(workdir).mkdir(parents=True, exist_ok=True)
   with open(Path(workdir) / 'lock', 'a+') as file:
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except BlockingIOError as error:
       file.seek(0)
-      raise ConfigError('workdir', str(workdir), f'another process uses it ({file.read().strip()}); wait or take another')
+      fix = f'another process uses it ({file.read().strip()}); wait or take another'
+      raise ConfigError('workdir', str(workdir), fix) from error
     file.truncate(0)
     file.write(f'host {socket.gethostname()}, process {os.getpid()}\n')
     file.flush()

@@ -35,6 +35,11 @@ def default_workdir() -> str:
   return os.path.join('runs', f'{name}-{variant}' if variant else name)
 
 
+def define_run():
+  """Defines --run, for a command that reads a trained model."""
+  if 'run' not in FLAGS: flags.DEFINE_string('run', None, 'workdir of a training run')
+
+
 def require_run(folder: str | None):
   """Refuses a --run that is no workdir before anything heavy is loaded. Raises ConfigError."""
   if not folder: raise ConfigError('--run', folder, 'is missing: write --run=runs/moe, say')

@@ -53,6 +53,7 @@ def report(run, resumed: int | None):
 
 
 def tokens_per_step(training) -> int:
+  """Of a global batch."""
   return training.batch_size * training.sequence_length
 
 
@@ -111,7 +112,7 @@ class Progress:
 
 def finish(run, page):
   """What came of it: quality beside plain compressors, cost, a sample, and where to look further."""
-  console, row = terminal(), getattr(run, 'row', None)
+  console, row = terminal(), run.row
   if row is not None:
     beside = ', '.join(f'{name} {bits:.3f}' for name, bits in row.quality.yardsticks.items())
     console.print(f'\n[bold]{row.quality.bits_per_byte:.4f} bits per byte[/] on held-out text (beside it: {beside})')

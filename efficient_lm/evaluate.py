@@ -9,7 +9,7 @@ import os
 
 from absl import flags
 
-from efficient_lm import commands
+from efficient_lm import commands, experiment
 from efficient_lm.errors import ConfigError
 from efficient_lm.lazy import lazy
 
@@ -21,15 +21,15 @@ run = lazy('efficient_lm.run')
 train = lazy('efficient_lm.train')
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('run', None, 'workdir of a training run')
+commands.define_run()
 flags.DEFINE_string('text', None, 'text file')
 
 
-def batches_of(text: str | None, folder: str, experiment):
+def batches_of(text: str | None, folder: str, trained):
   """Batches of the file `text`, or of the run's held-out text, cut into rows as in training."""
-  training = experiment.train
+  training = trained.train
   if text is None:
-    corpus = experiment.data.open(sequence_length=training.sequence_length, batch_size=training.batch_size, seed=0)
+    corpus = trained.data.open(sequence_length=training.sequence_length, batch_size=training.batch_size, seed=0)
     return corpus.eval_batches()
   with open(text, 'rb') as file: content = file.read()
   if len(content) < 2: raise ConfigError('--text', text, 'must hold at least two bytes')
@@ -43,7 +43,7 @@ def main(overrides: list[str]):
   commands.require_run(FLAGS.run)
   if FLAGS.text is not None and not os.path.isfile(FLAGS.text):
     raise ConfigError('--text', FLAGS.text, 'there is no such file')
-  batches = batches_of(FLAGS.text, FLAGS.run, run.read_experiment(FLAGS.run))
+  batches = batches_of(FLAGS.text, FLAGS.run, experiment.read(FLAGS.run))
   mesh = run.single_device_mesh()
   with jax.set_mesh(mesh): result = train.evaluate(run.load_model(FLAGS.run, mesh), batches, mesh)
   console.terminal().print(f'[bold]{result["bits_per_byte"]:.4f} bits per byte[/], perplexity {result["perplexity"]:.3f} '

@@ -23,7 +23,7 @@ decode = lazy('efficient_lm.decode')
 run = lazy('efficient_lm.run')
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string('run', None, 'workdir of a training run')
+commands.define_run()
 flags.DEFINE_string('prompt', 'def ', 'text to continue')
 flags.DEFINE_integer('tokens', 400, 'tokens to draw')
 flags.DEFINE_float('temperature', 0.8, '0 is greedy')

@@ -149,6 +149,7 @@ def duration(seconds: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
+  """'1.234', or '–' for None."""
   return '–' if value is None else f'{value:.{digits}f}'
 
 

@@ -127,7 +127,7 @@ def orthogonalized(params):
 
 def global_norm(grads):
   """L2 norm of the gradients, those left out that are a balancing signal and not a slope (see `descend_rated`)."""
-  return optax.global_norm(_by_variable(lambda metadata, g: g * ('rate' not in metadata), grads))
+  return optax.tree.norm(_by_variable(lambda metadata, g: g * ('rate' not in metadata), grads))
 
 
 def descend_rated(inner):
@@ -163,7 +163,7 @@ def guarded(inner):
     return GuardState(inner.init(params), zero, zero, jnp.zeros(()))
   def update(grads, state, params=None, *, loss, **extra):
     norm = global_norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
     keep = lambda new, old: jnp.where(finite, new, old)
     updates, new = inner.update(jax.tree.map(lambda g: jnp.where(finite, g, 0), grads), state.inner, params, **extra)
     updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)

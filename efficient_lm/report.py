@@ -109,7 +109,7 @@ def page(runs: list[Run]) -> str:
   """The report as one HTML page."""
   title = ', '.join(run.name for run in runs)
   figures = [f'<figure>{charts.svg(draw, 5.2, 3.2)}</figure>' for draw in _drawings(runs)]
-  sections = [_cards(runs[0]) if len(runs) == 1 else '', _section('Curves', f'<div class="wide">{"".join(figures)}</div>' * bool(figures)),
+  sections = [_cards(runs[0]) if len(runs) == 1 else '', _section('Curves', _grid('wide', figures)),
               _section('Cost', _cost_table(labelled(runs)))]
   for run in runs:
     suffix = f': {run.name}' if len(runs) > 1 else ''
@@ -122,6 +122,10 @@ def page(runs: list[Run]) -> str:
   return PAGE.replace('{title}', html.escape(title)).replace('{body}', ''.join(sections))
 
 
+def _grid(kind: str, figures: list[str]) -> str:
+  return f'<div class="{kind}">{"".join(figures)}</div>' if figures else ''
+
+
 def _section(title: str, body: str) -> str:
   return f'<section><h2>{html.escape(title)}</h2>{body}</section>' if body else ''
 
@@ -129,7 +133,7 @@ def _section(title: str, body: str) -> str:
 def _cards(run: Run) -> str:
   """The figures that one looks for first."""
   last = run.rows[-1] if run.rows else ledger.Row(stage='')
-  steps, bits = run.curve('eval/bits_per_byte')
+  bits = run.curve('eval/bits_per_byte')[1]
   value = last.quality.bits_per_byte if last.quality.bits_per_byte is not None else bits[-1] if len(bits) else None
   beside = ', '.join(f'{name} {yardstick:.3f}' for name, yardstick in run.yardsticks.items())
   size, speed, effort = last.size, last.speed, last.effort
@@ -173,9 +177,8 @@ def _cost_table(rows: dict[str, ledger.Row]) -> str:
 def _small(run: Run) -> str:
   curves = {name: run.curve(name) for name in SERIES}
   curves = {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
-  return '<div class="small">' * bool(curves) + ''.join(
-    f'<figure>{charts.svg(lambda plot: charts.draw_series(plot, name, *curve), 2.6, 1.6)}</figure>'
-    for name, curve in curves.items()) + '</div>' * bool(curves)
+  draw = lambda name, curve: charts.svg(lambda plot: charts.draw_series(plot, name, *curve), 2.6, 1.6)
+  return _grid('small', [f'<figure>{draw(name, curve)}</figure>' for name, curve in curves.items()])
 
 
 def _sample(text: str) -> str:
@@ -218,6 +221,7 @@ pre { background: #f5f7f9; border-radius: 8px; padding: .9rem; overflow-x: auto;
 
 
 def main(arguments: list[str] | None = None) -> int:
+  """Returns the exit code."""
   parser = argparse.ArgumentParser(prog='python -m efficient_lm.report', description=(
     'Shows the ledger of one or more runs and writes report.html and report.png.'))
   parser.add_argument('run', nargs='+', help='workdir of a run')

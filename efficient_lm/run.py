@@ -14,7 +14,7 @@ from efficient_lm import experiment as experiments
 from efficient_lm.checkpoint import Checkpoints, lock
 from efficient_lm.data import tokenizers
 from efficient_lm.data.yardsticks import yardsticks
-from efficient_lm.errors import CheckpointError
+from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.learner import Learner, assemble, initial_state, new_model
 from efficient_lm.report import write_report
 from efficient_lm.tracking import Tracker, load_heatmap
@@ -79,6 +79,11 @@ class Run:
     self.experiment, self.default, self.workdir = experiment, default, Path(workdir)
     training = self.training = experiment.train
     self.mesh = experiment.mesh.build()
+    self.batch_shards = math.prod(self.mesh.shape[name] for name in axes.BATCH)
+    parts = self.batch_shards * training.accumulate
+    if training.batch_size % parts:
+      raise ConfigError('config.train.batch_size', training.batch_size, f'must be a multiple of {parts}: the mesh\'s data '
+                        f'* fsdp * expert, times config.train.accumulate')
     self.corpus = experiment.data.open(
       sequence_length=training.sequence_length, batch_size=training.batch_size, seed=experiment.seed,
       process_index=jax.process_index(), process_count=jax.process_count())
@@ -89,7 +94,7 @@ class Run:
       self.state = initial_state(self.learner, self.mesh)
     self.learner = self.learner.replace(model=None)   # the state has its own copy; keep no second one alive
     self.flops = measure.flops_per_token(self.state.model, training.sequence_length)
-    self.load, self.result, self.speeds = None, {}, []
+    self.load, self.result, self.speeds, self.latency, self.sample, self.row = None, {}, [], None, None, None
 
   def train(self):
     """Trains to the last step, resuming where the workdir left off; then the stages, the ledger and the report."""
@@ -144,8 +149,10 @@ class Run:
     self.progress.note(step, self.result)
 
   def _sample(self, step: int, model):
-    """Continues the beginning of the held-out text, and times it: one row, so this is the latency of a single reader."""
-    tokenizer, prompt_BT = self.corpus.tokenizer, next(iter(self.corpus.eval_batches()))['inputs_BT'][:1, :32]
+    """Continues the beginning of the held-out text, and times it: one row a batch shard, so on one device this is the
+    latency of a single reader."""
+    tokenizer = self.corpus.tokenizer
+    prompt_BT = next(iter(self.corpus.eval_batches()))['inputs_BT'][:self.batch_shards, :32]
     drawn, clock = [], None
     for ids in decode.stream(model, prompt_BT, SAMPLE_TOKENS, sampling=decode.Sampling(0.8), seed=step,
                              vocab_size=tokenizer.vocab_size):
@@ -160,12 +167,17 @@ class Run:
   def _save(self, step: int, state, wait: bool):
     self.checkpoints.save(step, state, wait=wait)
 
+  def _bytes_on_disk(self) -> int:
+    """Of the newest saved model, as its checkpoint stores it, without the optimizer's state."""
+    folder = self.workdir / 'checkpoints' / str(self.checkpoints.steps()[-1]) / 'model'
+    return sum(file.stat().st_size for file in folder.rglob('*') if file.is_file())
+
   def _stages(self):
     """What follows training: each stage maps the model to another and gets its own row."""
     model = self.state.model
     for i, stage in enumerate(self.experiment.stages):
       energy, clock = measure.Energy(), time.perf_counter()
-      model = stage(model, self)
+      model = stage(model, jax.random.fold_in(jax.random.key(self.experiment.seed), i))
       self.result = train.evaluate(model, self.corpus.eval_batches(), self.mesh)
       self._enter(f'{i + 1} {type(stage).__name__}', model, 0, time.perf_counter() - clock, energy)
 
@@ -181,7 +193,7 @@ class Run:
       quality=ledger.Quality(bits_per_byte=self.result['bits_per_byte'], perplexity=self.result['perplexity'],
                              yardsticks=known),
       size=ledger.Size(parameters=parameters.total, active_parameters=parameters.active,
-                       bytes_on_disk=None, bytes_in_memory=tree.num_bytes(model),
+                       bytes_on_disk=self._bytes_on_disk(), bytes_in_memory=tree.num_bytes(model),
                        flops_per_token=self.flops.forward),
       speed=ledger.Speed(tokens_per_second=float(np.median(self.speeds)) if self.speeds else None,
                          latency_seconds=self.latency, peak_memory_bytes=peak, memory_source=peak_source),

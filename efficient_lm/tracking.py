@@ -18,17 +18,19 @@ class Tracker:
   """
 
   def __init__(self, workdir, resume_step: int | None = None):
-    import jax   # here, so that a report can read metrics without loading it
+    import jax  # here, so that a report can read metrics without loading it
     self.file = self.board = None
     if jax.process_index(): return
     import tensorboardX
     logging.getLogger('tensorboardX.x2num').setLevel(logging.ERROR)   # NaN is logged on purpose here
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    cut(workdir / 'metrics.jsonl', -1 if resume_step is None else resume_step)
-    self.file = open(workdir / 'metrics.jsonl', 'a', encoding='utf-8')
-    purge = None if resume_step is None else resume_step + 1
-    self.board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=purge, flush_secs=30)
+    start = 0 if resume_step is None else resume_step + 1
+    cut(workdir / 'metrics.jsonl', start)
+    self.file = (workdir / 'metrics.jsonl').open('a', encoding='utf-8')   # noqa: SIM115: `close` closes it
+    # The suffix keeps two starts within a second from sharing, and emptying, one file.
+    self.board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=start, flush_secs=30,
+                                            filename_suffix=f'.{start:010d}')
 
   def scalars(self, step: int, values: dict):
     """One row of metrics.jsonl: {'step': …, name: number …}. NaN and infinities become the strings 'nan', 'inf' and
@@ -89,10 +91,10 @@ def read(path) -> list[dict]:
 
 
 def cut(path: Path, step: int):
-  """Removes rows after `step`, and a torn last line, from a metrics.jsonl: written beside it, then renamed over it."""
+  """Removes rows from `step` on, and a torn last line, from a metrics.jsonl: written beside it, then renamed over it."""
   if not path.is_file(): return
   lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
-  kept = [line for line, row in zip(lines, read(path)) if row['step'] <= step]
+  kept = [line for line, row in zip(lines, read(path)) if row['step'] < step]
   beside = path.with_name(path.name + '.tmp')
   beside.write_text(''.join(line + '\n' for line in kept), encoding='utf-8')
   os.replace(beside, path)

@@ -47,7 +47,8 @@ class Weight(nnx.Module):
 
   def take(self, ids):
     """Rows of an embedding: ids of any shape -> that shape + (D,)."""
-    return self.materialize()[ids]
+    # Gathered over its width first: the partitioner knows no way from a table cut both ways to rows cut by batch.
+    return alphabet.constrain(self.materialize(), 'VD')[ids]
 
 
 class Dense(Weight):

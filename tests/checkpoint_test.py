@@ -139,7 +139,7 @@ def test_the_digest_sees_every_change_of_one_element(dtype):
   seen = {digest(jnp.asarray(array)).tolist()[0]}
   for i in np.ndindex(array.shape):
     changed = array.copy()
-    changed[i] = ~array[i] if dtype == 'bool' else -array[i] if array[i] else 1
+    changed[i] = ~array[i] if dtype == 'bool' else array[i] + 1
     seen.add(digest(jnp.asarray(changed)).tolist()[0])
   assert len(seen) == 9
   assert digest(jnp.asarray(array.T.copy())).tolist()[0] not in seen   # the same numbers in other places
@@ -154,7 +154,8 @@ def test_another_dtype_is_refused_not_cast(checkpoints):
 
 def test_a_refusal_names_the_first_five_differing_paths_in_one_line(checkpoints):
   checkpoints.save(1, {f'a{i}': jnp.zeros(3) for i in range(9)})
-  with pytest.raises(CheckpointError) as refusal: checkpoints.restore({f'b{i}': jax.ShapeDtypeStruct((3,), 'float32') for i in range(2)})
+  wanted = {f'b{i}': jax.ShapeDtypeStruct((3,), 'float32') for i in range(2)}
+  with pytest.raises(CheckpointError) as refusal: checkpoints.restore(wanted)
   text = str(refusal.value)
   assert [f'a{i} is float32(3,) there, absent here' in text for i in range(9)] == [True] * 5 + [False] * 4
   assert text.endswith('and 6 more') and '\n' not in text
@@ -179,7 +180,7 @@ def test_a_non_finite_state_is_refused_and_the_last_finite_one_stays(tmp_path):
 
 def test_a_second_holder_of_a_workdir_is_told_who_has_it(tmp_path):
   with lock(tmp_path):
-    with pytest.raises(ConfigError, match='workdir = .*process') as refusal:
+    with pytest.raises(ConfigError, match=r'workdir = .*process') as refusal:
       with lock(tmp_path): pass
     assert '\n' not in str(refusal.value)
   with lock(tmp_path): pass   # free again, and the file left behind holds nothing

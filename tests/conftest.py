@@ -10,6 +10,7 @@ import pytest
 def mesh():
   """mesh(data, fsdp, expert, tensor): a context in which that mesh over eight devices is in force."""
   import jax
+
   from efficient_lm import axes
   from efficient_lm.parallel.mesh import Mesh
   if jax.device_count() != 8: pytest.skip('needs eight devices: run the tests on CPU')

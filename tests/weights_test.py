@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from efficient_lm.weights import Dense, FakeQuantized, Transposed, absmax_scale, fake_quantize, initial
 

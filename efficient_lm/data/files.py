@@ -13,6 +13,7 @@ _NOT_SOURCE = {'site-packages', 'dist-packages', '__pycache__', 'idle_test', 'te
 
 
 class Document(NamedTuple):
+  """One document of a corpus."""
   name: str  # relative, with '/' on every system: equal on every machine
   content: bytes  # bytes, so that a file in a broken encoding is just another document
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_lm.axes import constrain
-from efficient_lm.models import routing, spec as specs
+from efficient_lm.models import routing
+from efficient_lm.models import spec as specs
 from efficient_lm.models.mlp import FeedForward
 from efficient_lm.parallel.expert import dispatch_experts
 from efficient_lm.weights import initial

@@ -127,7 +127,7 @@ class MoE:
     if self.num_shared < 0: yield 'num_shared', self.num_shared, 'must be 0 or more'
     if self.capacity is not None and self.capacity <= 0:
       yield 'capacity', self.capacity, 'must be positive, or None for dropless'
-    yield from self.router.check_experts(self.num_experts)
+    for field, value, fix in self.router.check_experts(self.num_experts): yield f'router.{field}', value, fix
 
   def build(self, site: Site, *, rngs):
     return moe.MoE(self, site, rngs=rngs)

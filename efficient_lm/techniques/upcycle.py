@@ -27,7 +27,8 @@ class Upcycle:
 
   def check(self):
     if self.num_experts < 1: yield 'num_experts', self.num_experts, 'must be at least 1'
-    else: yield from self.router.check_experts(self.num_experts)
+    else:
+      for field, value, fix in self.router.check_experts(self.num_experts): yield f'router.{field}', value, fix
 
   def __call__(self, learner, key):
     if self.num_experts == 1:

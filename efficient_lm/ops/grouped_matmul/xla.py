@@ -1,6 +1,5 @@
 """The grouped product in plain jnp: rows padded to blocks, one batched product."""
 
-import jax
 import jax.numpy as jnp
 
 

@@ -1,0 +1,65 @@
+"""Specs complain about each wrong field by name, and describe a model completely."""
+import copy
+
+import jax
+import pytest
+from flax import nnx
+
+from efficient_lm.models import routing, spec
+
+GOOD = {
+  spec.Rope: {}, spec.SwiGLU: dict(hidden=8),
+  spec.GroupedQuery: dict(num_heads=4, num_kv_heads=2, head_dim=8),
+  spec.Latent: dict(num_heads=2, query_rank=None, kv_rank=8, nope_dim=4, rope_dim=4, value_dim=4),
+  spec.MoE: dict(num_experts=4, hidden=8),
+  spec.Stack: dict(num_layers=2, attention=None, mlp=None),
+  spec.Transformer: dict(vocab_size=16, dim=8, stacks=(None,)),
+}
+BAD = [
+  (spec.Rope, 'theta', 0.0), (spec.Rope, 'layout', 'whole'),
+  (spec.GroupedQuery, 'num_heads', 0), (spec.GroupedQuery, 'num_kv_heads', 3), (spec.GroupedQuery, 'num_kv_heads', 0),
+  (spec.GroupedQuery, 'head_dim', 7), (spec.GroupedQuery, 'qk_norm', 'D'), (spec.GroupedQuery, 'window', 0),
+  (spec.Latent, 'query_rank', 0), (spec.Latent, 'kv_rank', 0), (spec.Latent, 'rope_dim', 3),
+  (spec.Latent, 'value_dim', -1), (spec.SwiGLU, 'hidden', 0),
+  (spec.MoE, 'num_experts', 0), (spec.MoE, 'num_shared', -1), (spec.MoE, 'capacity', 0.0),
+  (spec.Stack, 'num_layers', 0), (spec.Stack, 'unroll', 0), (spec.Stack, 'remat', 'some'),
+  (spec.Transformer, 'vocab_size', 0), (spec.Transformer, 'stacks', ()), (spec.Transformer, 'norm_eps', 0.0),
+  (spec.Transformer, 'dtype', 'int8'),
+]
+
+
+@pytest.mark.parametrize('kind', GOOD)
+def test_a_good_spec_has_no_complaints(kind):
+  assert list(kind(**GOOD[kind]).check()) == []
+
+
+@pytest.mark.parametrize('kind, field, value', BAD)
+def test_a_wrong_field_is_named_with_its_value_and_a_remedy(kind, field, value):
+  complaints = list(kind(**{**GOOD[kind], field: value}).check())
+  assert [(name, found) for name, found, _ in complaints if name == field] == [(field, value)]
+  assert all(fix.startswith(('must be', 'must divide')) for name, _, fix in complaints if name == field)
+
+
+def moe_model(**changes):
+  attention = spec.GroupedQuery(num_heads=2, num_kv_heads=1, head_dim=4)
+  mixture = spec.MoE(num_experts=4, hidden=8, balance=(routing.LossFreeBias(), routing.LoadBalance()))
+  return spec.Transformer(vocab_size=16, dim=8, stacks=(spec.Stack(num_layers=1, attention=attention, mlp=mixture),))
+
+
+def abstract(described):
+  return jax.eval_shape(lambda: described.build(rngs=nnx.Rngs(0)))
+
+
+def test_equal_specs_build_models_of_equal_structure():
+  """Static parts compare by value, so two such models share one compiled function."""
+  assert jax.tree.structure(abstract(moe_model())) == jax.tree.structure(abstract(moe_model()))
+
+
+def test_a_model_does_not_change_with_the_spec_that_it_was_built_from():
+  described = moe_model()
+  model = abstract(described)
+  before = copy.deepcopy(jax.tree.structure(abstract(moe_model())))
+  mixture = described.stacks[0].mlp
+  mixture.router.top_k, mixture.balance[1].weight, mixture.dispatch.transport = 3, 7.0, 'a2a'
+  assert jax.tree.structure(model) == before
+  assert jax.tree.structure(abstract(described)) != before

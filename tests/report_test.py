@@ -1,0 +1,121 @@
+"""A report comes out of whatever a run has written, loads nothing from elsewhere, and treats text as text."""
+import json
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+from efficient_lm import report
+from efficient_lm.ledger import Ledger, Origin, Quality, Row, Size
+from efficient_lm.tracking import Tracker
+
+
+def make_run(folder, bits=1.5, nbytes=100):
+  tracker = Tracker(folder)
+  for step in range(1, 300):
+    tracker.scalars(step, {'loss': np.nan if step == 50 else 3 + 1 / step, 'grad_norm': 1.0,
+                           'moe/load': np.ones((2, 4)).tolist()})
+    if step % 100 == 0: tracker.scalars(step, {'eval/bits_per_byte': bits + 1 / step})
+  tracker.close()
+  for stage, share in (('train', 1), ('quantize', 4)):
+    Ledger(folder).add(Row(
+      stage=stage, quality=Quality(bits_per_byte=bits + share / 100, yardsticks={'xz': 2.0, 'order-3': 1.75}),
+      size=Size(parameters=100, active_parameters=50, bytes_in_memory=nbytes // share, flops_per_token=2.0 * nbytes),
+      origin=Origin(hardware='a <fast> machine', seed=0)))
+  (folder / 'samples').mkdir()
+  (folder / 'samples' / '00000299.txt').write_text('if a <\n----\n b: <script>alert(1)</script>')
+  (folder / 'config.json').write_text(json.dumps({'train': {'steps': 300}, 'note': '</pre>'}))
+  return folder
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('runs')
+  return [make_run(folder / 'moe'), make_run(folder / 'dense', 1.6, 400)]
+
+
+@pytest.fixture(scope='module')
+def page(runs):
+  return report.write_report(runs[0]).read_text()
+
+
+def test_the_page_shows_quality_yardsticks_cost_load_sample_and_config(page, runs):
+  for part in ('bits per byte', 'xz 2.000', 'order-3 1.750', 'training loss', 'held-out text', 'quantize', 'Expert load',
+               'Sample', 'Configuration', 'a &lt;fast&gt; machine', 'not finite'):
+    assert part in page, part
+  assert (runs[0] / 'report.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_page_loads_nothing_from_anywhere(page):
+  assert not re.search(r'(src|href)="(?!#|data:)', page) and '@import' not in page and '<link' not in page
+
+
+def test_what_a_model_or_a_config_writes_stays_text(page):
+  assert '<script' not in page and '&lt;script&gt;' in page and '&lt;/pre&gt;' in page
+
+
+def test_the_pictures_are_well_formed(page):
+  pictures = re.findall(r'<svg.*?</svg>', page, re.DOTALL)
+  assert len(pictures) >= 3
+  for picture in pictures: xml.etree.ElementTree.fromstring(picture)
+
+
+def test_several_runs_share_their_pictures_and_name_their_rows(runs, tmp_path):
+  page = report.write([report.load(run) for run in runs], tmp_path / 'out').read_text()
+  for part in ('moe / quantize', 'dense / train', 'quality against bytes in memory', 'Sample: dense'): assert part in page
+
+
+@pytest.mark.parametrize('left', [['config.json'], ['metrics.jsonl'], ['ledger.json'], ['samples', 'config.json']])
+def test_a_report_makes_do_with_what_there_is(tmp_path, left):
+  run = make_run(tmp_path / 'run')
+  for name in ('config.json', 'metrics.jsonl', 'ledger.json', 'samples'):
+    if name not in left: (run / name).rename(tmp_path / name)
+  assert '<h1>run</h1>' in report.write_report(run).read_text()
+
+
+@pytest.mark.parametrize('values', [[], [np.nan], [1.0], [np.nan] * 60, [2.0] * 60, [np.inf, 1.0, 2.0]])
+def test_no_curve_is_too_odd_to_draw(tmp_path, values):
+  tracker = Tracker(tmp_path)
+  for step, value in enumerate(values):
+    tracker.scalars(step, {'loss': value, 'eval/bits_per_byte': value, 'grad_norm': value})
+  tracker.close()
+  assert '<h1>' in report.write_report(tmp_path).read_text()
+
+
+def command(*arguments):
+  start = time.perf_counter()
+  done = subprocess.run([sys.executable, '-m', 'efficient_lm.report', *map(str, arguments)], capture_output=True, text=True)
+  return done, time.perf_counter() - start
+
+
+def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path, runs):
+  for folder in (tmp_path, tmp_path / 'missing'):
+    done, _ = command(runs[0], folder, '--out', tmp_path / 'out')
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and str(folder) in done.stderr
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_damaged_config_or_ledger_is_one_line(tmp_path):
+  for name in ('config.json', 'ledger.json'):
+    (tmp_path / name).write_text('{"torn')
+    done, _ = command(tmp_path)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    (tmp_path / name).unlink()
+
+
+def test_the_command_prints_the_table_and_the_path(runs, tmp_path):
+  done, _ = command(*runs, '--out', tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert 'bits/byte' in done.stdout and done.stdout.rstrip().endswith(str(tmp_path / 'report.html'))
+
+
+def test_help_loads_nothing_heavy():
+  program = ('import sys, efficient_lm.report\n'
+             'print(sorted({"jax", "flax", "numpy", "matplotlib", "rich"} & set(sys.modules)))')
+  assert subprocess.run([sys.executable, '-c', program], capture_output=True, text=True).stdout == '[]\n'
+  done, seconds = command('--help')
+  assert done.returncode == 0 and 'report.html' in done.stdout and seconds < 3   # 0.1 s on an idle machine

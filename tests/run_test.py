@@ -1,0 +1,122 @@
+"""A whole run on text of known entropy: what it writes, that it resumes, that others can read it."""
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from efficient_lm import evaluate, experiment, generate, ledger, run
+from efficient_lm.commands import exit_code
+from efficient_lm.errors import CheckpointError
+
+
+@dataclasses.dataclass
+class Halved:
+  """A stage that halves every number of the model."""
+
+  def __call__(self, model, key): return jax.tree.map(lambda a: a / 2, model)
+
+
+def rows(workdir, kind='loss'):
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return {row['step']: row[kind] for row in lines if kind in row}
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """A finished run of two steps more than its first half, taken up in the middle by the same call."""
+  folder = tmp_path_factory.mktemp('run')
+  for steps in (12, 24):
+    config, default = experiment.load('tests/minute.py', [f'--config.train.steps={steps}', '--config.mesh.data=1',
+                                                          '--config.mesh.fsdp=2', '--config.mesh.expert=2',
+                                                          '--config.mesh.tensor=2'])
+    run.run(config, default, folder)
+  return folder
+
+
+def test_a_run_writes_what_is_promised(workdir):
+  for name in ('config.json', 'metrics.jsonl', 'ledger.json', 'report.html', 'tokenizer.json', 'checkpoints/24'):
+    assert (workdir / name).exists(), name
+  assert sorted(path.stem for path in (workdir / 'samples').iterdir()) == ['00000012', '00000024']
+  assert list((workdir / 'tensorboard').rglob('events*'))
+
+
+def test_every_step_is_logged_once_with_what_the_experts_did(workdir):
+  assert list(rows(workdir)) == list(range(1, 25))
+  for load in rows(workdir, 'load').values():
+    assert np.shape(load) == (2, 4)
+    np.testing.assert_allclose(np.mean(load, -1), 1, atol=1e-3)   # rounded to four digits in the file
+  for name in ('moe/max_violation', 'moe/router_entropy', 'moe/dropped_share', 'grad_norm', 'skipped'):
+    assert len(rows(workdir, name)) == 24
+
+
+def test_no_loss_on_held_out_text_is_below_its_entropy(workdir):
+  config = experiment.read(str(workdir))
+  floor = config.data.source.entropy_nats_per_token / math.log(2)
+  measured = rows(workdir, 'eval/bits_per_byte')
+  # 2048 symbols are evaluated; the mean of their surprise strays from the entropy by far less than 0.05 bits.
+  assert measured and all(bits > floor - 0.05 for bits in measured.values())
+  assert measured[24] < measured[12] < math.log2(8) + 0.5
+
+
+def test_the_ledger_has_one_row_with_the_quality_and_its_costs(workdir):
+  row, = ledger.read(workdir / 'ledger.json')
+  assert row.stage == 'train'
+  assert row.quality.bits_per_byte == rows(workdir, 'eval/bits_per_byte')[24]
+  assert row.size.active_parameters < row.size.parameters
+  assert row.size.bytes_on_disk > 0 and row.speed.latency_seconds > 0 and row.origin.hardware
+
+
+def test_a_model_loads_on_one_device_and_evaluates_as_it_did_on_the_mesh(workdir, capsys):
+  assert exit_code(evaluate.main, ['evaluate', f'--run={workdir}']) == 0
+  bits = float(capsys.readouterr().out.split()[0])
+  assert bits == pytest.approx(rows(workdir, 'eval/bits_per_byte')[24], abs=2e-4)   # printed with four digits
+
+
+def test_generate_streams_the_same_text_for_the_same_seed(workdir, capsys):
+  texts = []
+  for seed in (1, 1, 2):
+    words = ['generate', f'--run={workdir}', '--prompt=abc', '--tokens=20', f'--seed={seed}']
+    assert exit_code(generate.main, words) == 0
+    texts.append(capsys.readouterr().out.strip())
+  assert texts[0] == texts[1] != texts[2]
+  assert all(text.startswith('abc') and len(text) == 23 for text in texts)
+
+
+@pytest.mark.parametrize('words, said', [
+  (['--tokens=0'], '--tokens = 0'), (['--temperature=-1'], '--temperature = -1'), (['--top_p=0'], '--top_p = 0'),
+  (['--top_k=0'], '--top_k = 0'), (['--prompt='], "--prompt = ''"), (['--run=/nowhere'], '/nowhere'),
+])
+def test_generate_refuses_in_one_line(workdir, capsys, words, said):
+  assert exit_code(generate.main, ['generate', f'--run={workdir}', '--prompt=abc', '--tokens=4', '--temperature=1',
+                                   '--seed=0', *words]) == 2
+  error = capsys.readouterr().err.strip()
+  assert said in error and '\n' not in error
+  for name in ('top_k', 'top_p'): generate.FLAGS[name].value = None
+
+
+def test_show_prints_whole_characters_and_keeps_the_rest(capsys):
+  euro = '€'.encode()
+  assert generate.show(b'a' + euro[:2]) == euro[:2]
+  assert generate.show(euro) == b''
+  assert capsys.readouterr().out == 'a€'
+
+
+def test_evaluate_refuses_a_missing_text(workdir, capsys):
+  assert exit_code(evaluate.main, ['evaluate', f'--run={workdir}', '--text=/nowhere']) == 2
+  assert '--text' in capsys.readouterr().err
+  evaluate.FLAGS['text'].value = None
+
+
+def test_a_run_without_checkpoint_says_so(workdir, tmp_path):
+  (tmp_path / 'config.json').write_text((workdir / 'config.json').read_text())
+  with pytest.raises(CheckpointError, match='no checkpoint'): run.load_model(tmp_path)
+
+
+def test_a_stage_gets_its_own_row(tmp_path):
+  config, default = experiment.load('tests/minute.py:dense', ['--config.train.steps=2', '--config.train.eval_every=2'])
+  config.stages = (Halved(),)
+  run.run(config, default, tmp_path)
+  assert [row.stage for row in ledger.read(tmp_path / 'ledger.json')] == ['train', '1 Halved']
