@@ -71,8 +71,10 @@ def draw_loss(plot, curves: dict[str, tuple]):
     if bad.any(): plot.plot(steps[bad], np.full(bad.sum(), 0.98), 'x', color='#c00000',
                             transform=plot.get_xaxis_transform(), label=f'{name}: not finite')
     seen = values[np.isfinite(values)]
-    if seen.size: lows.append(seen.min()), highs.append(np.quantile(seen, 0.98))
-  if lows and max(highs) > min(lows): plot.set_ylim(min(lows) - 0.05 * (max(highs) - min(lows)), max(highs))
+    if seen.size: lows.append(seen.min()), highs.append(np.quantile(seen, 0.98 if seen.size > 50 else 1))
+  if lows and max(highs) > min(lows):
+    margin = 0.05 * (max(highs) - min(lows))
+    plot.set_ylim(min(lows) - margin, max(highs) + margin)
   plot.set(title='training loss', xlabel='step', ylabel='nats per token')
   _legend(plot, len(curves) > 1)
 

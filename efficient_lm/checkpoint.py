@@ -262,9 +262,9 @@ def _compare(saved: dict, wanted: dict, folder: Path):
   wanted = {name: f'{leaf.dtype}{tuple(leaf.shape)}' for name, leaf in wanted.items()}
   differ = sorted(name for name in saved | wanted if saved.get(name) != wanted.get(name))
   if not differ: return
-  listed = '; '.join(f'{name} is {saved.get(name, "absent")} there, {wanted.get(name, "absent")} here' for name in differ[:5])
-  more = f'; and {len(differ) - 5} more' if len(differ) > 5 else ''
-  raise CheckpointError(f'{folder} holds another state: {listed}{more}')
+  said = [f'{name} is {saved.get(name, "absent")} there, {wanted.get(name, "absent")} here' for name in differ]
+  more = [f'and {len(said) - 5} more'] if len(said) > 5 else []
+  raise CheckpointError(f'{folder} holds another state: {"; ".join(said[:5] + more)}')
 
 
 @contextlib.contextmanager

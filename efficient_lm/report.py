@@ -26,8 +26,8 @@ COSTS = {
   'bytes in memory': lambda row: row.size.bytes_in_memory,
 }
 # Shown small, in this order, when logged; the rest stays in metrics.jsonl and TensorBoard.
-SERIES = ('learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'moe/max_violation', 'moe/dead_experts',
-          'moe/router_entropy', 'moe/dropped_share', 'kl', 'sparsity', 'skipped')
+SERIES = ('learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'load_balance', 'router_z', 'moe/max_violation',
+          'moe/dead_experts', 'moe/router_entropy', 'moe/dropped_share', 'teacher_kl', 'skipped')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Run:
   @property
   def load_LE(self):
     """The expert load last logged, or None."""
-    return next((row['moe/load'] for row in reversed(self.metrics) if row.get('moe/load')), None)
+    return next((row['load'] for row in reversed(self.metrics) if row.get('load')), None)
 
 
 def load(folder) -> Run:
@@ -101,7 +101,8 @@ def _drawings(runs: list[Run]) -> list:
   for label, cost in COSTS.items():
     points = [(name, cost(row), row.quality.bits_per_byte) for name, row in labelled(runs).items()
               if cost(row) and row.quality.bits_per_byte is not None]
-    if len({cost for _, cost, _ in points}) > 1: drawings.append(lambda plot, points=points, label=label: charts.draw_pareto(plot, points, label))
+    if len({cost for _, cost, _ in points}) > 1:
+      drawings.append(lambda plot, points=points, label=label: charts.draw_pareto(plot, points, label))
   return drawings
 
 
@@ -115,7 +116,7 @@ def page(runs: list[Run]) -> str:
     suffix = f': {run.name}' if len(runs) > 1 else ''
     if run.load_LE: sections.append(_section(f'Expert load{suffix}', _image(tracking.load_heatmap(run.load_LE))))
     if len(runs) == 1: sections.append(_section('Along the way', _small(run)))
-    sections.append(_section(f'Sample{suffix}', _sample(run.sample)))
+    sections.append(_section(f'Sample{suffix}', f'<pre>{html.escape(run.sample)}</pre>' * bool(run.sample.strip())))
     if run.config:
       text = html.escape(json.dumps(run.config, indent=2, ensure_ascii=False))
       sections.append(f'<details><summary>Configuration{html.escape(suffix)}</summary><pre>{text}</pre></details>')
@@ -160,9 +161,8 @@ def _cost_table(rows: dict[str, ledger.Row]) -> str:
   differing = {name: values for name, values in said.items() if len(set(values)) > 1}
   head = ''.join(f'<th>{html.escape(heading)}</th>' for heading in ['', *headings, *differing])
   lines = []
-  for i, (label, row) in enumerate(rows.items()):
-    notes = f'<small>{html.escape(", ".join(row.notes))}</small>' if row.notes else ''
-    lines.append(f'<tr><th>{html.escape(label)}{notes}</th>'
+  for i, label in enumerate(rows):
+    lines.append(f'<tr><th>{html.escape(label)}</th>'
                  + ''.join(f'<td>{html.escape(text)}</td>' for text in texts[i])
                  + ''.join(f'<td class="text">{html.escape(values[i])}</td>' for values in differing.values()) + '</tr>')
   origin = next(iter(rows.values())).origin
@@ -170,8 +170,9 @@ def _cost_table(rows: dict[str, ledger.Row]) -> str:
           *(f'{name} {version}' for name, version in origin.versions.items()),
           *([f'corpus {origin.corpus_hash[:12]}'] if origin.corpus_hash else []),
           *([f'seed {origin.seed}'] if origin.seed is not None else [])]
+  notes = dict.fromkeys(note for row in rows.values() for note in row.notes)   # each once, in order
   return (f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
-          f'<p class="note">{html.escape(" · ".join(made))}</p>')
+          + ''.join(f'<p class="note">{html.escape(note)}</p>' for note in [*notes, ' · '.join(made)]))
 
 
 def _small(run: Run) -> str:
@@ -179,13 +180,6 @@ def _small(run: Run) -> str:
   curves = {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
   draw = lambda name, curve: charts.svg(lambda plot: charts.draw_series(plot, name, *curve), 2.6, 1.6)
   return _grid('small', [f'<figure>{draw(name, curve)}</figure>' for name, curve in curves.items()])
-
-
-def _sample(text: str) -> str:
-  """A sample file holds the prompt, a line of dashes and what the model wrote."""
-  prompt, dashes, drawn = text.partition('\n----\n')
-  if not dashes: prompt, drawn = '', text
-  return f'<pre><span class="prompt">{html.escape(prompt)}</span>{html.escape(drawn)}</pre>' if text.strip() else ''
 
 
 def _image(image_HWC) -> str:
@@ -202,28 +196,30 @@ PAGE = '''<!doctype html>
 body { margin: 2rem auto; max-width: 1120px; padding: 0 1.5rem; color: #1d2127; background: #fff;
   font: 15px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.5rem; margin: 0 0 1.2rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .7rem; }
-small, .note { color: #667; font-size: .8rem; } small { display: block; font-weight: normal; }
+.note { margin: .5rem 0; } small, .note { color: #667; font-size: .8rem; } small { display: block; font-weight: normal; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: .8rem; }
 .cards div { background: #f5f7f9; border-radius: 8px; padding: .7rem .9rem; } .cards b { font-size: 1.35rem; }
 figure { margin: 0; } svg, img { width: 100%; height: auto; display: block; } img { width: auto; max-width: 100%; }
 svg text { font-family: system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif !important; }
-.wide { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 1rem; }
+.wide { display: grid; grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); gap: 1rem; }
 .small { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: .8rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .5rem; font-size: .87rem; text-align: right; border-bottom: 1px solid #e8eaed; white-space: nowrap; }
+th, td { padding: .35rem .5rem; font-size: .87rem; text-align: right; border-bottom: 1px solid #e8eaed;
+  white-space: nowrap; }
 th { font-weight: 600; } tr:first-child th { color: #667; font-size: .8rem; } th:first-child, .text { text-align: left; }
 .text { color: #667; font-size: .8rem; }
 pre { background: #f5f7f9; border-radius: 8px; padding: .9rem; overflow-x: auto; white-space: pre-wrap;
   font: 13px/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-.prompt { color: #0072B2; } details { margin-top: 2.2rem; } summary { cursor: pointer; font-weight: 600; }
+details { margin-top: 2.2rem; } summary { cursor: pointer; font-weight: 600; }
 </style></head><body><h1>{title}</h1>{body}</body></html>
 '''
 
 
 def main(arguments: list[str] | None = None) -> int:
   """Returns the exit code."""
-  parser = argparse.ArgumentParser(prog='python -m efficient_lm.report', description=(
-    'Shows the ledger of one or more runs and writes report.html and report.png.'))
+  parser = argparse.ArgumentParser(
+    prog='python -m efficient_lm.report',
+    description='Shows the ledger of one or more runs and writes report.html and report.png.')
   parser.add_argument('run', nargs='+', help='workdir of a run')
   parser.add_argument('--out', help='folder for the report (default: the run\'s own; for several runs, this folder)')
   options = parser.parse_args(arguments)

@@ -27,7 +27,7 @@ class Tracker:
     workdir.mkdir(parents=True, exist_ok=True)
     start = 0 if resume_step is None else resume_step + 1
     cut(workdir / 'metrics.jsonl', start)
-    self.file = (workdir / 'metrics.jsonl').open('a', encoding='utf-8')   # noqa: SIM115: `close` closes it
+    self.file = (workdir / 'metrics.jsonl').open('a', encoding='utf-8')
     # The suffix keeps two starts within a second from sharing, and emptying, one file.
     self.board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=start, flush_secs=30,
                                             filename_suffix=f'.{start:010d}')

@@ -18,7 +18,7 @@ def make_run(folder, bits=1.5, nbytes=100):
   tracker = Tracker(folder)
   for step in range(1, 300):
     tracker.scalars(step, {'loss': np.nan if step == 50 else 3 + 1 / step, 'grad_norm': 1.0,
-                           'moe/load': np.ones((2, 4)).tolist()})
+                           'load': np.ones((2, 4)).tolist()})
     if step % 100 == 0: tracker.scalars(step, {'eval/bits_per_byte': bits + 1 / step})
   tracker.close()
   for stage, share in (('train', 1), ('quantize', 4)):
@@ -27,7 +27,7 @@ def make_run(folder, bits=1.5, nbytes=100):
       size=Size(parameters=100, active_parameters=50, bytes_in_memory=nbytes // share, flops_per_token=2.0 * nbytes),
       origin=Origin(hardware='a <fast> machine', seed=0)))
   (folder / 'samples').mkdir()
-  (folder / 'samples' / '00000299.txt').write_text('if a <\n----\n b: <script>alert(1)</script>')
+  (folder / 'samples' / '00000299.txt').write_text('if a < b: <script>alert(1)</script>')
   (folder / 'config.json').write_text(json.dumps({'train': {'steps': 300}, 'note': '</pre>'}))
   return folder
 

@@ -23,14 +23,14 @@ def board(folder):
 def test_every_line_is_json_even_when_numbers_are_not(tmp_path):
   tracker = Tracker(tmp_path)
   tracker.scalars(1, {'loss': float('nan'), 'norm': np.float32('inf'), 'low': -np.inf, 'tokens': np.int64(7)})
-  tracker.scalars(2, {'loss': jax.numpy.float32(0.5), 'moe/load': np.array([[1.0, np.nan]])})
+  tracker.scalars(2, {'loss': jax.numpy.float32(0.5), 'load': np.array([[1.0, np.nan]])})
   tracker.close()
   strict = lambda constant: pytest.fail(f'{constant} is not JSON')
   first, second = [json.loads(line, parse_constant=strict) for line in (tmp_path / 'metrics.jsonl').open()]
   assert first == {'step': 1, 'loss': 'nan', 'norm': 'inf', 'low': '-inf', 'tokens': 7}
-  assert second == {'step': 2, 'loss': 0.5, 'moe/load': [[1.0, 'nan']]}
+  assert second == {'step': 2, 'loss': 0.5, 'load': [[1.0, 'nan']]}
   rows = read(tmp_path / 'metrics.jsonl')
-  assert np.isnan(rows[0]['loss']) and rows[0]['norm'] == np.inf and np.isnan(rows[1]['moe/load'][0][1])
+  assert np.isnan(rows[0]['loss']) and rows[0]['norm'] == np.inf and np.isnan(rows[1]['load'][0][1])
 
 
 def test_a_resume_cuts_what_will_be_done_again(tmp_path):

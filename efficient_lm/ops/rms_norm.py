@@ -1,5 +1,4 @@
 """Root-mean-square normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467, equation 4)."""
-
 import jax
 import jax.numpy as jnp
 

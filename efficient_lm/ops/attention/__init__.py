@@ -1,5 +1,4 @@
 """Causal attention with grouped key-value heads, sliding windows, packed documents and a cache offset."""
-
 import jax
 
 from efficient_lm.ops import dispatch
@@ -7,24 +6,36 @@ from efficient_lm.ops.attention import reference, xla
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window: int | None = None,
-              scale: float | None = None, implementation: str = 'auto') -> jax.Array:
-  """o_BTNH = softmax(scale * q k^T + mask) v, softmax in float32. Differentiable in q, k and v.
+              scale: float | None = None, implementation: str = 'auto'):
+  """o_BTNH = softmax(scale * q k^T) v over the visible keys, softmax in float32. Differentiable in q, k and v.
 
-  Query t is the token at key index start + t. Key s is visible iff s <= start + t; and start + t - s < window, when a
+  Query t is the token at key index start + t. It sees key s iff s <= start + t; and start + t - s < window, when a
   window is given; and segments_BS[b, s] == segments_BS[b, start + t], when segments are given.
 
   Args:
-    q_BTNH: queries; N = K * G heads, those of key-value head k are k * G ... k * G + G - 1.
-    k_BSKH: keys. Training has S = T; decoding has a cache of S slots, of which those past start + T are never seen.
-    v_BSKH: values; their head dim may differ from that of queries and keys, and is the head dim of the result.
-    start: key index of the first query; an int, or a traced int32 scalar.
+    q_BTNH: queries; of the N = K * G heads, k * G … k * G + G - 1 read key-value head k.
+    k_BSKH: keys. Training has S = T; decoding has a cache of S slots, and those past start + T are never seen.
+    v_BSKH: values; their head dim may differ from that of queries and keys, and is that of the result.
+    start: key index of the first query: an int, or a traced int32 scalar; start + T <= S.
     segments_BS: int32 document ids, for packed sequences.
-    window: how many keys a query sees at most, itself included.
-    scale: of the scores; default H ** -0.5.
-    implementation: 'auto', 'reference' or 'xla'.
+    window: the number of keys a query sees at most, itself included.
+    scale: of the scores; H ** -0.5 by default.
+    implementation: 'auto', 'reference', 'xla', or 'jax' for jax.nn.dot_product_attention.
   """
-  run = dispatch.choose('attention', _IMPLEMENTATIONS, implementation, {'': 'xla'})
+  (T, N, H), (S, K) = q_BTNH.shape[1:], k_BSKH.shape[1:3]
+  if N % K or T > S:
+    raise ValueError(f'attention of {N} query heads on {K} key heads, {T} queries on {S} keys: '
+                     'heads must divide, and every query needs its own key')
+  run = dispatch.choose('attention', IMPLEMENTATIONS, implementation, {'': 'xla'})
+  scale = H ** -0.5 if scale is None else scale
   return run(q_BTNH, k_BSKH, v_BSKH, start=start, segments_BS=segments_BS, window=window, scale=scale)
 
 
-_IMPLEMENTATIONS = {'reference': reference.attention, 'xla': xla.attention}
+def _jax(q_BTNH, k_BSKH, v_BSKH, *, start, segments_BS, window, scale):
+  if v_BSKH.shape[-1] != k_BSKH.shape[-1]:
+    raise NotImplementedError("attention implementation 'jax' needs values and keys of the same head dim")
+  mask_BTS = reference.visible(q_BTNH.shape[1], k_BSKH.shape[1], start, segments_BS, window)
+  return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale)
+
+
+IMPLEMENTATIONS = {'reference': reference.attention, 'xla': xla.attention, 'jax': _jax}

@@ -1,5 +1,4 @@
 """The grouped product as its equation, one group at a time: E times the work of an implementation."""
-
 import jax.numpy as jnp
 
 

@@ -1,25 +1,22 @@
 """Cross-entropy of a linear layer's logits, without keeping the logits."""
-
-import jax
-
 from efficient_lm.ops import dispatch
 from efficient_lm.ops.linear_cross_entropy import reference, xla
 
 
-def linear_cross_entropy(hidden_BTD, head_DV, labels_BT, *, implementation: str = 'auto') -> tuple[jax.Array, jax.Array]:
+def linear_cross_entropy(hidden_BTD, head_DV, labels_BT, *, implementation: str = 'auto'):
   """Negative log-likelihood of each label, and the log of its normaliser. Differentiable in hidden and head.
 
   Args:
     hidden_BTD: what the last layer reads.
-    head_DV: its weight.
-    labels_BT: int32 in [0, V). Mask unwanted tokens in the result, not here.
+    head_DV: its weight, in the dtype of hidden.
+    labels_BT: int32 in [0, V). Tokens that do not count are masked in the result.
     implementation: 'auto', 'reference' or 'xla'.
 
   Returns:
-    nll_BT = logsumexp_BT - logits[label] and logsumexp_BT, in nats, float32.
+    nll_BT = logsumexp_BT - logits[label], and logsumexp_BT: nats, float32.
   """
-  run = dispatch.choose('linear_cross_entropy', _IMPLEMENTATIONS, implementation, {'': 'xla'})
+  run = dispatch.choose('linear_cross_entropy', IMPLEMENTATIONS, implementation, {'': 'xla'})
   return run(hidden_BTD, head_DV, labels_BT)
 
 
-_IMPLEMENTATIONS = {'reference': reference.linear_cross_entropy, 'xla': xla.linear_cross_entropy}
+IMPLEMENTATIONS = {'reference': reference.linear_cross_entropy, 'xla': xla.linear_cross_entropy}

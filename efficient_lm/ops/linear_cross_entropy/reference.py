@@ -1,5 +1,4 @@
 """The loss of a language model's last layer as its equation: all logits are built."""
-
 import jax
 import jax.numpy as jnp
 

@@ -1,0 +1,127 @@
+"""Cases that run a whole model, ours against PyTorch: the training step of a dense model and of a mixture, and decoding."""
+import importlib.util
+
+import jax
+import numpy as np
+
+from efficient_lm import decode, measure
+from efficient_lm.benches.result import OURS, Case, Disagreement, same
+from efficient_lm.data.packing import Rows
+from efficient_lm.lazy import lazy
+from efficient_lm.learner import assemble, initial_state, new_model
+from efficient_lm.models import spec as specs
+from efficient_lm.optim import AdamW, WarmupCosine
+from efficient_lm.train import compiled_step
+
+torch_models = lazy('efficient_lm.benches.torch_models')   # PyTorch is needed for baselines only
+
+STEPS = 1_000      # of the schedule; more than are timed
+COMPARED = 4       # steps whose losses must agree: the first has learning rate 0, the last ones show the optimizer
+TOLERANCE = {'float32': 1e-4, 'bfloat16': 2e-2}   # of a loss, relative
+
+
+def installed() -> bool:
+  """Whether the baselines are there, with PyTorch on the kind of device that JAX computes on."""
+  if not all(map(importlib.util.find_spec, ('torch', 'transformers'))): return False
+  return jax.default_backend() == ('gpu' if torch_models.device().type == 'cuda' else 'cpu')
+
+
+def dtype() -> str:
+  """What models compute in, here."""
+  return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+
+
+def ten_million(mlp=None, num_kv_heads: int = 6) -> specs.Transformer:
+  """Six layers of width 384 over bytes: 11 million parameters with the dense `mlp` of the default."""
+  attention = specs.GroupedQuery(num_heads=6, num_kv_heads=num_kv_heads, head_dim=64)
+  stack = specs.Stack(num_layers=6, attention=attention, mlp=mlp or specs.SwiGLU(hidden=1024), unroll=6)
+  return specs.Transformer(vocab_size=320, dim=384, stacks=(stack,), dtype=dtype())
+
+
+def little(mlp=None, num_kv_heads: int = 2) -> specs.Transformer:
+  """Two layers of width 64: to see that everything runs."""
+  attention = specs.GroupedQuery(num_heads=4, num_kv_heads=num_kv_heads, head_dim=16)
+  stack = specs.Stack(num_layers=2, attention=attention, mlp=mlp or specs.SwiGLU(hidden=128), unroll=2)
+  return specs.Transformer(vocab_size=320, dim=64, stacks=(stack,), dtype=dtype())
+
+
+def mixture(num_experts: int, hidden: int) -> specs.MoE:
+  """Two of `num_experts` a token and no balancing loss, which the baseline's experts would not compute alike."""
+  router = specs.routing.SoftmaxTopK(top_k=2)
+  return specs.MoE(num_experts=num_experts, hidden=hidden, router=router, balance=())
+
+
+def random_batch(spec: specs.Transformer, batch_size: int, length: int, document: int | None = None, seed: int = 0):
+  """A batch as the trainer reads it, of random tokens. Each row is one document; or documents of random lengths, about
+  `document` tokens, were packed."""
+  rng, size = np.random.default_rng(seed), batch_size * length
+  starts = np.arange(0, size, length)
+  if document is not None: starts = np.unique(np.append(0, rng.integers(0, size, size // document)))
+  tokens = rng.integers(0, spec.vocab_size, size + 1)
+  return Rows(tokens, starts, np.ones(spec.vocab_size, np.int32), length)[np.arange(batch_size)]
+
+
+def our_trainer(model, optimizer: AdamW, batch):
+  """A call that takes one step of the trainer, guard included, and returns the loss before it."""
+  learner = assemble(model, optimizer.build(STEPS), (), jax.random.key(0))
+  step, state, batch = compiled_step(learner), initial_state(learner), jax.device_put(batch)
+  def call() -> float:
+    nonlocal state
+    state, metrics = jax.block_until_ready(step(state, learner.loss, batch))
+    return metrics['loss'].item()
+  return call
+
+
+def train_step(spec: specs.Transformer, batch, target: float | None = None) -> Case:
+  """One optimizer step: AdamW, clipping, warm-up and cosine; PyTorch eager with either of its quick AdamWs. A mixture is
+  compared with Mixtral of transformers, its experts in a loop or by grouped products ('batched_mm' is left out: it
+  copies a matrix for every token)."""
+  model = new_model(spec, jax.random.key(0))
+  optimizer = AdamW(schedule=WarmupCosine(peak=1e-3, warmup=2))
+  candidates = {OURS: our_trainer(model, optimizer, batch)}
+  if installed():
+    rates = np.asarray(jax.vmap(optimizer.schedule.build(STEPS))(np.arange(STEPS))).tolist()
+    train = lambda theirs, logits, fused=True: torch_models.trainer(theirs, logits, batch, optimizer, rates, fused=fused)
+    if isinstance(spec.stacks[0].mlp, specs.MoE):
+      for experts in ('eager', 'grouped_mm'):
+        theirs = torch_models.hugging_face(model, spec, experts)
+        candidates[f'transformers Mixtral, {experts} experts'] = train(
+          theirs, lambda tokens, theirs=theirs: theirs(input_ids=tokens, use_cache=False).logits)
+    else:
+      for fused in (True, False):
+        theirs = torch_models.decoder(model, spec, batch)
+        candidates[f'PyTorch eager, {"fused" if fused else "foreach"} AdamW'] = train(theirs, theirs, fused)
+  losses = {name: [call() for _ in range(COMPARED)] for name, call in candidates.items()}
+  tokens = batch['inputs_BT'].size
+  return Case(candidates=candidates, tokens=tokens, target=target,
+              flops=tokens * measure.flops_per_token(model, batch['inputs_BT'].shape[1]).training,
+              agreement=_agreement(losses, TOLERANCE[spec.dtype]))
+
+
+def _agreement(losses: dict[str, list[float]], tolerance: float) -> str:
+  """The statement of `same` about the baseline that is furthest off; '' without baselines."""
+  ours = losses[OURS]
+  return max((same(f'losses of {COMPARED} steps', ours, theirs, tolerance)
+              for name, theirs in losses.items() if name != OURS),
+             key=lambda text: float(text.split()[-1]), default='')
+
+
+def decoding(spec: specs.Transformer, prompt_length: int, num_tokens: int, target: float | None = None) -> Case:
+  """Greedy decoding of one sequence with a cache, prompt included."""
+  model = new_model(spec, jax.random.key(0))
+  prompt_BT = np.random.default_rng(0).integers(0, spec.vocab_size, (1, prompt_length)).astype(np.int32)
+  def ours():
+    return np.concatenate(list(decode.stream(model, prompt_BT, num_tokens, sampling=decode.Sampling(temperature=0.0),
+                                             vocab_size=spec.vocab_size)), 1)
+  candidates, agreement = {OURS: ours}, ''
+  if installed():
+    theirs = torch_models.generator(torch_models.hugging_face(model, spec), prompt_BT, num_tokens)
+    candidates['transformers Llama, generate'] = theirs
+    equal = int(np.sum(ours() == theirs()))
+    if spec.dtype == 'float32' and equal < num_tokens:
+      raise Disagreement(f'greedy decoding: {equal} of {num_tokens} tokens are those of the baseline')
+    agreement = f'{equal} of {num_tokens} tokens are the same'
+  # The cache grows by a token a step: on average a new token meets about half of the new ones, and all of the prompt.
+  flops = measure.flops_per_token(model, 2 * prompt_length + num_tokens).forward
+  return Case(candidates=candidates, tokens=num_tokens, target=target, agreement=agreement,
+              flops=(prompt_length + num_tokens) * flops)
