@@ -12,6 +12,7 @@ the same cases run in bfloat16, with PyTorch on that GPU; that has not been trie
 """
 import datetime
 import importlib.metadata
+import importlib.util
 import os
 
 from absl import flags
@@ -35,33 +36,40 @@ flags.DEFINE_bool('quick', False, 'small sizes')
 
 
 def dense_train(quick: bool, document: int | None = None) -> result.Case:
+  """The dense train step against PyTorch."""
   spec = models.little() if quick else models.ten_million()
   return models.train_step(spec, models.random_batch(spec, *((2, 64) if quick else (8, 256)), document), target=1.0)
 
 
 def moe_train(quick: bool) -> result.Case:
+  """The mixture-of-experts train step against transformers."""
   spec = models.little(models.mixture(4, 64)) if quick else models.ten_million(models.mixture(8, 512), num_kv_heads=2)
   return models.train_step(spec, models.random_batch(spec, *((2, 64) if quick else (8, 256))), target=2.0)
 
 
 def decoding(quick: bool) -> result.Case:
+  """Cached greedy decoding against transformers."""
   if quick: return models.decoding(models.little(), 8, 16)
   return models.decoding(models.ten_million(), 32, 128, target=3.0)
 
 
 def grouped_matmul(quick: bool, skew: float = 0.0) -> result.Case:
+  """Grouped product against lax.ragged_dot."""
   return ops.grouped_matmul(*((8, 256, 32, 64) if quick else (64, 4096, 256, 512)), skew=skew, target=10.0)
 
 
 def attention(quick: bool) -> result.Case:
+  """Attention against its reference."""
   return ops.attention(*((2, 64, 4, 2, 16) if quick else (8, 256, 6, 6, 64)), documents=1)
 
 
 def attention_long(quick: bool) -> result.Case:
+  """Attention over a long sequence against its reference."""
   return ops.attention(*((1, 128, 4, 2, 16) if quick else (1, 2048, 6, 2, 64)), documents=4)
 
 
 def linear_cross_entropy(quick: bool) -> result.Case:
+  """Fused loss against its reference."""
   return ops.linear_cross_entropy(*((128, 32, 512) if quick else (2048, 384, 32_000)))
 
 
@@ -88,12 +96,13 @@ def check(only: list[str], repeats: int):
 
 def versions() -> dict[str, str]:
   """Those of the ledger, and of the baselines where they are installed."""
-  baselines = {name for name in ('torch', 'transformers') if models.importlib.util.find_spec(name)}
+  baselines = {name for name in ('torch', 'transformers') if importlib.util.find_spec(name)}
   return ledger.versions() | {name: importlib.metadata.version(name) for name in sorted(baselines)}
 
 
 def measure_all(names: list[str], repeats: int, quick: bool, terminal) -> result.Report:
   """Runs the cases one after the other; a line each as they are done."""
+  load = os.getloadavg()[0]
   large = 512 if quick else 2048 if jax.default_backend() == 'cpu' else 8192
   peaks, rows = [ops.peak_matmul(large)], []
   for name in names:
@@ -105,8 +114,8 @@ def measure_all(names: list[str], repeats: int, quick: bool, terminal) -> result
     jax.clear_caches()
   peaks.append(ops.peak_matmul(large))   # again: the machine may have been busy before
   date = datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d')
-  return result.Report(hardware=ledger.hardware(), versions=versions(), date=date, peak_flops=max(peaks), quick=quick,
-                       rows=rows)
+  return result.Report(hardware=ledger.hardware(), load=load, versions=versions(), date=date, peak_flops=max(peaks),
+                       quick=quick, rows=rows)
 
 
 def main(overrides: list[str]):
@@ -115,7 +124,7 @@ def main(overrides: list[str]):
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')   # PyTorch needs memory of the same GPU
   terminal = console.terminal()
   report = measure_all(FLAGS.only or list(CASES), FLAGS.repeats, FLAGS.quick, terminal)
-  terminal.print(result.table(report))
+  terminal.print(result.page(report))
   terminal.print(f'{result.write(report, FLAGS.out)}')
 
 

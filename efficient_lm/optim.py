@@ -145,7 +145,8 @@ def descend_rated(inner):
 
 
 class GuardState(NamedTuple):
-  """inner: the guarded optimizer's state; skipped: steps refused so far; in_a_row: since the last accepted one."""
+  """inner: the guarded optimizer's state; skipped: steps refused so far; in_a_row: since the last accepted one;
+  grad_norm: of the last accepted step, so that the state stays finite and can be saved."""
   inner: Any
   skipped: Any
   in_a_row: Any
@@ -169,5 +170,5 @@ def guarded(inner):
     updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
     refused = (~finite).astype(jnp.int32)
     return updates, GuardState(jax.tree.map(keep, new, state.inner), state.skipped + refused,
-                               (state.in_a_row + 1) * refused, norm)
+                               (state.in_a_row + 1) * refused, jnp.where(finite, norm, state.grad_norm))
   return optax.GradientTransformationExtraArgs(init, update)

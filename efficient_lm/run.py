@@ -106,7 +106,8 @@ class Run:
       console.report(self, resumed)
       self._write_config()
       self.tracker = stack.enter_context(contextlib.closing(Tracker(self.workdir, resumed)))
-      energy, clock = measure.Energy(), time.perf_counter()
+      energy = self.energy = measure.Energy()
+      clock = time.perf_counter()
       with console.Progress(resumed or 0, self.training.steps) as self.progress:
         batches = self.corpus.iterate(resumed or 0)
         callbacks = train.Callbacks(self._log, self._evaluate, self._save, self.progress.advance)
@@ -119,11 +120,10 @@ class Run:
       if jax.process_index() == 0: console.finish(self, write_report(self.workdir))
 
   def _restore(self) -> int | None:
-    resumed = self.checkpoints.latest()
-    if resumed is None: return None
+    if not self.checkpoints.steps(): return None
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.state)
-    self.state = self.checkpoints.restore(shapes, resumed)
-    return resumed
+    self.state = self.checkpoints.restore(shapes)
+    return int(self.state.step)
 
   def _write_config(self):
     if jax.process_index(): return
@@ -137,6 +137,7 @@ class Run:
     peak = measure.peak_flops(jax.devices()[0])
     if peak: numbers['mfu'] = numbers['tokens_per_second'] * self.flops.training / (peak * jax.device_count())
     self.tracker.scalars(step, numbers)
+    self.energy.joules()   # counters wrap around: they must be read now and then
     self.speeds.append(numbers['tokens_per_second'])
     if 'load' in numbers: self.load = np.array(numbers['load'])
 

@@ -51,7 +51,9 @@ def train_step(state: TrainState, loss, batch, *, optimizer: optax.GradientTrans
   updates, opt_state = optimizer.update(grads, state.opt_state, params, loss=metrics['loss'])
   model = nnx.merge(graph, optax.apply_updates(params, updates), rest)
   guard = opt_state if isinstance(opt_state, GuardState) else None
-  if guard: metrics |= {'grad_norm': guard.grad_norm, 'skipped': guard.skipped, 'skipped_in_a_row': guard.in_a_row}
+  if guard:
+    norm = jnp.where(guard.in_a_row, jnp.nan, guard.grad_norm)
+    metrics |= {'grad_norm': norm, 'skipped': guard.skipped, 'skipped_in_a_row': guard.in_a_row}
   return state.replace(step=state.step + 1, model=model, opt_state=opt_state), metrics
 
 
@@ -91,7 +93,7 @@ def scalars(metrics) -> dict[str, Any]:
   flat = {name: value.item() for name, value in metrics.items()}
   for name in stacks[0] if stacks else ():
     values = np.concatenate([np.atleast_1d(stack[name]) for stack in stacks if name in stack])
-    if name.endswith('_E'): flat['load'] = np.round(values, 4).tolist()
+    if name.endswith('_E'): flat['load'] = np.round(values.astype(np.float64), 4).tolist()
     else: flat[f'moe/{name}'] = float(values.max() if name == 'max_violation' else values.mean())
   return flat
 

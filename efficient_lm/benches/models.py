@@ -5,7 +5,7 @@ import jax
 import numpy as np
 
 from efficient_lm import decode, measure
-from efficient_lm.benches.result import OURS, Case, Disagreement, same
+from efficient_lm.benches.result import OURS, Case, Disagreement, difference, within
 from efficient_lm.data.packing import Rows
 from efficient_lm.lazy import lazy
 from efficient_lm.learner import assemble, initial_state, new_model
@@ -99,11 +99,10 @@ def train_step(spec: specs.Transformer, batch, target: float | None = None) -> C
 
 
 def _agreement(losses: dict[str, list[float]], tolerance: float) -> str:
-  """The statement of `same` about the baseline that is furthest off; '' without baselines."""
-  ours = losses[OURS]
-  return max((same(f'losses of {COMPARED} steps', ours, theirs, tolerance)
-              for name, theirs in losses.items() if name != OURS),
-             key=lambda text: float(text.split()[-1]), default='')
+  """How far the baseline that is furthest off is from ours; '' without baselines."""
+  apart = [difference(f'losses of {COMPARED} steps, {name}', losses[OURS], theirs, tolerance)
+           for name, theirs in losses.items() if name != OURS]
+  return within(f'losses of {COMPARED} steps', max(apart)) if apart else ''
 
 
 def decoding(spec: specs.Transformer, prompt_length: int, num_tokens: int, target: float | None = None) -> Case:

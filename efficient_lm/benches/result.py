@@ -1,4 +1,4 @@
-"""A case to time, the turns in which it is timed, and what came of it: rows, a table, a file."""
+"""A case to time, the turns in which it is timed, and what came of it: rows, tables, a file."""
 import dataclasses
 import json
 import statistics
@@ -9,6 +9,7 @@ from pathlib import Path
 from efficient_lm.lazy import lazy
 
 ledger = lazy('efficient_lm.ledger')
+np = lazy('numpy')
 rich_box = lazy('rich.box')
 rich_console = lazy('rich.console')
 rich_table = lazy('rich.table')
@@ -19,7 +20,8 @@ MISSING = 'baseline not installed (pip install efficient_lm[bench])'
 # PyTorch's idle OpenMP threads spin for some 8 ms after a call (processor time read while the process slept), which
 # would be charged to whoever runs next. JAX's threads sleep at once. So everyone starts after a rest.
 REST = 0.05
-WIDTH = 118   # characters of a table in a file
+BUSY = 0.3    # load from which times are not to be trusted: a thread that waits for a core holds up its whole team
+WIDTH = 110   # characters of a table in a file
 
 
 class Disagreement(RuntimeError):
@@ -71,8 +73,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-  """Rows of one run of the command on one machine. peak_flops: FLOP/s that a large matrix product reached there."""
+  """Rows of one run of the command on one machine. peak_flops: FLOP/s that a large matrix product reached there; load:
+  of other programs, in processor cores kept busy over the minute before."""
   hardware: str
+  load: float
   versions: dict[str, str]
   date: str
   peak_flops: float
@@ -102,14 +106,19 @@ def measured(name: str, case: Case, repeats: int, watch: Callable[[str], None] =
              agreement=case.agreement, target=case.target)
 
 
-def same(what: str, ours, theirs, tolerance: float) -> str:
-  """The largest difference of two lists of numbers, relative to the largest number, in words.
+def difference(what: str, ours, theirs, tolerance: float) -> float:
+  """The largest difference of two equally shaped arrays, relative to the largest number of the second.
 
-  Raises Disagreement above `tolerance`, and where either is not finite."""
-  difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / max(map(abs, theirs))
-  if not difference <= tolerance:
-    raise Disagreement(f'{what}: ours {ours}, baseline {theirs}, {difference:.1e} apart; at most {tolerance} is rounding')
-  return f'{what} within {difference:.0e}'
+  Raises Disagreement above `tolerance`, and where a number is not finite."""
+  ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+  apart = float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
+  if not apart <= tolerance: raise Disagreement(f'{what}: {apart:.1e} off the baseline; up to {tolerance} is rounding')
+  return apart
+
+
+def within(what: str, apart: float) -> str:
+  """How far apart two results are, in words."""
+  return f'{what} within {apart:.0e}' if apart else f'{what} equal'
 
 
 def write(report: Report, folder) -> Path:
@@ -118,7 +127,7 @@ def write(report: Report, folder) -> Path:
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'bench.json').write_text(json.dumps(dataclasses.asdict(report), indent=2) + '\n', encoding='utf-8')
   with open(folder / 'bench.txt', 'w', encoding='utf-8') as file:
-    rich_console.Console(file=file, width=WIDTH).print(table(report))
+    rich_console.Console(file=file, width=WIDTH).print(page(report))
   return folder / 'bench.json'
 
 
@@ -128,37 +137,36 @@ def read(path) -> Report:
   return Report(**{**entry, 'rows': [Row(**row) for row in entry['rows']]})
 
 
-def table(report: Report):
-  """A rich table: a case a row, its baseline and how far both agree below its name."""
-  grid = rich_table.Table(box=rich_box.SIMPLE_HEAD, caption=_caption(report), caption_justify='left')
-  grid.add_column('case')
-  for heading in ('ours', 'least', 'baseline', 'times as fast', 'rate', 'of peak'): grid.add_column(heading, justify='right')
-  for row in report.rows: grid.add_row(*_cells(row, report))
-  return grid
+def page(report: Report):
+  """What to print: figures, a row a case; below, what each was compared with and how far both agree."""
+  figures = rich_table.Table(box=rich_box.SIMPLE_HEAD)
+  figures.add_column('case', no_wrap=True)
+  for heading in ('ours', 'least', 'baseline', 'times as fast', 'target', 'a second', 'of peak'):
+    figures.add_column(heading, justify='right')
+  for row in report.rows: figures.add_row(row.name, *_figures(row, report))
+  words = rich_table.Table(box=rich_box.SIMPLE_HEAD, caption=rich_text.Text(_caption(report)), caption_justify='left')
+  words.add_column('case', no_wrap=True)
+  words.add_column('compared with')
+  words.add_column('and found')
+  for row in report.rows: words.add_row(row.name, rich_text.Text(row.baseline or MISSING), row.agreement or '–')
+  return rich_console.Group(figures, words)
 
 
-def _cells(row: Row, report: Report) -> list:
-  below = '\n'.join(filter(None, [row.baseline or MISSING, row.agreement]))
-  rate = row.tokens / row.ours if row.tokens else row.flops / row.ours
+def _figures(row: Row, report: Report) -> list:
+  rate = f'{ledger.quantity(row.tokens / row.ours)} tokens' if row.tokens else ledger.quantity(row.flops / row.ours, 'FLOP')
   theirs = statistics.median(row.seconds[row.baseline]) if row.baseline else None
-  return [rich_text.Text.assemble((row.name, 'bold'), '\n', (below, 'dim')),
-          ledger.duration(row.ours), ledger.duration(min(row.seconds[OURS])), ledger.duration(theirs),
-          _verdict(row, report.quick), ledger.quantity(rate, 'tokens/s' if row.tokens else 'FLOP/s'),
+  target = None if report.quick else row.target   # small sizes have none
+  reached = target is None or row.ratio is None or row.ratio >= target
+  ratio = '–' if row.ratio is None else rich_text.Text(f'{row.ratio:.2f}', style='' if reached else 'red')
+  return [ledger.duration(row.ours), ledger.duration(min(row.seconds[OURS])), ledger.duration(theirs), ratio,
+          '–' if target is None else f'{target:g}{"" if reached else " missed"}', rate,
           f'{row.flops / row.ours / report.peak_flops:.0%}']
-
-
-def _verdict(row: Row, quick: bool):
-  """The ratio, and whether it reaches the target; small sizes have no target."""
-  if row.ratio is None: return '–'
-  if row.target is None or quick: return f'{row.ratio:.2f}'
-  reached = row.ratio >= row.target
-  return rich_text.Text.assemble((f'{row.ratio:.2f}', 'green' if reached else 'red'),
-                                 f'\ntarget {row.target:g}{" reached" if reached else " MISSED"}')
 
 
 def _caption(report: Report) -> str:
   small = 'SMALL SIZES (--quick): they show that everything runs, not how fast.\n' if report.quick else ''
+  busy = f'BUSY MACHINE: other programs kept {report.load:.1f} cores busy.\n' if report.load > BUSY else ''
   versions = ', '.join(f'{name} {version}' for name, version in report.versions.items())
-  return (f'{small}{report.hardware}. Matrix product at its best: {ledger.quantity(report.peak_flops, "FLOP/s")}. '
-          f'{versions}. {report.date}.\nours, baseline: medians; times as fast: median over turns, against the fastest '
+  return (f'{small}{busy}{report.hardware}; large matrix products reach {ledger.quantity(report.peak_flops, "FLOP/s")}. '
+          f'{report.date}. {versions}.\nours, baseline: medians; times as fast: median over turns, against the fastest '
           f'baseline; of peak: analytic FLOPs against that matrix product.')

@@ -13,6 +13,7 @@ from efficient_lm.models import spec as specs
 
 
 def device() -> torch.device:
+  """Where PyTorch runs."""
   return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 

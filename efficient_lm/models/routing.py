@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from efficient_lm.errors import ConfigError
 from efficient_lm.lazy import lazy
 
 jax = lazy('jax')
@@ -207,10 +208,10 @@ class Dispatch:
     """The transport to use on `platform` for experts split over `num_shards`, a token visiting `active` of them.
 
     Raises:
-      ValueError: the named transport does not exist there.
+      ConfigError: the named transport does not exist there.
     """
     if self.transport == 'ragged' and platform == 'cpu':
-      raise ValueError("transport = 'ragged' does not exist on cpu: choose 'auto', 'gather', 'a2a' or 'ragged_emulated'")
+      raise ConfigError('transport', 'ragged', "does not exist on cpu; choose 'auto', 'gather' or 'a2a'")
     if num_shards == 1: return 'local'
     if self.transport != 'auto': return self.transport
     return 'gather' if platform == 'cpu' or num_shards < active else 'ragged'

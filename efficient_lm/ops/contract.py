@@ -53,7 +53,7 @@ def _is_matrix_product(equation: str) -> bool:
 def _matrix(equation, x, w, dtype):
   if not _is_matrix_product(equation):
     raise NotImplementedError(f"contract implementation 'matrix' cannot do {equation!r}: it is no product of matrices")
-  x_axes, w_axes, _, summed, new = _split(equation)
+  _, w_axes, _, summed, new = _split(equation)
   rows, outputs = x.shape[:x.ndim - len(summed)], [w.shape[w_axes.index(letter)] for letter in new]
   K, N = math.prod(x.shape[x.ndim - len(summed):]), math.prod(outputs)
   w_KN = w.reshape(K, N) if w_axes == summed + new else w.reshape(N, K).T

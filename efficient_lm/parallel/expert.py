@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from efficient_lm import axes as alphabet
+from efficient_lm.errors import ConfigError
 from efficient_lm.models.routing import Dispatch
 from efficient_lm.parallel.rows import permute, sort_rows
 
@@ -40,7 +41,7 @@ def dispatch_experts(experts: Callable, x_BTD, routing, dispatch: Dispatch, num_
     None).
 
   Raises:
-    ValueError: a size does not divide, or the platform lacks the transport.
+    ConfigError: a size does not divide, or the platform lacks the transport.
   """
   mesh = jax.sharding.get_abstract_mesh()
   split = not (mesh.empty or mesh.manual_axes or set(alphabet.MESH) - set(mesh.axis_names))
@@ -78,7 +79,7 @@ def weight_specs(tree, mesh) -> list[PartitionSpec]:
 
 
 def _check_divides(what: str, size: int, axis: str, shards: int):
-  if size % shards: raise ValueError(f'{what} = {size} must be a multiple of the mesh axis {axis} = {shards}')
+  if size % shards: raise ConfigError(what, size, f'must be a multiple of {axis} = {shards} of the mesh')
 
 
 def _flat(run, experts, x_BTD, routing):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from efficient_lm.errors import ConfigError
 from efficient_lm.lazy import lazy
 
 alphabet = lazy('efficient_lm.axes')
@@ -29,13 +30,12 @@ class Mesh:
     if len(free) > 1: yield free[1], -1, f'must be a number: {free[0]} is -1 already'
 
   def sizes(self, num_devices: int) -> tuple[int, ...]:
-    """Sizes in the order of `axes.MESH`, whose product is num_devices; ValueError if it cannot be."""
+    """Sizes in the order of `axes.MESH`, whose product is num_devices; ConfigError if it cannot be."""
     sizes = dataclasses.asdict(self)
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    wanted = ' * '.join(f'{name} = {size}' for name, size in sizes.items())
-    if num_devices % fixed or (-1 not in sizes.values() and fixed != num_devices):
-      raise ValueError(f'mesh {wanted} needs {"a multiple of " if -1 in sizes.values() else ""}{fixed} devices, '
-                       f'but there are {num_devices}')
+    free = -1 in sizes.values()
+    if num_devices % fixed or (fixed != num_devices and not free):
+      raise ConfigError('mesh', self, f'needs {"a multiple of " * free}{fixed} devices, but there are {num_devices}')
     return tuple(num_devices // fixed if sizes[name] == -1 else sizes[name] for name in alphabet.MESH)
 
   def build(self, devices=None):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_lm.errors import ConfigError
 from efficient_lm.models import routing
 
 LOGITS_BTE = jnp.log(jnp.array([[[.1, .2, .3, .4], [.7, .1, .1, .1], [.2, .4, .3, .1]]]))
@@ -153,7 +154,7 @@ def test_transport(transport, platform, shards, active, resolved):
 
 @pytest.mark.parametrize('shards', [1, 8])
 def test_a_transport_that_the_platform_lacks_is_refused(shards):
-  with pytest.raises(ValueError, match="'ragged' does not exist on cpu"):
+  with pytest.raises(ConfigError, match="'ragged': does not exist on cpu"):
     routing.Dispatch(transport='ragged').resolve('cpu', shards, 2)
 
 

@@ -136,12 +136,11 @@ def equally_drawn(described):
   return jax.tree.unflatten(structure, jax.tree.leaves(drawn('grouped')))
 
 
-@pytest.mark.parametrize('way', [dict(unroll=2), dict(unroll=5), dict(remat='dots'), dict(remat='full', unroll=2)],
-                         ids=str)
+@pytest.mark.parametrize('way', [dict(unroll=5), dict(remat='dots'), dict(remat='full')], ids=str)
 def test_unrolling_and_rematerialising_change_neither_value_nor_gradient(way):
   value, gradient = slope(drawn('grouped'), tokens_of())
   other_value, other_gradient = slope(equally_drawn(model_of(**way)), tokens_of())
-  assert other_value == pytest.approx(value, rel=1e-5)
+  assert float(other_value) == pytest.approx(float(value), rel=1e-5)
   for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other_gradient), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
@@ -202,8 +201,8 @@ def test_bfloat16_computes_small_and_keeps_float32_parameters_and_gradients(name
   model = drawn(name)
   small = jax.tree.unflatten(jax.tree.structure(abstract(dataclasses.replace(SPECS[name], dtype='bfloat16'))),
                              jax.tree.leaves(model))
-  outputs = jax.eval_shape(lambda model: model(tokens_of()), small)
-  assert outputs.hidden_BTD.dtype == jnp.bfloat16 and outputs.logits_BTV.dtype == jnp.float32
+  hidden, logits = jax.eval_shape(lambda model: ((y := model(tokens_of())).hidden_BTD, y.logits_BTV), small)
+  assert hidden.dtype == jnp.bfloat16 and logits.dtype == jnp.float32
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(jax.eval_shape(slope, small, tokens_of())))
   exact, rounded = np.asarray(logits_of(model, tokens_of())), np.asarray(logits_of(small, tokens_of()))
   error = np.sqrt(np.mean((rounded - exact) ** 2, -1) / np.mean(exact ** 2, -1))

@@ -3,6 +3,7 @@ import jax
 import pytest
 
 from efficient_lm import axes
+from efficient_lm.errors import ConfigError
 from efficient_lm.parallel.mesh import Mesh
 
 
@@ -21,12 +22,12 @@ def test_one_device():
 
 
 @pytest.mark.parametrize('mesh, devices, message', [
-  (Mesh(data=3), 8, 'data = 3 .* needs 3 devices, but there are 8'),
+  (Mesh(data=3), 8, r'mesh = Mesh\(data=3, .*\): needs 3 devices, but there are 8'),
   (Mesh(data=2, expert=8), 8, 'needs 16 devices, but there are 8'),
   (Mesh(expert=3), 8, 'needs a multiple of 3 devices, but there are 8'),
 ])
 def test_a_product_that_is_not_the_device_count_is_refused(mesh, devices, message):
-  with pytest.raises(ValueError, match=message): mesh.sizes(devices)
+  with pytest.raises(ConfigError, match=message): mesh.sizes(devices)
 
 
 def test_checks():

@@ -26,7 +26,7 @@ def test_rows_without_a_slot_are_dropped():
 
 
 def test_slots_without_a_row_are_empty():
-  order, slot, sizes = rows.sort_rows(ROUTING.expert_R, 3, 10)
+  order, slot, _sizes = rows.sort_rows(ROUTING.expert_R, 3, 10)
   np.testing.assert_array_equal(order[8:], 8)
   np.testing.assert_array_equal(ROUTING.spread(jnp.ones((4, 1)), order, slot)[8:], 0)
 
@@ -46,7 +46,7 @@ def test_spread_and_combine_by_eye():
   np.testing.assert_array_equal(y_MD[:, 0], [10 * 3, 20 * 7, 30 * 5, 40 * 15])
 
 
-@pytest.mark.parametrize('slots', [5, 24, 30])
+@pytest.mark.parametrize('slots', [5, 30])
 def test_gradients_equal_those_of_plain_indexing(slots):
   key = jax.random.split(jax.random.key(0), 4)
   expert_BTA = jax.random.randint(key[0], (2, 6, 2), 0, 4)
@@ -63,9 +63,11 @@ def test_gradients_equal_those_of_plain_indexing(slots):
     y_CD = jnp.sin(x_MD[row_C // 2] * weight_CD[:24]) * gate_BTA.reshape(-1)[row_C][:, None]
     return jnp.zeros_like(x_MD).at[row_C // 2].add(y_CD)
 
-  (y, pull), (z, pull_plain) = jax.vjp(ours, x_MD, gate_BTA), jax.vjp(plain, x_MD, gate_BTA)
-  np.testing.assert_allclose(y, z, atol=1e-6)
-  for a, b in zip(pull(x_MD), pull_plain(x_MD)): np.testing.assert_allclose(a, b, atol=1e-6)
+  def value_and_gradients(function):
+    y_MD, pull = jax.vjp(function, x_MD, gate_BTA)
+    return y_MD, *pull(x_MD)
+  for a, b in zip(*(jax.jit(value_and_gradients, static_argnums=0)(f) for f in (ours, plain)), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_permute_and_its_inverse():

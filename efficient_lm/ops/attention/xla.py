@@ -54,7 +54,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale):
 def _backward(window, scale, saved, do_BTNH):
   """With p = softmax(s) and dp = do v^T: ds = p * (dp - sum(do * o)); algorithm 4, lines 13 to 22."""
   q_BKGTH, k_BKTH, v_BKTH, segments_BT, o_BTNH, lse_BKGT1 = saved
-  B, K, G, T, H = q_BKGTH.shape
+  _, K, _, T, _ = q_BKGTH.shape
   do_BKGTH = _heads(do_BTNH.astype(v_BKTH.dtype), K)
   product_BTN1 = jnp.sum(do_BTNH.astype(jnp.float32) * o_BTNH.astype(jnp.float32), -1, keepdims=True)
   delta_BKGT1 = _heads(product_BTN1, K)

@@ -68,7 +68,7 @@ def _rows(x_MK, w_EKN, sizes_E, transposed: bool):
     y_QN = lax.dot_general(x_QK, w_KN, contract, preferred_element_type=jnp.float32)
     return lax.dynamic_update_slice_in_dim(y_PN, y_QN.astype(y_PN.dtype), row, axis=0)
 
-  y_PN = lax.fori_loop(0, num_tiles, tile, _empty(x_PK, w_EKN, sizes_E, shape=(M + block, N), dtype=x_MK.dtype))
+  y_PN = lax.fori_loop(0, num_tiles, tile, jnp.zeros((M + block, N), x_MK.dtype))
   return jnp.where(jnp.arange(M)[:, None] < jnp.sum(sizes_E), y_PN[:M], 0)
 
 
@@ -88,10 +88,6 @@ def _weights(x_MK, g_MN, w_EKN, sizes_E):
     dw_KN += lax.dynamic_index_in_dim(dw_EKN, e, keepdims=False)
     return lax.dynamic_update_index_in_dim(dw_EKN, dw_KN, e, axis=0)
 
-  dw_EKN = lax.fori_loop(0, num_tiles, tile, _empty(x_PK, w_EKN, g_PN, shape=w_EKN.shape, dtype=jnp.float32))
+  dw_EKN = lax.fori_loop(0, num_tiles, tile, jnp.zeros(w_EKN.shape, jnp.float32))
   return dw_EKN.astype(w_EKN.dtype)
 
-
-def _empty(*like, shape, dtype):
-  """Zeros that vary over the mesh axes over which `like` vary: within shard_map a loop must start as it goes on."""
-  return jnp.zeros(shape, dtype) + sum(jnp.sum(a.ravel()[:1] != 0) * 0 for a in like).astype(dtype)
