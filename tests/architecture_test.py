@@ -37,10 +37,11 @@ WITHOUT_OWN_TEST = {
   'efficient_lm/techniques/prune.py': 'composition_test',
   'efficient_lm/techniques/distill.py': 'composition_test',
   'efficient_lm/techniques/upcycle.py': 'composition_test',
-  'efficient_lm/benches/models.py': 'bench_test',
-  'efficient_lm/benches/ops.py': 'bench_test',
-  'efficient_lm/benches/result.py': 'bench_test',
-  'efficient_lm/benches/torch_models.py': 'bench_test',
+  'efficient_lm/bench.py': 'NOT YET: compares with PyTorch, which the test set does not install',
+  'efficient_lm/benches/models.py': 'as bench.py',
+  'efficient_lm/benches/ops.py': 'as bench.py',
+  'efficient_lm/benches/result.py': 'as bench.py',
+  'efficient_lm/benches/torch_models.py': 'as bench.py',
 }
 
 

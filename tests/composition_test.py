@@ -85,7 +85,7 @@ def test_one_expert_computes_what_the_dense_model_did(plain):
   made = Upcycle(num_experts=1, router=SoftmaxTopK(top_k=1))(learner.Learner(dense, None, None), jax.random.key(2))
   tokens = batch()['inputs_BT']
   run = jax.jit(lambda model: model(tokens).logits_BTV)
-  np.testing.assert_allclose(run(made.model), run(dense), rtol=0, atol=1e-6)   # the same sums through another kernel
+  np.testing.assert_allclose(run(made.model), run(dense), rtol=0, atol=1e-5)   # the same sums through another kernel
 
 
 def test_a_selector_that_matches_nothing_names_what_there_is():
