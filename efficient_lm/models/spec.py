@@ -128,6 +128,16 @@ class MoE:
     if self.capacity is not None and self.capacity <= 0:
       yield 'capacity', self.capacity, 'must be positive, or None for dropless'
     for field, value, fix in self.router.check_experts(self.num_experts): yield f'router.{field}', value, fix
+    yield from self._check_together()
+
+  def _check_together(self):
+    kinds = [type(term) for term in self.balance]
+    if len(set(kinds)) < len(kinds): yield 'balance', self.balance, 'must hold each kind of term once at most'
+    if not isinstance(self.router, routing.ExpertChoice): return
+    if self.capacity is not None:
+      yield 'capacity', self.capacity, 'must be None: ExpertChoice has a capacity of its own, router.capacity'
+    if routing.LossFreeBias in kinds:
+      yield 'balance', self.balance, 'must not hold LossFreeBias: expert choice is balanced, a bias changes no choice'
 
   def build(self, site: Site, *, rngs):
     return moe.MoE(self, site, rngs=rngs)

@@ -135,7 +135,8 @@ def test_inside_a_transformer_with_scan_and_remat():
   attention = spec.GroupedQuery(num_heads=2, num_kv_heads=1, head_dim=8)
   mlp = spec.MoE(num_experts=8, hidden=32, router=TOP2, balance=(routing.LoadBalance(), routing.LossFreeBias(rate=.5)))
   stack = spec.Stack(num_layers=3, attention=attention, mlp=mlp, remat='full')
-  model = spec.Transformer(vocab_size=32, dim=16, stacks=(stack,)).build(rngs=nnx.Rngs(params=0))
+  config = spec.Transformer(vocab_size=32, dim=16, stacks=(stack,))
+  model = jit(lambda: config.build(rngs=nnx.Rngs(params=0)))()
   tokens_BT = jax.random.randint(jax.random.key(1), (2, 8), 0, 32)
 
   @jit

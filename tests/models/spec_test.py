@@ -63,3 +63,12 @@ def test_a_model_does_not_change_with_the_spec_that_it_was_built_from():
   mixture.router.top_k, mixture.balance[1].weight, mixture.dispatch.transport = 3, 7.0, 'a2a'
   assert jax.tree.structure(model) == before
   assert jax.tree.structure(abstract(described)) != before
+
+
+@pytest.mark.parametrize('field, options', [
+  ('capacity', dict(router=routing.ExpertChoice(capacity=2.0), balance=(), capacity=1.0)),
+  ('balance', dict(router=routing.ExpertChoice(capacity=2.0), balance=(routing.LossFreeBias(),))),
+  ('balance', dict(balance=(routing.LoadBalance(), routing.LoadBalance(weight=0.1)))),
+])
+def test_parts_of_a_mixture_that_contradict_each_other_are_refused(field, options):
+  assert [complaint[0] for complaint in spec.MoE(num_experts=4, hidden=8, **options).check()] == [field]
