@@ -1,9 +1,9 @@
-"""The product of activations with a weight, in a form whose gradient is fast on CPU too.
+"""The product of activations with a weight, in a form whose gradient needs no transposition on CPU.
 
 The gradient of an einsum such as 'BTD,DF->BTF' by its weight sums over two dims, B and T. XLA:CPU transposes for that,
-and moves the transposition into whatever elementwise operations came before, which then read memory across its rows:
-for a transformer that doubles the time of a training step. The same product of two matrices sums over one dim, and no
-transposition is needed.
+and moves the transposition into whatever elementwise operations came before, which then read memory across its rows.
+The same product of two matrices sums over one dim, and no transposition is needed. What it saves a training step has not
+been measured, and no layer uses it yet.
 """
 import functools
 import math

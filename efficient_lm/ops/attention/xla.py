@@ -18,7 +18,7 @@ MIN_STRIP, MAX_STRIPS = 128, 16
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window=None, scale: float):
-  """See the API. Without a cache, in strips; with one, or for a single strip's worth of numbers, over all slots."""
+  """See the API. Without a cache, in strips and with their gradient; with one, over all of its slots."""
   if isinstance(start, int) and start == 0 and q_BTNH.shape[1] == k_BSKH.shape[1]:
     return _strips(q_BTNH, k_BSKH, v_BSKH, segments_BS, window, scale)
   return reference.attention(q_BTNH, k_BSKH, v_BSKH, start=start, segments_BS=segments_BS, window=window, scale=scale)

@@ -38,7 +38,7 @@ def _backward(saved, g):
     logits_BTV, at_label_BTV = _logits(hidden_BTD, head_DV, labels_BT)
     p_BTV = jnp.exp(logits_BTV - logsumexp_BT[..., None])
     g_BTV = p_BTV * (g_nll_BT + g_logsumexp_BT)[..., None] - jnp.where(at_label_BTV, g_nll_BT[..., None], 0)
-    # Two matrices: a product that sums over two dims, B and T, is several times slower on CPU.
+    # Two matrices: a product that sums over two dims, B and T, makes XLA:CPU transpose first.
     g_MV = g_BTV.astype(hidden_BTD.dtype).reshape(-1, g_BTV.shape[-1])
     hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     dhead_DV += lax.dot_general(hidden_MD, g_MV, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
