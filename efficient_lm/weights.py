@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 
 from efficient_lm import axes as alphabet
+from efficient_lm.ops.contract import contract
 from efficient_lm.ops.grouped_matmul import grouped_matmul
 from efficient_lm.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -29,7 +30,7 @@ class Weight(nnx.Module):
   def contract(self, equation: str, x, dtype=None):
     """einsum(equation, x, weight) in x's dtype; `dtype` asks for another one of the result (float32 logits)."""
     x = self.rounded(x, equation.split(',')[0])
-    return jnp.einsum(equation, x, self.materialize().astype(x.dtype), preferred_element_type=dtype)
+    return contract(equation, x, self.materialize().astype(x.dtype), dtype=dtype)
 
   def contract_grouped(self, x_MD, sizes_E):
     """Rows of x sorted by expert, `sizes_E` rows each, times that expert's matrix; rows past the sum give zeros."""
