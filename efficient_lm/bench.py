@@ -7,8 +7,9 @@
   --out=FOLDER    where bench.txt and bench.json go (runs/bench)
   --quick         small sizes: shows in a minute or two that everything runs
 
-Baselines of whole models need PyTorch and transformers: pip install efficient_lm[bench]. On a CPU all is float32. On a GPU
-the same cases run in bfloat16, with PyTorch on that GPU; that has not been tried. TPUs have no PyTorch baselines.
+Baselines of whole models need PyTorch and transformers: pip install efficient_lm[bench]. On a CPU all is
+float32. On a GPU the same cases run in bfloat16, with PyTorch on that GPU; that has not been tried. TPUs have
+no PyTorch baselines. Other programs falsify the figures: a thread without a core holds up its whole team.
 """
 import datetime
 import importlib.metadata
@@ -35,16 +36,21 @@ flags.DEFINE_string('out', os.path.join('runs', 'bench'), 'folder for bench.txt 
 flags.DEFINE_bool('quick', False, 'small sizes')
 
 
+def batch_shape(quick: bool) -> tuple[int, int]:
+  """Sequences and tokens of each."""
+  return (2, 64) if quick else (8, 256)
+
+
 def dense_train(quick: bool, document: int | None = None) -> result.Case:
   """The dense train step against PyTorch."""
   spec = models.little() if quick else models.ten_million()
-  return models.train_step(spec, models.random_batch(spec, *((2, 64) if quick else (8, 256)), document), target=1.0)
+  return models.train_step(spec, models.random_batch(spec, *batch_shape(quick), document), target=1.0)
 
 
 def moe_train(quick: bool) -> result.Case:
   """The mixture-of-experts train step against transformers."""
-  spec = models.little(models.mixture(4, 64)) if quick else models.ten_million(models.mixture(8, 512), num_kv_heads=2)
-  return models.train_step(spec, models.random_batch(spec, *((2, 64) if quick else (8, 256))), target=2.0)
+  spec = models.little(models.mixture(4, 64)) if quick else models.ten_million(models.mixture(8, 512), 2)
+  return models.train_step(spec, models.random_batch(spec, *batch_shape(quick)), target=2.0)
 
 
 def decoding(quick: bool) -> result.Case:
@@ -109,13 +115,13 @@ def measure_all(names: list[str], repeats: int, quick: bool, terminal) -> result
     with terminal.status(f'{name}: building') as status:
       row = result.measured(name, CASES[name](quick), repeats, lambda text: status.update(f'{name}: {text}'))
     beside = f', {row.ratio:.2f} times as fast as {row.baseline}' if row.baseline else f'; {result.MISSING}'
-    terminal.print(f'[bold]{name}[/]: {ledger.duration(row.ours)}{beside}')
+    terminal.print(f'{name}: {ledger.duration(row.ours)}{beside}', soft_wrap=True, markup=False)
     rows.append(row)
     jax.clear_caches()
   peaks.append(ops.peak_matmul(large))   # again: the machine may have been busy before
   date = datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d')
-  return result.Report(hardware=ledger.hardware(), load=load, versions=versions(), date=date, peak_flops=max(peaks),
-                       quick=quick, rows=rows)
+  return result.Report(hardware=ledger.hardware(), load=load, versions=versions(), date=date,
+                       peak_flops=max(peaks), quick=quick, rows=rows)
 
 
 def main(overrides: list[str]):

@@ -32,16 +32,10 @@ WITHOUT_OWN_TEST = {
   'efficient_lm/generate.py': 'run_test, which has a trained model to generate with',
   'efficient_lm/evaluate.py': 'run_test, which has a trained model to evaluate',
   'efficient_lm/charts.py': 'draws; report_test',
-  'efficient_lm/train.py': 'run_test, composition_test and faults/resume_faults_test',
-  'efficient_lm/techniques/quant_aware.py': 'composition_test',
-  'efficient_lm/techniques/prune.py': 'composition_test',
-  'efficient_lm/techniques/distill.py': 'composition_test',
-  'efficient_lm/techniques/upcycle.py': 'composition_test',
-  'efficient_lm/bench.py': 'NOT YET: compares with PyTorch, which the test set does not install',
-  'efficient_lm/benches/models.py': 'as bench.py',
-  'efficient_lm/benches/ops.py': 'as bench.py',
-  'efficient_lm/benches/result.py': 'as bench.py',
-  'efficient_lm/benches/torch_models.py': 'as bench.py',
+  'efficient_lm/benches/models.py': 'bench_test',
+  'efficient_lm/benches/ops.py': 'bench_test',
+  'efficient_lm/benches/result.py': 'bench_test',
+  'efficient_lm/benches/torch_models.py': 'bench_test',
 }
 
 
@@ -156,7 +150,7 @@ def test_every_technique_has_a_config_and_a_test():
     assigned = {ast.unparse(node.targets[0]) for node in ast.walk(FILES[name]) if isinstance(node, ast.Assign)}
     if 'touches' not in assigned: continue   # not a technique but what several share
     assert any(found.startswith(module + '.') for found in used), f'no config uses {module}'
-    assert own_test(name).is_file() or name in WITHOUT_OWN_TEST, f'{own_test(name)} is missing'
+    assert own_test(name).is_file(), f'{own_test(name)} is missing'
 
 
 def own_test(name: str) -> pathlib.Path:

@@ -14,7 +14,8 @@ from efficient_lm.weights import Dense, FakeQuantized, Weight
 def model():
   stack = spec.Stack(num_layers=2, attention=spec.GroupedQuery(num_heads=2, num_kv_heads=1, head_dim=4),
                      mlp=spec.SwiGLU(hidden=8))
-  abstract = jax.eval_shape(lambda: spec.Transformer(vocab_size=16, dim=8, stacks=(stack, stack)).build(rngs=nnx.Rngs(0)))
+  described = spec.Transformer(vocab_size=16, dim=8, stacks=(stack, stack))
+  abstract = jax.eval_shape(lambda: described.build(rngs=nnx.Rngs(0)))
   return jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), abstract)
 
 

@@ -1,4 +1,4 @@
-"""Cases that run a whole model, ours against PyTorch: the training step of a dense model and of a mixture, and decoding."""
+"""Cases that run a whole model, ours against PyTorch: training a dense model or a mixture, and decoding."""
 import importlib.util
 
 import jax
@@ -16,7 +16,7 @@ from efficient_lm.train import compiled_step
 torch_models = lazy('efficient_lm.benches.torch_models')   # PyTorch is needed for baselines only
 
 STEPS = 1_000      # of the schedule; more than are timed
-COMPARED = 4       # steps whose losses must agree: the first has learning rate 0, the last ones show the optimizer
+COMPARED = 4       # steps whose losses must agree: the first moves nothing (warm-up), the next do
 TOLERANCE = {'float32': 1e-4, 'bfloat16': 2e-2}   # of a loss, relative
 
 
@@ -41,20 +41,20 @@ def ten_million(mlp=None, num_kv_heads: int = 6) -> specs.Transformer:
 def little(mlp=None, num_kv_heads: int = 2) -> specs.Transformer:
   """Two layers of width 64: to see that everything runs."""
   attention = specs.GroupedQuery(num_heads=4, num_kv_heads=num_kv_heads, head_dim=16)
-  stack = specs.Stack(num_layers=2, attention=attention, mlp=mlp or specs.SwiGLU(hidden=128), unroll=2)
+  stack = specs.Stack(num_layers=2, attention=attention, mlp=mlp or specs.SwiGLU(hidden=128))
   return specs.Transformer(vocab_size=320, dim=64, stacks=(stack,), dtype=dtype())
 
 
 def mixture(num_experts: int, hidden: int) -> specs.MoE:
-  """Two of `num_experts` a token and no balancing loss, which the baseline's experts would not compute alike."""
+  """Two of `num_experts` a token, and no balancing loss: those of the baseline are defined differently."""
   router = specs.routing.SoftmaxTopK(top_k=2)
   return specs.MoE(num_experts=num_experts, hidden=hidden, router=router, balance=())
 
 
-def random_batch(spec: specs.Transformer, batch_size: int, length: int, document: int | None = None, seed: int = 0):
-  """A batch as the trainer reads it, of random tokens. Each row is one document; or documents of random lengths, about
-  `document` tokens, were packed."""
-  rng, size = np.random.default_rng(seed), batch_size * length
+def random_batch(spec: specs.Transformer, batch_size: int, length: int, document: int | None = None):
+  """A batch as the trainer reads it, of random tokens. Each row is one document; or documents of random
+  lengths, about `document` tokens, were packed."""
+  rng, size = np.random.default_rng(0), batch_size * length
   starts = np.arange(0, size, length)
   if document is not None: starts = np.unique(np.append(0, rng.integers(0, size, size // document)))
   tokens = rng.integers(0, spec.vocab_size, size + 1)
@@ -73,15 +73,16 @@ def our_trainer(model, optimizer: AdamW, batch):
 
 
 def train_step(spec: specs.Transformer, batch, target: float | None = None) -> Case:
-  """One optimizer step: AdamW, clipping, warm-up and cosine; PyTorch eager with either of its quick AdamWs. A mixture is
-  compared with Mixtral of transformers, its experts in a loop or by grouped products ('batched_mm' is left out: it
-  copies a matrix for every token)."""
+  """One optimizer step: AdamW, clipping, warm-up and cosine. A dense model is compared with PyTorch eager and
+  either of its quick AdamWs; a mixture with Mixtral of transformers, its experts in a loop or by grouped
+  products ('batched_mm' is left out: it copies a matrix for every token)."""
   model = new_model(spec, jax.random.key(0))
   optimizer = AdamW(schedule=WarmupCosine(peak=1e-3, warmup=2))
   candidates = {OURS: our_trainer(model, optimizer, batch)}
   if installed():
     rates = np.asarray(jax.vmap(optimizer.schedule.build(STEPS))(np.arange(STEPS))).tolist()
-    train = lambda theirs, logits, fused=True: torch_models.trainer(theirs, logits, batch, optimizer, rates, fused=fused)
+    train = lambda theirs, logits, fused=True: torch_models.trainer(
+      theirs, logits, batch, optimizer, rates, fused=fused)
     if isinstance(spec.stacks[0].mlp, specs.MoE):
       for experts in ('eager', 'grouped_mm'):
         theirs = torch_models.hugging_face(model, spec, experts)
@@ -105,13 +106,14 @@ def _agreement(losses: dict[str, list[float]], tolerance: float) -> str:
   return within(f'losses of {COMPARED} steps', max(apart)) if apart else ''
 
 
-def decoding(spec: specs.Transformer, prompt_length: int, num_tokens: int, target: float | None = None) -> Case:
+def decoding(spec: specs.Transformer, prompt_length: int, num_tokens: int, target=None) -> Case:
   """Greedy decoding of one sequence with a cache, prompt included."""
   model = new_model(spec, jax.random.key(0))
   prompt_BT = np.random.default_rng(0).integers(0, spec.vocab_size, (1, prompt_length)).astype(np.int32)
   def ours():
-    return np.concatenate(list(decode.stream(model, prompt_BT, num_tokens, sampling=decode.Sampling(temperature=0.0),
-                                             vocab_size=spec.vocab_size)), 1)
+    greedy = decode.Sampling(temperature=0.0)
+    parts = decode.stream(model, prompt_BT, num_tokens, sampling=greedy, vocab_size=spec.vocab_size)
+    return np.concatenate(list(parts), 1)
   candidates, agreement = {OURS: ours}, ''
   if installed():
     theirs = torch_models.generator(torch_models.hugging_face(model, spec), prompt_BT, num_tokens)
@@ -120,7 +122,6 @@ def decoding(spec: specs.Transformer, prompt_length: int, num_tokens: int, targe
     if spec.dtype == 'float32' and equal < num_tokens:
       raise Disagreement(f'greedy decoding: {equal} of {num_tokens} tokens are those of the baseline')
     agreement = f'{equal} of {num_tokens} tokens are the same'
-  # The cache grows by a token a step: on average a new token meets about half of the new ones, and all of the prompt.
-  flops = measure.flops_per_token(model, 2 * prompt_length + num_tokens).forward
+  length = prompt_length + num_tokens
   return Case(candidates=candidates, tokens=num_tokens, target=target, agreement=agreement,
-              flops=(prompt_length + num_tokens) * flops)
+              flops=length * measure.flops_per_token(model, length).forward)

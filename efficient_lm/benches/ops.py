@@ -24,7 +24,7 @@ def normal(seed: int, *shape: int, scale: float = 1.0):
 
 
 def both_ways(functions: dict, arguments: tuple, flops: float, target: float | None = None) -> Case:
-  """Result and gradients of each function of float arrays, compiled. The first function is OURS, the second the baseline.
+  """Result and gradients of each function of float arrays, compiled. First comes OURS, then the baseline.
 
   flops: of the forward pass; the backward pass has two products for one.
   """
@@ -37,16 +37,18 @@ def both_ways(functions: dict, arguments: tuple, flops: float, target: float | N
   cotangent = jax.random.normal(jax.random.key(99), shape.shape, shape.dtype)
   compiled = {name: compiled(function) for name, function in functions.items()}
   results = [run(cotangent, *arguments) for run in compiled.values()]
-  candidates = {name: lambda run=run: jax.block_until_ready(run(cotangent, *arguments)) for name, run in compiled.items()}
+  candidates = {name: lambda run=run: jax.block_until_ready(run(cotangent, *arguments))
+                for name, run in compiled.items()}
   apart = max(difference('result or a gradient', ours, theirs, TOLERANCE[dtype().name])
               for ours, theirs in zip(*results, strict=True))
-  memory = ' / '.join(quantity(run.memory_analysis().temp_size_in_bytes, 'B', 1024) for run in compiled.values())
+  temporaries = [run.memory_analysis().temp_size_in_bytes for run in compiled.values()]
+  memory = ' / '.join(quantity(size, 'B', 1024) for size in temporaries)
   return Case(candidates=candidates, flops=3 * flops, target=target,
               agreement=f'{within("result and gradients", apart)}; temporaries {memory}')
 
 
 def group_sizes(num_groups: int, rows: int, skew: float) -> np.ndarray:
-  """int32 sizes that sum to `rows`, in proportion to 1 / rank**skew; 0 gives equal groups, 2 leaves most of them empty."""
+  """int32 sizes that sum to `rows`, proportional to 1 / rank**skew: 0 gives equal groups, 2 some empty."""
   end = np.cumsum(np.arange(1, num_groups + 1) ** -skew)
   return np.diff(np.round(end / end[-1] * rows), prepend=0).astype(np.int32)
 
@@ -62,7 +64,8 @@ def grouped_matmul(E: int, M: int, K: int, N: int, *, skew: float = 0.0, target:
 def attention(B: int, T: int, N: int, K: int, H: int, *, documents: int) -> Case:
   """Causal attention within `documents` equal documents a row, against its equation."""
   segments_BT = jnp.broadcast_to(jnp.arange(T) * documents // T + 1, (B, T))
-  run = lambda implementation: lambda q, k, v: attention_op(q, k, v, segments_BS=segments_BT, implementation=implementation)
+  run = lambda implementation: lambda q, k, v: attention_op(
+    q, k, v, segments_BS=segments_BT, implementation=implementation)
   arguments = (normal(0, B, T, N, H), normal(1, B, T, K, H), normal(2, B, T, K, H))
   flops = 2 * 2 * B * T * N * H * measure.mean_keys(T // documents)
   return both_ways({OURS: run('auto'), "the equation ('reference')": run('reference')}, arguments, flops)

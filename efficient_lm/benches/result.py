@@ -17,10 +17,10 @@ rich_text = lazy('rich.text')
 
 OURS = 'ours'
 MISSING = 'baseline not installed (pip install efficient_lm[bench])'
-# PyTorch's idle OpenMP threads spin for some 8 ms after a call (processor time read while the process slept), which
-# would be charged to whoever runs next. JAX's threads sleep at once. So everyone starts after a rest.
+# PyTorch's idle OpenMP threads spin for some 8 ms after a call (processor time, read while asleep), and slow
+# down whoever runs next. JAX's threads sleep at once. So every call starts after a rest, in seconds.
 REST = 0.05
-BUSY = 0.3    # load from which times are not to be trusted: a thread that waits for a core holds up its whole team
+BUSY = 0.3    # load from which figures are not to be trusted
 WIDTH = 110   # characters of a table in a file
 
 
@@ -30,10 +30,10 @@ class Disagreement(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-  """Calls that do the same work: `candidates` holds OURS and each baseline by name; a call returns when it is done.
+  """Calls that do the same work: OURS and each baseline by name; a call returns when it is done.
 
-  tokens, flops: of one call; flops are analytic (see measure.Flops). agreement: how close the results are, in words.
-  target: how many times as fast as the fastest baseline ours is meant to be.
+  tokens, flops: of one call; flops are analytic (see measure.Flops). agreement: how close the results are, in
+  words. target: how many times as fast as the fastest baseline ours is meant to be.
   """
   candidates: dict[str, Callable[[], object]]
   flops: float
@@ -44,7 +44,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-  """Seconds of every call of a case, by candidate and in turns; wall clock, and processor time over all threads."""
+  """Seconds of every call of a case by candidate, in turns: wall clock, and processor time of all threads."""
   name: str
   seconds: dict[str, list[float]]
   processor: dict[str, list[float]]
@@ -66,15 +66,16 @@ class Row:
 
   @property
   def ratio(self) -> float | None:
-    """How many times as fast as the baseline: the median over turns, so that a turn on a busy machine counts little."""
+    """How many times as fast as the baseline: the median over turns, as single ones may be disturbed."""
     if self.baseline is None: return None
-    return statistics.median(b / a for a, b in zip(self.seconds[OURS], self.seconds[self.baseline], strict=True))
+    turns = zip(self.seconds[OURS], self.seconds[self.baseline], strict=True)
+    return statistics.median(theirs / ours for ours, theirs in turns)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-  """Rows of one run of the command on one machine. peak_flops: FLOP/s that a large matrix product reached there; load:
-  of other programs, in processor cores kept busy over the minute before."""
+  """Rows of one run of the command on one machine. peak_flops: FLOP/s that a large matrix product reached;
+  load: of other programs, in processor cores kept busy over the minute before."""
   hardware: str
   load: float
   versions: dict[str, str]
@@ -112,7 +113,8 @@ def difference(what: str, ours, theirs, tolerance: float) -> float:
   Raises Disagreement above `tolerance`, and where a number is not finite."""
   ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
   apart = float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
-  if not apart <= tolerance: raise Disagreement(f'{what}: {apart:.1e} off the baseline; up to {tolerance} is rounding')
+  if not apart <= tolerance:
+    raise Disagreement(f'{what}: {apart:.1e} off the baseline; up to {tolerance} is rounding')
   return apart
 
 
@@ -122,10 +124,11 @@ def within(what: str, apart: float) -> str:
 
 
 def write(report: Report, folder) -> Path:
-  """Writes bench.json and bench.txt into `folder`, which is made if it is missing; returns the former's path."""
+  """Writes bench.json and bench.txt into `folder`, making it if need be; returns the former's path."""
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'bench.json').write_text(json.dumps(dataclasses.asdict(report), indent=2) + '\n', encoding='utf-8')
+  text = json.dumps(dataclasses.asdict(report), indent=2)
+  (folder / 'bench.json').write_text(text + '\n', encoding='utf-8')
   with open(folder / 'bench.txt', 'w', encoding='utf-8') as file:
     rich_console.Console(file=file, width=WIDTH).print(page(report))
   return folder / 'bench.json'
@@ -144,16 +147,18 @@ def page(report: Report):
   for heading in ('ours', 'least', 'baseline', 'times as fast', 'target', 'a second', 'of peak'):
     figures.add_column(heading, justify='right')
   for row in report.rows: figures.add_row(row.name, *_figures(row, report))
-  words = rich_table.Table(box=rich_box.SIMPLE_HEAD, caption=rich_text.Text(_caption(report)), caption_justify='left')
+  words = rich_table.Table(box=rich_box.SIMPLE_HEAD)
   words.add_column('case', no_wrap=True)
   words.add_column('compared with')
   words.add_column('and found')
-  for row in report.rows: words.add_row(row.name, rich_text.Text(row.baseline or MISSING), row.agreement or '–')
-  return rich_console.Group(figures, words)
+  for row in report.rows:
+    words.add_row(row.name, rich_text.Text(row.baseline or MISSING), rich_text.Text(row.agreement or '–'))
+  return rich_console.Group(figures, words, rich_text.Text(_caption(report)))
 
 
 def _figures(row: Row, report: Report) -> list:
-  rate = f'{ledger.quantity(row.tokens / row.ours)} tokens' if row.tokens else ledger.quantity(row.flops / row.ours, 'FLOP')
+  if row.tokens: rate = f'{ledger.quantity(row.tokens / row.ours)} tokens'
+  else: rate = ledger.quantity(row.flops / row.ours, 'FLOP')
   theirs = statistics.median(row.seconds[row.baseline]) if row.baseline else None
   target = None if report.quick else row.target   # small sizes have none
   reached = target is None or row.ratio is None or row.ratio >= target
@@ -167,6 +172,7 @@ def _caption(report: Report) -> str:
   small = 'SMALL SIZES (--quick): they show that everything runs, not how fast.\n' if report.quick else ''
   busy = f'BUSY MACHINE: other programs kept {report.load:.1f} cores busy.\n' if report.load > BUSY else ''
   versions = ', '.join(f'{name} {version}' for name, version in report.versions.items())
-  return (f'{small}{busy}{report.hardware}; large matrix products reach {ledger.quantity(report.peak_flops, "FLOP/s")}. '
-          f'{report.date}. {versions}.\nours, baseline: medians; times as fast: median over turns, against the fastest '
-          f'baseline; of peak: analytic FLOPs against that matrix product.')
+  peak = ledger.quantity(report.peak_flops, 'FLOP/s')
+  return (f'{small}{busy}{report.hardware}; large matrix products reach {peak}. '
+          f'{report.date}. {versions}.\nours, baseline: medians; times as fast: median over turns, against '
+          f'the fastest baseline; of peak: analytic FLOPs against that matrix product.')

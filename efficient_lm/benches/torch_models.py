@@ -1,6 +1,6 @@
-"""The baselines in PyTorch, with our weights: a plain decoder-only model, and Llama and Mixtral of transformers.
+"""Baselines in PyTorch, with our weights: a plain decoder-only model, and Llama and Mixtral of transformers.
 
-On a CPU they compute in float32; on a GPU under autocast to bfloat16 (decoding: in bfloat16), as ours does there.
+On a CPU they compute in float32; on a GPU under autocast to bfloat16 (decoding: in bfloat16), as ours does.
 """
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def device() -> torch.device:
 
 
 def hugging_face_names(model) -> dict[str, torch.Tensor]:
-  """Parameters of a model of one stack under the names of Llama or Mixtral: matrices are (outputs, inputs) there."""
+  """Parameters of a model of one stack, named as in Llama or Mixtral; matrices are (outputs, inputs)."""
   value = lambda weight: np.asarray(weight.materialize())
   linear = lambda array, inputs: array.reshape(inputs, -1).T
   named = {'model.embed_tokens.weight': value(model.embed), 'lm_head.weight': value(model.own_head).T,
@@ -37,7 +37,7 @@ def hugging_face_names(model) -> dict[str, torch.Tensor]:
 
 
 def _mlp(mlp, value):
-  """Names below the feed-forward layer: three matrices, or a router and the experts' matrices in two arrays."""
+  """What is in a feed-forward layer: three matrices, or a router and the experts' matrices in two arrays."""
   if not hasattr(mlp, 'experts'):
     yield from ((f'{name}_proj.weight', value(getattr(mlp, name)).T) for name in ('gate', 'up', 'down'))
     return
@@ -56,7 +56,8 @@ class Layer(nn.Module):
     linear = lambda inputs, outputs: nn.Linear(inputs, outputs, bias=False)
     self.q_proj, self.o_proj = linear(dim, width), linear(width, dim)
     self.k_proj, self.v_proj = linear(dim, kv_width), linear(dim, kv_width)
-    self.gate_proj, self.up_proj, self.down_proj = linear(dim, hidden), linear(dim, hidden), linear(hidden, dim)
+    self.gate_proj, self.up_proj = linear(dim, hidden), linear(dim, hidden)
+    self.down_proj = linear(hidden, dim)
     self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
     self.head_dim = attention.head_dim
 
@@ -65,7 +66,8 @@ class Layer(nn.Module):
     h = self.input_layernorm(x)
     heads = lambda projected: projected.view(batch, length, -1, self.head_dim).transpose(1, 2)
     q, k, v = heads(self.q_proj(h)), heads(self.k_proj(h)), heads(self.v_proj(h))
-    o = F.scaled_dot_product_attention(rotated(q, *turns), rotated(k, *turns), v, mask, is_causal=mask is None,
+    q, k = rotated(q, *turns), rotated(k, *turns)
+    o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
                                        enable_gqa=q.shape[1] != k.shape[1])
     x = x + self.o_proj(o.transpose(1, 2).reshape(batch, length, -1))
     h = self.post_attention_layernorm(x)
@@ -79,7 +81,7 @@ def rotated(x, cos, sin):
 
 
 class Decoder(nn.Module):
-  """logits = Decoder(spec, batch)(tokens). Rotations and mask of the one batch are made before, not in each step."""
+  """logits = Decoder(spec, batch)(tokens). The batch's rotations and mask are made once, not in each step."""
 
   def __init__(self, spec: specs.Transformer, batch: dict[str, np.ndarray]):
     super().__init__()
@@ -87,9 +89,11 @@ class Decoder(nn.Module):
     self.embed_tokens = nn.Embedding(spec.vocab_size, spec.dim)
     self.layers = nn.ModuleList([Layer(stack.attention, stack.mlp.hidden, spec.dim, spec.norm_eps)
                                  for _ in range(stack.num_layers)])
-    self.norm, self.lm_head = nn.RMSNorm(spec.dim, spec.norm_eps), nn.Linear(spec.dim, spec.vocab_size, bias=False)
-    head_dim, theta = stack.attention.head_dim, stack.attention.rope.theta
-    angle = torch.from_numpy(batch['positions_BT'])[..., None] * theta ** (-torch.arange(0, head_dim, 2) / head_dim)
+    self.norm = nn.RMSNorm(spec.dim, spec.norm_eps)
+    self.lm_head = nn.Linear(spec.dim, spec.vocab_size, bias=False)
+    head_dim = stack.attention.head_dim
+    frequency = stack.attention.rope.theta ** (-torch.arange(0, head_dim, 2) / head_dim)
+    angle = torch.from_numpy(batch['positions_BT'])[..., None] * frequency
     for name, turn in (('cos', angle.cos()), ('sin', angle.sin())):
       self.register_buffer(name, torch.cat([turn, turn], -1)[:, None], persistent=False)
     segments = torch.from_numpy(batch['segments_BT'])
@@ -112,7 +116,7 @@ def decoder(model, spec: specs.Transformer, batch: dict[str, np.ndarray]) -> Dec
 
 
 def hugging_face(model, spec: specs.Transformer, experts: str | None = None):
-  """LlamaForCausalLM with the parameters of ours; MixtralForCausalLM, its `experts` computed in that way, of a mixture."""
+  """LlamaForCausalLM with our parameters; with `experts`, MixtralForCausalLM that runs them that way."""
   import transformers
   stack = spec.stacks[0]
   attention = stack.attention
@@ -120,8 +124,8 @@ def hugging_face(model, spec: specs.Transformer, experts: str | None = None):
     vocab_size=spec.vocab_size, hidden_size=spec.dim, intermediate_size=stack.mlp.hidden,
     num_hidden_layers=stack.num_layers, num_attention_heads=attention.num_heads, head_dim=attention.head_dim,
     num_key_value_heads=attention.num_kv_heads, rms_norm_eps=spec.norm_eps, tie_word_embeddings=False,
-    rope_parameters={'rope_theta': attention.rope.theta, 'rope_type': 'default'}, max_position_embeddings=4096,
-    bos_token_id=None, eos_token_id=None, attn_implementation='sdpa')
+    rope_parameters={'rope_theta': attention.rope.theta, 'rope_type': 'default'},
+    max_position_embeddings=4096, bos_token_id=None, eos_token_id=None, attn_implementation='sdpa')
   if experts is None: theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
   else:
     theirs = transformers.MixtralForCausalLM(transformers.MixtralConfig(
@@ -133,7 +137,7 @@ def hugging_face(model, spec: specs.Transformer, experts: str | None = None):
 
 def trainer(model, logits: Callable, batch: dict[str, np.ndarray], optimizer, rates: list[float], *,
             fused: bool) -> Callable[[], float]:
-  """A call that trains on `batch` once more and returns the loss before that: what our step does, the guard apart.
+  """A call that trains on `batch` once more and returns the loss before: what our step does, the guard apart.
 
   optimizer: our `optim.AdamW`; rates: its learning rate at each step.
   """
@@ -141,10 +145,11 @@ def trainer(model, logits: Callable, batch: dict[str, np.ndarray], optimizer, ra
   vectors = [p for p in model.parameters() if p.ndim == 1]
   adam = torch.optim.AdamW(
     [dict(params=matrices, weight_decay=optimizer.weight_decay), dict(params=vectors, weight_decay=0.0)],
-    lr=1.0, betas=(optimizer.b1, optimizer.b2), eps=optimizer.eps, fused=fused or None, foreach=None if fused else True)
+    lr=1.0, betas=(optimizer.b1, optimizer.b2), eps=optimizer.eps, fused=fused, foreach=not fused)
   schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rates[min(step, len(rates) - 1)])
   tokens = torch.from_numpy(batch['inputs_BT']).long().to(device())
-  labels = torch.from_numpy(np.where(batch['weights_BT'], batch['targets_BT'], -100)).long().flatten().to(device())
+  labels = torch.from_numpy(np.where(batch['weights_BT'], batch['targets_BT'], -100))
+  labels = labels.long().flatten().to(device())
   model.train()
 
   def step() -> float:
