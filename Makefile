@@ -27,10 +27,10 @@ $(CONFIGS): %: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.main --config=configs/$*.py --workdir=runs/$* $(ARGS)
 
 test: $(VENV)/.stamp
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
 test-next: $(NEXT)/.stamp
-	$(NEXT)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(NEXT)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
 lint: $(VENV)/.stamp
 	$(VENV)/bin/python -m ruff check .

@@ -59,6 +59,16 @@ def constrain(x, axes: str):
   return lax.with_sharding_constraint(x, activation_spec(axes))
 
 
+def settle(tree):
+  """Waits for `tree` where several CPU devices share the threads of one machine, and returns it.
+
+  Programs in flight there starve one another's collectives of threads until XLA aborts the process. Real accelerators
+  queue programs by themselves, and are not waited for.
+  """
+  if jax.default_backend() == 'cpu' and jax.device_count() > 1: jax.block_until_ready(tree)
+  return tree
+
+
 def max_over(x, axes: str, letters: str):
   """max over `letters`, dimensions kept; global also where `shard_map` has cut one of them into local shards."""
   local = x.max(dims(axes, letters), keepdims=True)

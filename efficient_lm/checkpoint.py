@@ -26,6 +26,7 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
+from efficient_lm.axes import settle
 from efficient_lm.errors import CheckpointError, ConfigError, NonFinite
 from efficient_lm.tree import path_name
 
@@ -64,7 +65,7 @@ class Checkpoints:
     (also for the save before this one, which may fail while training goes on).
     """
     self.wait()
-    step, leaves = int(step), _named(state)
+    step, leaves = int(step), _named(settle(state))
     manifest = _manifest(leaves)
     if self._holds(step, manifest): return
     if jax.process_index() == 0: self._make_room(step, leaves)
@@ -239,7 +240,7 @@ def _placed(leaf) -> jax.ShapeDtypeStruct:
 
 
 def _digests(leaves: dict) -> dict[str, list[int]]:
-  found = {name: digest(leaf) for name, leaf in leaves.items()}   # all are under way before the first is waited for
+  found = {name: settle(digest(leaf)) for name, leaf in leaves.items()}   # under way together, where that is safe
   return {name: np.asarray(value).tolist() for name, value in found.items()}
 
 

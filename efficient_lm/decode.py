@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from efficient_lm.axes import settle
 from efficient_lm.models.transformer import unrolled
 
 
@@ -79,7 +80,7 @@ def stream(model, prompt_BT, num_tokens: int, *, sampling=Sampling(), seed: int 
   num_bursts = -(-num_tokens // burst_size)
   start = prompt_BT.shape[1]
   model, key = jax.jit(unrolled)(model), jax.random.key(seed)
-  logits_BV, cache = prefill(model, prompt_BT, length=start + num_bursts * burst_size, vocab_size=vocab_size)
+  logits_BV, cache = settle(prefill(settle(model), prompt_BT, length=start + num_bursts * burst_size, vocab_size=vocab_size))
   for i in range(num_bursts):
     ids, logits_BV, cache = burst(model, logits_BV, cache, start + i * burst_size, key, sampling,
                                   count=burst_size, vocab_size=vocab_size)

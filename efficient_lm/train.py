@@ -79,7 +79,7 @@ def evaluation_sums(model, batch):
 
 def evaluate(model, batches: Iterable[dict[str, np.ndarray]], mesh) -> dict[str, float]:
   """Bits per byte (comparable across tokenizers), nats and perplexity per token over all `batches`."""
-  sums = [evaluation_sums(model, place(batch, mesh)) for batch in batches]
+  sums = [axes.settle(evaluation_sums(model, place(batch, mesh))) for batch in batches]
   nats, tokens, num_bytes = np.sum(np.array(jax.device_get(sums), np.float64), 0)
   per_token = nats / tokens
   return {'bits_per_byte': nats / num_bytes / math.log(2), 'nats_per_token': per_token,
@@ -139,7 +139,7 @@ def fit(state: TrainState, learner, batch_at: Callable[[int], Any], training, ca
   first, last_logged, clock = int(state.step), int(state.step), time.perf_counter()
   with Interrupts() as interrupts:
     for step in range(first + 1, training.steps + 1):
-      state, metrics = step_function(state, learner.loss, batch_at(step - 1))
+      state, metrics = axes.settle(step_function(state, learner.loss, batch_at(step - 1)))
       final, numbers = step == training.steps, None
       if step % training.log_every == 0 or final or step == first + 1:
         numbers = scalars(metrics)

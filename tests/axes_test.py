@@ -85,3 +85,9 @@ def test_max_over_is_global_where_the_dimension_is_cut_into_shards(mesh):
     local = lambda x: axes.max_over(axes.constrain(x, 'DF'), 'DF', 'F')
     cut = jax.jit(jax.shard_map(local, in_specs=P(None, 'tensor'), out_specs=P()))(x)
   np.testing.assert_array_equal(cut, whole)
+
+
+def test_settle_waits_on_virtual_devices_and_changes_nothing():
+  tree = {'a': jax.jit(lambda x: x + 1)(jnp.arange(3.0))}
+  assert axes.settle(tree) is tree
+  assert all(leaf.is_ready() for leaf in jax.tree.leaves(tree)) or jax.device_count() == 1
