@@ -11,6 +11,7 @@ from collections.abc import Callable
 from absl import flags
 
 from efficient_lm import experiment
+from efficient_lm.allocator import keep_freed_memory
 from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted
 
 FLAGS = flags.FLAGS
@@ -51,6 +52,7 @@ def start(main: Callable[[list[str]], None], doc: str):
   if {'--help', '-h', '--helpfull', '--helpshort'} & set(sys.argv):
     print(doc.strip())
     sys.exit(0)
+  keep_freed_memory()   # now, before anything starts a thread
   sys.exit(exit_code(main, sys.argv))
 
 
