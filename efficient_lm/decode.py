@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from efficient_lm.axes import settle
-from efficient_lm.models.transformer import unrolled
+from efficient_lm.models.transformer import Stack, unrolled
 
 
 @jax.tree_util.register_static
@@ -44,6 +44,12 @@ class Sampling:
     return logits_BV
 
 
+def ready(model):
+  """The model with its stacked layers copied apart, as decoding reads them; itself if that was done before."""
+  stacked = any(isinstance(stack, Stack) for stack in model.stacks)
+  return settle(jax.jit(unrolled)(model)) if stacked else model
+
+
 @functools.partial(jax.jit, static_argnames=('length', 'vocab_size'))
 def prefill(model, prompt_BT, *, length: int, vocab_size: int):
   """Reads the prompt into a cache of `length` slots: the logits after its last token, (B, vocab_size), and the cache."""
@@ -72,6 +78,7 @@ def stream(model, prompt_BT, num_tokens: int, *, sampling=Sampling(), seed: int 
   """Yields arrays of new token ids, (B, up to burst_size), until `num_tokens` are drawn.
 
   Args:
+    model: made `ready` at each call, or once for all of them by the caller.
     prompt_BT: at least one token; all prompts of a batch have the same length.
     vocab_size: of the tokenizer; the model's padding of the vocabulary is never drawn.
   """
@@ -79,8 +86,8 @@ def stream(model, prompt_BT, num_tokens: int, *, sampling=Sampling(), seed: int 
   if prompt_BT.shape[1] == 0: raise ValueError('prompt = []: must hold at least one token')
   num_bursts = -(-num_tokens // burst_size)
   start = prompt_BT.shape[1]
-  model, key = jax.jit(unrolled)(model), jax.random.key(seed)
-  logits_BV, cache = settle(prefill(settle(model), prompt_BT, length=start + num_bursts * burst_size, vocab_size=vocab_size))
+  model, key = ready(model), jax.random.key(seed)
+  logits_BV, cache = settle(prefill(model, prompt_BT, length=start + num_bursts * burst_size, vocab_size=vocab_size))
   for i in range(num_bursts):
     ids, logits_BV, cache = burst(model, logits_BV, cache, start + i * burst_size, key, sampling,
                                   count=burst_size, vocab_size=vocab_size)

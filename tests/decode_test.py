@@ -9,7 +9,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficient_lm.decode import Sampling, stream
+from efficient_lm.decode import Sampling, ready, stream
 from efficient_lm.models import routing, spec
 
 V, TOKENIZER = 32, 27
@@ -86,6 +86,13 @@ def test_top_k_of_1_is_greedy():
 
 def test_a_tiny_top_p_is_greedy():
   np.testing.assert_array_equal(text(sampling=Sampling(top_p=1e-6)), greedy())
+
+
+def test_a_model_made_ready_before_draws_the_same_and_is_not_copied_again():
+  decoder = ready(drawn())
+  assert ready(decoder) is decoder
+  ids = np.concatenate(list(stream(decoder, PROMPT, 9, vocab_size=TOKENIZER, burst_size=5)), 1)
+  np.testing.assert_array_equal(ids, text())
 
 
 def test_an_empty_prompt_is_an_error():

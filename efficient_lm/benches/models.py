@@ -110,9 +110,10 @@ def decoding(spec: specs.Transformer, prompt_length: int, num_tokens: int, targe
   """Greedy decoding of one sequence with a cache, prompt included."""
   model = new_model(spec, jax.random.key(0))
   prompt_BT = np.random.default_rng(0).integers(0, spec.vocab_size, (1, prompt_length)).astype(np.int32)
+  decoder = decode.ready(model)
   def ours():
     greedy = decode.Sampling(temperature=0.0)
-    parts = decode.stream(model, prompt_BT, num_tokens, sampling=greedy, vocab_size=spec.vocab_size)
+    parts = decode.stream(decoder, prompt_BT, num_tokens, sampling=greedy, vocab_size=spec.vocab_size)
     return np.concatenate(list(parts), 1)
   candidates, agreement = {OURS: ours}, ''
   if installed():
