@@ -1,9 +1,9 @@
 """The dense feed-forward layer."""
-import jax
 from flax import nnx
 
 from efficient_lm.axes import constrain
 from efficient_lm.models import spec as specs
+from efficient_lm.models.layers import gated
 from efficient_lm.weights import initial
 
 
@@ -18,5 +18,5 @@ class FeedForward(nnx.Module):
 
   def __call__(self, x_BTD):
     """y_BTD, and no auxiliary losses or metrics."""
-    h_BTF = jax.nn.silu(self.gate.contract('BTD,DF->BTF', x_BTD)) * self.up.contract('BTD,DF->BTF', x_BTD)
+    h_BTF = gated(self.gate.contract('BTD,DF->BTF', x_BTD), self.up.contract('BTD,DF->BTF', x_BTD))
     return self.down.contract('BTF,FD->BTD', constrain(h_BTF, 'BTF')), {}

@@ -9,6 +9,7 @@ from flax import nnx
 from efficient_lm.axes import constrain
 from efficient_lm.models import routing
 from efficient_lm.models import spec as specs
+from efficient_lm.models.layers import gated
 from efficient_lm.models.mlp import FeedForward
 from efficient_lm.parallel.expert import dispatch_experts
 from efficient_lm.weights import initial
@@ -43,12 +44,12 @@ class Experts(nnx.Module):
 
   def __call__(self, x_MD, sizes_E):
     """Rows sorted by expert, sizes_E of each -> y_MD, zero for rows past the sum."""
-    h_MF = jax.nn.silu(self.gate.contract_grouped(x_MD, sizes_E)) * self.up.contract_grouped(x_MD, sizes_E)
+    h_MF = gated(self.gate.contract_grouped(x_MD, sizes_E), self.up.contract_grouped(x_MD, sizes_E))
     return self.down.contract_grouped(h_MF, sizes_E)
 
   def all(self, x_BTD):
     """y_BTED, every expert on every token."""
-    h_BTEF = jax.nn.silu(self.gate.contract('BTD,EDF->BTEF', x_BTD)) * self.up.contract('BTD,EDF->BTEF', x_BTD)
+    h_BTEF = gated(self.gate.contract('BTD,EDF->BTEF', x_BTD), self.up.contract('BTD,EDF->BTEF', x_BTD))
     return self.down.contract('BTEF,EFD->BTED', h_BTEF)
 
 
