@@ -10,7 +10,6 @@ measure = lazy('efficient_lm.measure')
 experiments = lazy('efficient_lm.experiment')
 rich_console = lazy('rich.console')
 rich_progress = lazy('rich.progress')
-rich_table = lazy('rich.table')
 rich_text = lazy('rich.text')
 
 CPU_FLOPS = 1e11          # what two cores of a laptop reach on float32 products: to say how long a run would take there
@@ -33,23 +32,23 @@ def human(number: float, unit: str = '') -> str:
 def report(run, resumed: int | None):
   """Devices, corpus, what differs from the config's defaults, sizes and costs, and where the run starts."""
   console, training = terminal(), run.training
+  say = lambda heading, text: console.print(f'[bold]{heading:<10}[/]{text}', soft_wrap=True)
   device, mesh = jax.devices()[0], ' '.join(f'{name}={size}' for name, size in run.mesh.shape.items() if size > 1)
-  console.print(f'[bold]devices[/]   {jax.device_count()} x {device.device_kind}{", mesh " + mesh if mesh else ""}')
+  say('devices', f'{jax.device_count()} x {device.device_kind}{", mesh " + mesh if mesh else ""}')
   text = run.corpus.describe()
-  console.print(f'[bold]text[/]      {text["name"]}: {human(text["train_bytes"], "B")} to train on, '
-                f'{human(text["heldout_bytes"], "B")} held out, {text["tokenizer"]}, sha256 {text["hash"][:12]}')
+  say('text', f'{text["name"]}: {human(text["train_bytes"], "B")} to train on, {human(text["heldout_bytes"], "B")} held '
+              f'out, {text["tokenizer"]}, sha256 {text["hash"][:12]}')
   for path, default, value in experiments.difference(run.default, run.experiment):
-    console.print(f'[bold]changed[/]   {path}: {default} -> {value}', markup=True)
-  for note in run.learner.notes: console.print(f'[bold]technique[/] {note}')
-  console.print(costs(run))
+    say('changed', f'{path}: {default} -> {value}')
+  for note in run.learner.notes: say('technique', note)
+  for heading, line in costs(run).items(): say(heading, line)
   total = measure.flops_per_token(run.state.model, training.sequence_length).training * tokens_per_step(training)
   seconds = total * training.steps / CPU_FLOPS
   if device.platform == 'cpu' and seconds > LONG_RUN:
     console.print(f'[bold red]WARNING: no accelerator was found, and this run needs about {seconds / 86400:.1f} days '
                   f'on a CPU. Is JAX installed for your GPU or TPU?[/]')
-  where = 'from the beginning' if resumed is None else f'resumes after step {resumed}'
-  console.print(f'[bold]steps[/]     {training.steps}, {where}; logs in {run.workdir} '
-                f'(tensorboard --logdir {run.workdir})\n')
+  say('steps', f'{training.steps}, {"from the beginning" if resumed is None else f"resumes after step {resumed}"}')
+  say('logs', f'tensorboard --logdir {run.workdir}\n')
 
 
 def tokens_per_step(training) -> int:
@@ -57,19 +56,16 @@ def tokens_per_step(training) -> int:
   return training.batch_size * training.sequence_length
 
 
-def costs(run):
-  """Table of parameters, bytes and FLOPs."""
+def costs(run) -> dict[str, str]:
+  """What the model and its training take, a line each."""
   parameters = measure.parameters(run.state.model)
   flops = measure.flops_per_token(run.state.model, run.training.sequence_length)
   memory = measure.state_bytes(run.state.model, run.state.opt_state)
-  table = rich_table.Table(box=None, pad_edge=False, header_style='bold')
-  row = {'parameters': human(parameters.total), 'active a token': human(parameters.active),
-         'FLOPs a token, training': human(flops.training), 'tokens a step': human(tokens_per_step(run.training)),
-         'model': human(memory.model, 'B'), 'optimizer': human(memory.optimizer, 'B'),
-         'with gradients': human(memory.total, 'B')}
-  for name in row: table.add_column(name)
-  table.add_row(*row.values())
-  return table
+  return {
+    'model': f'{human(parameters.total)} parameters, {human(parameters.active)} active a token',
+    'training': f'{human(flops.training)} FLOPs a token, {human(tokens_per_step(run.training))} tokens a step',
+    'memory': f'{human(memory.model, "B")} model, {human(memory.optimizer, "B")} optimizer, '
+              f'{human(memory.total, "B")} with gradients'}
 
 
 class Progress:
@@ -120,5 +116,5 @@ def finish(run, page):
     prompt, text = run.sample
     console.print('[bold]a sample, after the part in bold:[/]')
     console.print(rich_text.Text(prompt, style='bold') + rich_text.Text(text))
-  console.print(f'\n[bold]report[/]    {page}')
-  console.print(f'[bold]next[/]      python -m efficient_lm.generate --run={run.workdir}')
+  console.print(f'\n[bold]report[/]    {page}', soft_wrap=True)
+  console.print(f'[bold]next[/]      python -m efficient_lm.generate --run={run.workdir}', soft_wrap=True)

@@ -178,21 +178,23 @@ def cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def table(rows: dict[str, Row]):
-  """A rich table, a column a row of the ledger (a terminal holds several of those, not a dozen figures side by side).
+  """To print with rich: a column a row of the ledger (a terminal holds several of those, not a dozen figures side by
+  side), and below it what all rows share.
 
   rows: by label ('moe / train').
   """
   import rich.box
+  import rich.console
   import rich.table
   from rich.text import Text
   headings, texts = cells(list(rows.values()))
-  grid = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+  grid, shared = rich.table.Table(box=rich.box.SIMPLE_HEAD), []
   grid.add_column('')
   for label in rows: grid.add_column(Text(label), justify='right', overflow='fold')
   for heading, *line in zip(headings, *texts): grid.add_row(heading, *line)
   for heading, of in (('hardware', lambda row: row.origin.hardware), ('energy', lambda row: row.effort.energy_source)):
     line = [of(row) or '–' for row in rows.values()]
     if set(line) == {'–'}: continue
-    if len(set(line)) == 1: grid.caption = '\n'.join(filter(None, [grid.caption, f'{heading}: {line[0]}']))
+    if len(set(line)) == 1: shared.append(Text(f'  {heading}: {line[0]}'))
     else: grid.add_row(heading, *map(Text, line))
-  return grid
+  return rich.console.Group(grid, *shared)
