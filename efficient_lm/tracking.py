@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+CURVES = 512   # of one array; TensorBoard's page has no room for more, and writing them takes a while
+
 
 class Tracker:
   """Writes under `workdir`. In a program of several processes only the first one writes; the others' calls do nothing.
@@ -34,15 +36,17 @@ class Tracker:
 
   def scalars(self, step: int, values: dict):
     """One row of metrics.jsonl: {'step': …, name: number …}. NaN and infinities become the strings 'nan', 'inf' and
-    '-inf', so that each line is JSON. An array (an expert load, say) becomes nested lists, which TensorBoard is not
-    shown: give it the picture."""
+    '-inf', so that each line is JSON. An array (the expert load, say) becomes nested lists there, and in TensorBoard a
+    curve an element, 'load/2/5' for expert 5 of layer 2; beyond CURVES elements the picture alone has to do."""
     if self.file is None: return
     values = {name: np.asarray(value).tolist() for name, value in values.items()}
     row = {'step': int(step), **{name: _json(value) for name, value in values.items()}}
     self.file.write(json.dumps(row, allow_nan=False) + '\n')
     self.file.flush()
     for name, value in values.items():
-      if not isinstance(value, list): self.board.add_scalar(name, value, step)
+      array = np.asarray(value)
+      if array.size > CURVES: continue
+      for index, element in np.ndenumerate(array): self.board.add_scalar('/'.join([name, *map(str, index)]), element, step)
 
   def histogram(self, step: int, name: str, values):
     if self.board: self.board.add_histogram(name, np.asarray(values, np.float32).ravel(), step)

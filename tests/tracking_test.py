@@ -49,6 +49,15 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
   assert [event.value for event in shown] == [1, 2, 3, 4, 105, 106, 107, 108, 109]
 
 
+def test_each_element_of_a_small_array_is_a_curve(tmp_path):
+  tracker = Tracker(tmp_path)
+  for step in (1, 2): tracker.scalars(step, {'load': [[1.0, 0.5], [step, 4.0]], 'large': np.ones((60, 256))})
+  tracker.close()
+  shown = board(tmp_path)
+  assert shown.Tags()['scalars'] == ['load/0/0', 'load/0/1', 'load/1/0', 'load/1/1']
+  assert [event.value for event in shown.Scalars('load/1/0')] == [1, 2]
+
+
 @pytest.mark.parametrize('torn', ['{"step": 4, "lo', '{"step": 4', '\x00\x00', '4', '{"loss": 1}'])
 def test_a_torn_last_line_is_repaired(tmp_path, torn):
   track(tmp_path, [1, 2, 3]).close()
