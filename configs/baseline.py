@@ -9,21 +9,21 @@ gpt2_124m: one H100 or a v5e-8, TODO-MEASURE. llama3_8b: to plan with (python -m
 from efficient_lm.data import BPE, Corpus
 from efficient_lm.experiment import Experiment, FromRun, Mesh, Training, choose
 from efficient_lm.models import zoo
-from efficient_lm.optim import AdamW, WarmupCosine
+from efficient_lm.optim import AdamW, Muon, WarmupCosine
 
 
 def get_config(variant: str = 'tiny') -> Experiment:
-  model, steps, batch_size, sequence_length, peak = choose(variant, {
-    'tiny': (zoo.tiny(), 400, 16, 256, 3e-3),
-    'small': (zoo.small(), 2_000, 32, 512, 2e-3),
-    'gpt2_124m': (zoo.gpt2_124m(), 10_000, 512, 1024, 6e-4),
-    'llama3_8b': (zoo.llama3_8b(), 10_000, 512, 8192, 3e-4),
+  model, steps, batch_size, sequence_length, optimizer, peak = choose(variant, {
+    'tiny': (zoo.tiny(), 600, 16, 256, Muon, 5e-3),
+    'small': (zoo.small(), 2_000, 32, 512, AdamW, 2e-3),
+    'gpt2_124m': (zoo.gpt2_124m(), 10_000, 512, 1024, AdamW, 6e-4),
+    'llama3_8b': (zoo.llama3_8b(), 10_000, 512, 8192, AdamW, 3e-4),
   })
   tokenizer = None if model.vocab_size == zoo.BYTES else BPE(vocab_size=min(model.vocab_size, 50_304))
   return Experiment(
     model=model, data=Corpus(tokenizer=tokenizer), mesh=Mesh(fsdp=-1, data=1),
     train=Training(steps=steps, batch_size=batch_size, sequence_length=sequence_length,
-                   optimizer=AdamW(schedule=WarmupCosine(peak=peak, warmup=steps // 20))))
+                   optimizer=optimizer(schedule=WarmupCosine(peak=peak, warmup=steps // 20))))
 
 
 def trained(variant: str) -> FromRun:
