@@ -37,8 +37,11 @@ class GroupedQueryAttention(nnx.Module):
     self.cache_shape = (K, H)
 
   def init_cache(self, batch: int, length: int, dtype):
-    zeros = jnp.zeros((batch, length, *self.cache_shape), dtype)
-    return {'k_BSKH': zeros, 'v_BSKH': zeros}
+    # As the products of decoding read them, batch and heads being one dimension: in any other order XLA:CPU copies all
+    # slots at each token.
+    K, H = self.cache_shape
+    zeros = jnp.zeros((batch * K, length, H), dtype)
+    return {'k_CSH': zeros, 'v_CSH': zeros}
 
   def __call__(self, x_BTD, positions_BT, segments_BT=None, cache=None, start=0):
     q_BTNH = self.query.contract('BTD,DNH->BTNH', x_BTD)
@@ -48,8 +51,11 @@ class GroupedQueryAttention(nnx.Module):
     q_BTNH = constrain(rotate(q_BTNH, positions_BT, self.theta, self.layout), 'BTNH')
     k_BTKH = rotate(k_BTKH, positions_BT, self.theta, self.layout)
     if cache is not None:
-      cache = {'k_BSKH': write(cache['k_BSKH'], k_BTKH, start), 'v_BSKH': write(cache['v_BSKH'], v_BTKH, start)}
-      k_BTKH, v_BTKH = cache['k_BSKH'].astype(x_BTD.dtype), cache['v_BSKH'].astype(x_BTD.dtype)
+      B, T, K, H = k_BTKH.shape
+      merged = lambda x_BTKH: x_BTKH.swapaxes(1, 2).reshape(B * K, T, H)
+      cache = {'k_CSH': write(cache['k_CSH'], merged(k_BTKH), start), 'v_CSH': write(cache['v_CSH'], merged(v_BTKH), start)}
+      heads = lambda x_CSH: x_CSH.astype(x_BTD.dtype).reshape(B, K, -1, H).swapaxes(1, 2)
+      k_BTKH, v_BTKH = heads(cache['k_CSH']), heads(cache['v_CSH'])
     o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, start=start, segments_BS=segments_BT, window=self.window)
     return self.output.contract('BTNH,NHD->BTD', o_BTNH), cache
 

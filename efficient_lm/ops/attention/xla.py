@@ -21,7 +21,17 @@ def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window=None,
   """See the API. Without a cache, in strips and with their gradient; with one, over all of its slots."""
   if isinstance(start, int) and start == 0 and q_BTNH.shape[1] == k_BSKH.shape[1]:
     return _strips(q_BTNH, k_BSKH, v_BSKH, segments_BS, window, scale)
-  return reference.attention(q_BTNH, k_BSKH, v_BSKH, start=start, segments_BS=segments_BS, window=window, scale=scale)
+  return _cached(q_BTNH, k_BSKH, v_BSKH, start, segments_BS, window, scale)
+
+
+def _cached(q_BTNH, k_BSKH, v_BSKH, start, segments_BS, window, scale):
+  """The equation, in products that read a cache laid out as (B, K, S, H) where it lies."""
+  K = k_BSKH.shape[2]
+  k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+  mask_BTS = reference.visible(q_BTNH.shape[1], k_BKSH.shape[2], start, segments_BS, window)
+  scores_BKGTS = scale * _against_keys(_heads(q_BTNH, K), k_BKSH)
+  p_BKGTS = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf), axis=-1)
+  return _tokens(_times_keys(p_BKGTS.astype(v_BKSH.dtype), v_BKSH)).astype(v_BKSH.dtype)
 
 
 def _spans(T: int, window: int | None):
