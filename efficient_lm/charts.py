@@ -87,9 +87,12 @@ def draw_eval(plot, curves: dict[str, tuple], yardsticks: dict[str, float]):
               label=f'{name}: {values[-1]:.3f}')
     if not several: plot.annotate(f'{values[-1]:.3f}', (steps[-1], values[-1]), (5, 0), textcoords='offset points',
                                   color=color, va='center', fontsize=9, annotation_clip=False)
+  lowest = min(yardsticks.values(), default=None)
   for name, value in yardsticks.items():
     plot.axhline(value, color='#6B6B6B', linestyle='--', linewidth=1)
-    plot.annotate(f'{name} {value:.3f}', (1, value), (0, 2), xycoords=plot.get_yaxis_transform(), ha='right',
+    # The lowest one's name below its line: two compressors are often close, and names above both would overlap.
+    offset, side = ((0, -2), 'top') if value == lowest and len(yardsticks) > 1 else ((0, 2), 'bottom')
+    plot.annotate(f'{name} {value:.3f}', (1, value), offset, xycoords=plot.get_yaxis_transform(), ha='right', va=side,
                   textcoords='offset points', color='#4a4f57', fontsize=8)
   plot.set(title='held-out text', xlabel='step', ylabel='bits per byte')
   _legend(plot, several)

@@ -115,6 +115,6 @@ def finish(run, page):
     console.print(ledger.table({run.workdir.name: row}))
     prompt, text = run.sample
     console.print('[bold]a sample, after the part in bold:[/]')
-    console.print(rich_text.Text(prompt, style='bold') + rich_text.Text(text))
+    console.print(rich_text.Text(prompt, style='bold') + rich_text.Text(text), soft_wrap=True)
   console.print(f'\n[bold]report[/]    {page}', soft_wrap=True)
   console.print(f'[bold]next[/]      python -m efficient_lm.generate --run={run.workdir}', soft_wrap=True)

@@ -45,7 +45,6 @@ def _visits(sizes_E, block: int):
   last_E = jnp.cumsum(tiles_E)
 
   def visit(i):
-    # Counting, not searching: E comparisons in one loop are faster than log2(E) dependent ones.
     e = jnp.sum(i >= last_E, dtype=jnp.int32)
     return e, end_E[e] - sizes_E[e] + (i - (last_E[e] - tiles_E[e])) * block, end_E[e]
 
