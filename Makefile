@@ -3,6 +3,7 @@
 #   make test         the tests            make lint    ruff
 #   make test-next    the tests with the newest jax and flax that python3.12 gets
 #   make bench        every op against its baselines, on the device at hand
+#   make notebooks    runs the notebooks of experiments/ anew, from the results beside them
 #   ARGS passes more words on: make moe ARGS="--config.train.steps=50"
 PYTHON ?= python3
 PYTHON_NEXT ?= python3.12
@@ -10,7 +11,7 @@ VENV := .venv
 NEXT := .venv-next
 CONFIGS := $(basename $(notdir $(wildcard configs/*.py)))
 
-.PHONY: $(CONFIGS) test test-next lint bench clean
+.PHONY: $(CONFIGS) test test-next lint bench notebooks clean
 
 $(VENV)/.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed: make PYTHON=python3.11")'
@@ -37,6 +38,9 @@ lint: $(VENV)/.stamp
 
 bench: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.bench $(ARGS)
+
+notebooks: $(VENV)/.stamp
+	$(VENV)/bin/python -m jupytext --quiet --to ipynb --execute experiments/*/notebook.py
 
 clean:
 	rm -rf $(VENV) $(NEXT) .pytest_cache .ruff_cache .hypothesis

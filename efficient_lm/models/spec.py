@@ -15,7 +15,7 @@ moe = lazy('efficient_lm.models.moe')
 transformer = lazy('efficient_lm.models.transformer')
 
 ROPE_LAYOUTS = ('half', 'interleaved')
-REMAT = ('none', 'dots', 'full')
+REMAT = ('none', 'dots', 'transport', 'full')
 Complaint = tuple[str, Any, str]   # field, value, what would be right
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -146,7 +146,8 @@ class MoE:
 @dataclasses.dataclass(kw_only=True)
 class Stack:
   """`num_layers` equal layers. `unroll` of them are written out in each step of the scan (on a CPU all of them run
-  10-40 % faster than one); `remat` says what the backward pass recomputes: nothing, all but matrix products, all."""
+  10-40 % faster than one); `remat` says what the backward pass recomputes: nothing, all but matrix products, all but
+  what experts were sent and sent back, all."""
   num_layers: int
   attention: Any
   mlp: Any

@@ -14,11 +14,13 @@ from jax import lax
 from efficient_lm.axes import constrain
 from efficient_lm.models import spec as specs
 from efficient_lm.models.layers import RMSNorm
+from efficient_lm.parallel.expert import ARRIVED, RETURNED
 from efficient_lm.tree import rewrite
 from efficient_lm.weights import Dense, Transposed, Weight, initial
 
 REMAT_POLICIES = {
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'transport': jax.checkpoint_policies.save_only_these_names(ARRIVED, RETURNED),
   'full': jax.checkpoint_policies.nothing_saveable,
 }
 

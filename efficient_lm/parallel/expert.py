@@ -20,7 +20,7 @@ from efficient_lm.errors import ConfigError
 from efficient_lm.models.routing import Dispatch
 from efficient_lm.parallel.rows import permute, sort_rows
 
-# Names for jax.checkpoint policies: saving these keeps the backward pass from moving all tokens a second time.
+# What the remat policy 'transport' saves, so that the backward pass does not move all tokens a second time.
 ARRIVED, RETURNED = 'moe_arrived', 'moe_returned'
 BATCH = PartitionSpec(alphabet.BATCH)
 

@@ -18,11 +18,12 @@
 
 # %%
 import json
+import pathlib
 import statistics
 
 import matplotlib.pyplot as plt
 
-results = json.load(open('results.json'))
+results = json.loads(pathlib.Path('results.json').read_text())
 runs = {model: [row for row in results['rows'] if row['model'] == model] for model in ('baseline', 'moe')}
 print(results['hardware'], results['versions'])
 for model, rows in runs.items():

@@ -136,7 +136,7 @@ def equally_drawn(described):
   return jax.tree.unflatten(structure, jax.tree.leaves(drawn('grouped')))
 
 
-@pytest.mark.parametrize('way', [dict(unroll=5), dict(remat='dots'), dict(remat='full')], ids=str)
+@pytest.mark.parametrize('way', [dict(unroll=5), dict(remat='dots'), dict(remat='transport'), dict(remat='full')], ids=str)
 def test_unrolling_and_rematerialising_change_neither_value_nor_gradient(way):
   value, gradient = slope(drawn('grouped'), tokens_of())
   other_value, other_gradient = slope(equally_drawn(model_of(**way)), tokens_of())

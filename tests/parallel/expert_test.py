@@ -12,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from efficient_lm import axes
 from efficient_lm.errors import ConfigError
 from efficient_lm.models import routing, spec
+from efficient_lm.models.transformer import REMAT_POLICIES
 from efficient_lm.parallel.expert import dispatch_experts
 from efficient_lm.parallel.rows import TokenChoice
 from efficient_lm.tree import rewrite
@@ -213,3 +214,21 @@ def test_ragged_lowers_for_tpu(transport):
     lowered = jax.jit(functools.partial(value_and_grads, oracle=False)).trace(moe, x_BTD).lower(
       lowering_platforms=('tpu',))
   assert lowered.as_text().count('@ragged_all_to_all') >= 4   # there and back, forward and backward
+
+
+def exchanges(jaxpr) -> int:
+  """How many all_to_all a jaxpr holds, those of its inner ones included."""
+  inner = [value for equation in jaxpr.eqns for value in jax.tree.leaves(
+    list(equation.params.values()), is_leaf=lambda value: hasattr(value, 'eqns'))]
+  return (sum(equation.primitive.name == 'all_to_all' for equation in jaxpr.eqns)
+          + sum(exchanges(getattr(value, 'jaxpr', value)) for value in inner if hasattr(value, 'eqns')))
+
+
+def test_saving_what_was_transported_moves_no_token_twice(mesh):
+  x_BTD, moe = tokens(), build('a2a')
+  def moved(policy):
+    loss = jax.checkpoint(lambda moe, x_BTD: jnp.sum(jnp.sin(moe(x_BTD)[0])), policy=REMAT_POLICIES[policy])
+    with mesh(1, 1, 4, 2): return exchanges(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(moe, x_BTD).jaxpr)
+  # Out and back, in the forward and in the backward pass.
+  assert moved('transport') == 4
+  assert moved('full') > 4
