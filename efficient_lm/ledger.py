@@ -41,7 +41,8 @@ class Speed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Effort:
-  """What the stage took: steps, tokens, seconds; joules a token, and the counter that they were read from."""
+  """What the stage took since its last start (a resumed run counts from where it resumed): steps, tokens, seconds; joules
+  a token, and the counter that they were read from."""
   steps: int | None = None
   tokens: int | None = None
   wall_seconds: float | None = None
