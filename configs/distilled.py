@@ -4,8 +4,8 @@
   python -m efficient_lm.main --config=configs/distilled.py --workdir=runs/distilled
   python -m efficient_lm.main --config=configs/distilled.py --config.techniques[0].weight=0   (the labels alone)
 
-tiny (default): 2 CPU cores, TODO-MEASURE minutes, TODO-MEASURE bits per byte; with the labels alone TODO-MEASURE.
-gpt2_124m: one H100 or a v5e-8, TODO-MEASURE; its teacher is runs/baseline-gpt2_124m.
+tiny (default): 3 minutes on one CPU core, 1.946 bits per byte; with the labels alone @LABELS@ (one seed each).
+gpt2_124m: not run yet; its teacher is runs/baseline-gpt2_124m.
 """
 import dataclasses
 

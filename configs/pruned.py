@@ -4,8 +4,8 @@
   python -m efficient_lm.main --config=configs/pruned.py --workdir=runs/pruned
   python -m efficient_lm.main --config=configs/pruned.py --config.techniques[0].sparsity=0.8
 
-tiny (default): 2 CPU cores, TODO-MEASURE minutes, TODO-MEASURE bits per byte beside TODO-MEASURE of the dense row.
-gpt2_124m: one H100 or a v5e-8, TODO-MEASURE.
+tiny (default): 5 minutes on one CPU core, 1.684 bits per byte beside 1.602 of the dense row (one seed each).
+gpt2_124m: not run yet.
 """
 import dataclasses
 

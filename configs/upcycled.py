@@ -3,8 +3,8 @@
   make baseline upcycled
   python -m efficient_lm.main --config=configs/upcycled.py --workdir=runs/upcycled
 
-tiny (default): 2 CPU cores, TODO-MEASURE minutes, TODO-MEASURE bits per byte, beside TODO-MEASURE of the baseline
-trained on for as many steps. gpt2_124m: one H100 or a v5e-8, TODO-MEASURE; it starts from runs/baseline-gpt2_124m.
+tiny (default): 5 minutes on one CPU core, 1.510 bits per byte after 300 steps on top of the baseline's 600 (1.602), with 1.7
+times its active parameters; one seed. gpt2_124m: not run yet; it starts from runs/baseline-gpt2_124m.
 """
 import dataclasses
 
