@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from efficient_lm.axes import settle
-from efficient_lm.models.transformer import Stack, unrolled
+from efficient_lm.models.transformer import Stack, outputs_first, unrolled
 
 
 @jax.tree_util.register_static
@@ -45,9 +45,10 @@ class Sampling:
 
 
 def ready(model):
-  """The model with its stacked layers copied apart, as decoding reads them; itself if that was done before."""
-  stacked = any(isinstance(stack, Stack) for stack in model.stacks)
-  return settle(jax.jit(unrolled)(model)) if stacked else model
+  """The model as decoding reads it, its layers copied apart and on a CPU its matrices turned; itself if it is that."""
+  if not any(isinstance(stack, Stack) for stack in model.stacks): return model
+  arrange = (lambda model: outputs_first(unrolled(model))) if jax.default_backend() == 'cpu' else unrolled
+  return settle(jax.jit(arrange)(model))
 
 
 @functools.partial(jax.jit, static_argnames=('length', 'vocab_size'))

@@ -7,7 +7,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficient_lm.weights import Dense, FakeQuantized, Transposed, absmax_scale, fake_quantize, initial
+from efficient_lm.weights import Dense, FakeQuantized, OutputsFirst, Transposed, absmax_scale, fake_quantize, initial
 
 B, T, D, F, V, E = 2, 3, 8, 12, 10, 4
 # Sums of at most 12 float32 products of order one, in another order: 12 * 2**-24 apiece, with room.
@@ -52,6 +52,17 @@ def test_take_reads_rows_and_transposed_is_the_same_array_the_other_way(kind):
   np.testing.assert_array_equal(head.materialize(), weight.materialize().T)
   by_einsum = jnp.einsum('BTD,DV->BTV', x, head.materialize())
   np.testing.assert_allclose(head.contract('BTD,DV->BTV', x, jnp.float32), by_einsum, **ROUNDING)
+
+
+@pytest.mark.parametrize('equation, inputs', [('BTD,DNH->BTNH', 'D'), ('BTNH,NHD->BTD', 'NH'), ('BTD,DF->BTF', 'D')])
+def test_with_its_outputs_first_a_weight_is_worth_the_same(equation, inputs):
+  sizes = dict(B=B, T=T, D=D, F=F, N=2, H=6)
+  x_axes, w_axes = equation.split('->')[0].split(',')
+  dense = Dense(draw(*(sizes[letter] for letter in w_axes)), w_axes, inputs)
+  turned, x = OutputsFirst(dense), draw(*(sizes[letter] for letter in x_axes), seed=1)
+  assert turned.order.endswith(inputs) and (turned.axes, turned.inputs) == (dense.axes, dense.inputs)
+  np.testing.assert_array_equal(turned.materialize(), dense.materialize())
+  np.testing.assert_allclose(turned.contract(equation, x), dense.contract(equation, x), **ROUNDING)
 
 
 @pytest.mark.parametrize('wrap', [lambda w: w, lambda w: FakeQuantized(w, 4, 4)], ids=['float', '4 bits'])

@@ -16,7 +16,7 @@ from efficient_lm.models import spec as specs
 from efficient_lm.models.layers import RMSNorm
 from efficient_lm.parallel.expert import ARRIVED, RETURNED
 from efficient_lm.tree import rewrite
-from efficient_lm.weights import Dense, Transposed, Weight, initial
+from efficient_lm.weights import Dense, OutputsFirst, Transposed, Weight, initial
 
 REMAT_POLICIES = {
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -92,6 +92,13 @@ class Unrolled(nnx.Module):
 def unrolled(model):
   """The same model with every Stack taken apart; it computes the same and is meant for decoding."""
   return rewrite(model, Stack, lambda _, stack: Unrolled(stack))
+
+
+def outputs_first(model):
+  """The same model with its matrices turned for products with one row. Not those of experts, which rows are sorted for,
+  nor the embedding, which has its outputs in front."""
+  turned = lambda weight: weight if 'E' in weight.axes or weight.axes.startswith('V') else OutputsFirst(weight)
+  return rewrite(model, Dense, lambda _, weight: turned(weight))
 
 
 @jax.tree_util.register_dataclass

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 
 from efficient_lm.models import routing, spec
-from efficient_lm.models.transformer import unrolled
+from efficient_lm.models.transformer import outputs_first, unrolled
 from efficient_lm.tree import size
 from efficient_lm.weights import Transposed
 
@@ -116,9 +116,10 @@ def test_a_packed_document_is_read_as_if_alone(name):
   assert np.abs(packed - logits_of(drawn(name), tokens)).max() > 1e-2, 'unpacked, the second document sees the first'
 
 
+@pytest.mark.parametrize('arrange', [unrolled, lambda model: outputs_first(unrolled(model))], ids=['apart', 'turned'])
 @pytest.mark.parametrize('name', ['grouped', 'latent', 'experts'])
-def test_a_model_taken_apart_for_decoding_computes_the_same(name):
-  apart = unrolled(drawn(name))
+def test_a_model_taken_apart_for_decoding_computes_the_same(name, arrange):
+  apart = arrange(drawn(name))
   assert size(apart) == size(drawn(name))
   np.testing.assert_allclose(logits_of(apart, tokens_of()), logits_of(drawn(name), tokens_of()), **ROUNDING)
   np.testing.assert_allclose(cached_logits(apart, tokens_of()), logits_of(drawn(name), tokens_of()), **ROUNDING)

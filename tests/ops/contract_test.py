@@ -34,6 +34,15 @@ def test_a_product_of_matrices_is_the_einsum(equation):
     np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)   # sums of at most 20 normals
 
 
+@pytest.mark.parametrize('num_outputs', [1, 6, 7])
+def test_a_product_of_one_row_is_the_einsum(num_outputs):
+  x, w, g = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(
+    [(1, 1, 12), (num_outputs, 12), (1, 1, num_outputs)]))
+  expected = both_passes('BTD,VD->BTV', x, w, g, implementation='einsum')
+  for e, a in zip(expected, both_passes('BTD,VD->BTV', x, w, g, implementation='matrix'), strict=True):
+    np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)   # sums of 12 products of normals
+
+
 @pytest.mark.parametrize('equation', OTHER)
 def test_auto_does_every_equation_and_matrix_refuses_what_it_cannot(equation):
   x, w, _ = operands(equation)
