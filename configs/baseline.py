@@ -22,7 +22,7 @@ def get_config(variant: str = 'tiny') -> Experiment:
   tokenizer = None if model.vocab_size == zoo.BYTES else BPE(vocab_size=min(model.vocab_size, 50_304))
   return Experiment(
     model=model, data=Corpus(tokenizer=tokenizer), mesh=Mesh(fsdp=-1, data=1),
-    train=Training(steps=steps, batch_size=batch_size, sequence_length=sequence_length,
+    train=Training(steps=steps, batch_size=batch_size, sequence_length=sequence_length, eval_every=200,
                    optimizer=optimizer(schedule=WarmupCosine(peak=peak, warmup=steps // 20))))
 
 

@@ -4,8 +4,8 @@
   python -m efficient_lm.main --config=configs/moe.py --workdir=runs/moe
   python -m efficient_lm.main --config=configs/moe.py:gpt2_124m --config.mesh.expert=8
 
-tiny (default): @MIN@ minutes on 2 CPU cores, 1.53 bits per byte on held-out Python source, beside 1.59 of configs/baseline.py
-(means of three seeds). gpt2_124m: not run yet. Published shapes: to plan with.
+tiny (default): @MIN@ minutes on 2 CPU cores, 1.53 bits per byte on held-out Python source, beside 1.59 of
+configs/baseline.py (means of three seeds). gpt2_124m: not run yet. Published shapes: to plan with.
 """
 from efficient_lm.data import BPE, Corpus
 from efficient_lm.experiment import Experiment, Mesh, Training, choose
@@ -26,5 +26,5 @@ def get_config(variant: str = 'tiny') -> Experiment:
   tokenizer = None if model.vocab_size == zoo.BYTES else BPE(vocab_size=min(model.vocab_size, 50_304))
   return Experiment(
     model=model, data=Corpus(tokenizer=tokenizer), mesh=Mesh(fsdp=-1, data=1),
-    train=Training(steps=steps, batch_size=batch_size, sequence_length=sequence_length,
+    train=Training(steps=steps, batch_size=batch_size, sequence_length=sequence_length, eval_every=200,
                    optimizer=optimizer(schedule=WarmupCosine(peak=peak, warmup=steps // 20))))

@@ -3,8 +3,8 @@
   make baseline stacked
   python -m efficient_lm.main --config=configs/stacked.py --workdir=runs/stacked
 
-tiny (default): 2 CPU cores, TODO-MEASURE minutes, TODO-MEASURE bits per byte at TODO-MEASURE bytes, beside
-TODO-MEASURE at TODO-MEASURE of the dense row. gpt2_124m: one H100 or a v5e-8, TODO-MEASURE.
+tiny (default): 9 minutes on one CPU core, 1.588 bits per byte, beside 1.602 of the dense row and 1.546 of the plain mixture
+(one seed each). Weights are rounded but stored in float32: no byte is saved yet. gpt2_124m: not run yet.
 """
 import dataclasses
 

@@ -130,7 +130,8 @@ def main(overrides: list[str]):
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')   # PyTorch needs memory of the same GPU
   terminal = console.terminal()
   report = measure_all(FLAGS.only or list(CASES), FLAGS.repeats, FLAGS.quick, terminal)
-  terminal.print(result.page(report))
+  # In a file or a pipe there is room for all columns.
+  terminal.print(result.page(report), width=None if terminal.is_terminal else result.WIDTH)
   terminal.print(f'{result.write(report, FLAGS.out)}')
 
 
