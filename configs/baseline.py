@@ -14,7 +14,7 @@ from efficient_lm.optim import AdamW, Muon, WarmupCosine
 
 def get_config(variant: str = 'tiny') -> Experiment:
   model, steps, batch_size, sequence_length, optimizer, peak = choose(variant, {
-    'tiny': (zoo.tiny(), 600, 16, 256, Muon, 5e-3),
+    'tiny': (zoo.tiny(), 500, 16, 256, Muon, 5e-3),
     'small': (zoo.small(), 2_000, 32, 512, AdamW, 2e-3),
     'gpt2_124m': (zoo.gpt2_124m(), 10_000, 512, 1024, AdamW, 6e-4),
     'llama3_8b': (zoo.llama3_8b(), 10_000, 512, 8192, AdamW, 3e-4),

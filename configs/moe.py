@@ -15,7 +15,7 @@ from efficient_lm.optim import AdamW, Muon, WarmupCosine
 
 def get_config(variant: str = 'tiny') -> Experiment:
   model, steps, batch_size, sequence_length, optimizer, peak = choose(variant, {
-    'tiny': (zoo.tiny(zoo.experts(8, 2, 160)), 600, 16, 256, Muon, 5e-3),
+    'tiny': (zoo.tiny(zoo.experts(8, 2, 160)), 500, 16, 256, Muon, 5e-3),
     'small': (zoo.small(zoo.experts(16, 2, 512)), 2_000, 32, 512, AdamW, 2e-3),
     'gpt2_124m': (zoo.gpt2_124m(zoo.experts(8, 2, 1024)), 10_000, 512, 1024, AdamW, 6e-4),
     'mixtral_8x7b': (zoo.mixtral_8x7b(), 10_000, 512, 4096, AdamW, 3e-4),
