@@ -3,7 +3,8 @@
   make baseline
   python -m efficient_lm.main --config=configs/baseline.py --workdir=runs/baseline
 
-tiny (default): 5 minutes on one CPU core, 1.59 bits per byte on held-out Python source (mean of three seeds).
+tiny (default): minutes on a CPU. With 600 steps 1.59 bits per byte on held-out Python source (mean of three seeds), in 5 to
+7 minutes on one core.
 gpt2_124m: not run yet. llama3_8b: to plan with and for a pod.
 """
 from efficient_lm.data import BPE, Corpus

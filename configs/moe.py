@@ -4,7 +4,7 @@
   python -m efficient_lm.main --config=configs/moe.py --workdir=runs/moe
   python -m efficient_lm.main --config=configs/moe.py:gpt2_124m --config.mesh.expert=8
 
-tiny (default): @MIN@ minutes on 2 CPU cores, 1.53 bits per byte on held-out Python source, beside 1.59 of
+tiny (default): 4 min 46 s on 2 CPU cores, 1.60 bits per byte on held-out Python source. With 600 steps 1.53, beside 1.59 of
 configs/baseline.py (means of three seeds). gpt2_124m: not run yet. Published shapes: to plan with.
 """
 from efficient_lm.data import BPE, Corpus
