@@ -40,7 +40,8 @@ bench: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.bench $(ARGS)
 
 notebooks: $(VENV)/.stamp
-	$(VENV)/bin/python -m jupytext --quiet --to ipynb --execute experiments/*/notebook.py
+	$(VENV)/bin/python -m jupytext --quiet --to ipynb experiments/*/notebook.py
+	$(VENV)/bin/jupyter-execute --inplace experiments/*/notebook.ipynb
 
 clean:
 	rm -rf $(VENV) $(NEXT) .pytest_cache .ruff_cache .hypothesis
