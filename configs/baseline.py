@@ -5,7 +5,7 @@
 
 tiny (default): minutes on a CPU. With 600 steps 1.59 bits per byte on held-out Python source (mean of three seeds), in 5 to
 7 minutes on one core.
-gpt2_124m: not run yet. llama3_8b: to plan with and for a pod.
+gpt2_124m: for one H100 or a v5e-8, not run yet. llama3_8b: to plan with and for a pod.
 """
 from efficient_lm.data import BPE, Corpus
 from efficient_lm.experiment import Experiment, FromRun, Mesh, Training, choose

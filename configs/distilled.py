@@ -6,7 +6,7 @@
 
 tiny (default): minutes on a CPU. With 600 steps, for the teacher too, 1.946 bits per byte in 3 minutes on one core; with the
 labels alone 2.006 (one seed each).
-gpt2_124m: not run yet; its teacher is runs/baseline-gpt2_124m.
+gpt2_124m: for one H100 or a v5e-8, not run yet; its teacher is runs/baseline-gpt2_124m.
 """
 import dataclasses
 

@@ -4,7 +4,8 @@
   python -m efficient_lm.main --config=configs/upcycled.py --workdir=runs/upcycled
 
 tiny (default): minutes on a CPU. With 300 steps on top of a baseline of 600 (1.602), 1.510 bits per byte at 1.7 times its
-active parameters, in 5 minutes on one core; one seed. gpt2_124m: not run yet; it starts from runs/baseline-gpt2_124m.
+active parameters, in 5 minutes on one core; one seed.
+gpt2_124m: for one H100 or a v5e-8, not run yet; it starts from runs/baseline-gpt2_124m.
 """
 import dataclasses
 

@@ -72,7 +72,9 @@ class AdamW:
   eps: float = 1e-8
   clip: float = 1.0
 
-  def check(self): yield from _check_optimizer(self, 'b1', 'b2')
+  def check(self):
+    yield from _check_optimizer(self, 'b1', 'b2')
+    if not self.eps > 0: yield 'eps', self.eps, 'must be positive'
 
   def build(self, steps: int):
     adam = optax.adamw(self.schedule.build(steps), self.b1, self.b2, self.eps,
