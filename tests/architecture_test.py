@@ -28,7 +28,6 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.spl
 # Tested through others, because they only hold, draw or combine: a reason each.
 WITHOUT_OWN_TEST = {
   'efficient_lm/console.py': 'prints; seen in run_test',
-  'efficient_lm/ops/dispatch.py': 'tests of every op',
   'efficient_lm/generate.py': 'run_test, which has a trained model to generate with',
   'efficient_lm/evaluate.py': 'run_test, which has a trained model to evaluate',
   'efficient_lm/charts.py': 'draws; report_test',
@@ -83,7 +82,7 @@ def test_trainer_and_models_know_no_technique(name):
 @pytest.mark.parametrize('name', [name for name in PACKAGE if name.startswith('efficient_lm/ops/')])
 def test_ops_know_arrays_only(name):
   foreign = {found.split('.')[0] for found in imports(FILES[name])} - set(sys.stdlib_module_names)
-  assert foreign <= {'jax', 'numpy', 'efficient_lm'} and all('.ops' in found for found in inner_imports(name))
+  assert foreign <= {'jax', 'numpy', 'efficient_lm'} and all('.ops' in found or found.endswith('.lazy') for found in inner_imports(name))
 
 
 @pytest.mark.parametrize('name', FILES)

@@ -26,9 +26,7 @@ def contract(equation: str, x, w, *, dtype=None, implementation: str = 'auto'):
     implementation: 'auto', 'einsum' or 'matrix'. The last needs an equation that is a product of two matrices once dims
       are merged; 'auto' is that on CPU where it applies, and einsum elsewhere, where XLA transposes well by itself.
   """
-  if implementation == 'auto' and not _is_matrix_product(equation): implementation = 'einsum'
-  run = dispatch.choose('contract', IMPLEMENTATIONS, implementation, {'cpu': 'matrix', '': 'einsum'})
-  return run(equation, x, w, jnp.dtype(dtype or x.dtype))
+  return dispatch.run('contract', IMPLEMENTATIONS, implementation, equation, x, w, jnp.dtype(dtype or x.dtype))
 
 
 def _einsum(equation, x, w, dtype):
@@ -51,8 +49,6 @@ def _is_matrix_product(equation: str) -> bool:
 
 
 def _matrix(equation, x, w, dtype):
-  if not _is_matrix_product(equation):
-    raise NotImplementedError(f"contract implementation 'matrix' cannot do {equation!r}: it is no product of matrices")
   _, w_axes, _, summed, new = _split(equation)
   rows, outputs = x.shape[:x.ndim - len(summed)], [w.shape[w_axes.index(letter)] for letter in new]
   K, N = math.prod(x.shape[x.ndim - len(summed):]), math.prod(outputs)
@@ -97,4 +93,11 @@ def _dot(a, b, a_axis: int, b_axis: int, dtype):
   return lax.dot_general(a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=dtype)
 
 
-IMPLEMENTATIONS = {'einsum': _einsum, 'matrix': _matrix}
+def _no_matrix_product(equation, *_) -> str:
+  return '' if _is_matrix_product(equation) else f'{equation!r} is no product of matrices'
+
+
+IMPLEMENTATIONS = {
+  'matrix': dispatch.Implementation(_matrix, auto=('cpu',), refuses=_no_matrix_product),
+  'einsum': dispatch.Implementation(_einsum),
+}

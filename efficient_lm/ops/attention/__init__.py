@@ -26,16 +26,22 @@ def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window: int 
   if N % K or T > S:
     raise ValueError(f'attention of {N} query heads on {K} key heads, {T} queries on {S} keys: '
                      'heads must divide, and every query needs its own key')
-  run = dispatch.choose('attention', IMPLEMENTATIONS, implementation, {'': 'xla'})
   scale = H ** -0.5 if scale is None else scale
-  return run(q_BTNH, k_BSKH, v_BSKH, start=start, segments_BS=segments_BS, window=window, scale=scale)
+  return dispatch.run('attention', IMPLEMENTATIONS, implementation, q_BTNH, k_BSKH, v_BSKH, start=start,
+                      segments_BS=segments_BS, window=window, scale=scale)
 
 
 def _jax(q_BTNH, k_BSKH, v_BSKH, *, start, segments_BS, window, scale):
-  if v_BSKH.shape[-1] != k_BSKH.shape[-1]:
-    raise NotImplementedError("attention implementation 'jax' needs values and keys of the same head dim")
   mask_BTS = reference.visible(q_BTNH.shape[1], k_BSKH.shape[1], start, segments_BS, window)
   return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale)
 
 
-IMPLEMENTATIONS = {'reference': reference.attention, 'xla': xla.attention, 'jax': _jax}
+def _dims_differ(q_BTNH, k_BSKH, v_BSKH, **_) -> str:
+  return '' if v_BSKH.shape[-1] == k_BSKH.shape[-1] else 'values and keys need the same head dim'
+
+
+IMPLEMENTATIONS = {
+  'xla': dispatch.Implementation(xla.attention),
+  'jax': dispatch.Implementation(_jax, refuses=_dims_differ),
+  'reference': dispatch.Implementation(reference.attention),
+}

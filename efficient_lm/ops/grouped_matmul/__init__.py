@@ -19,9 +19,7 @@ def grouped_matmul(x_MK, w_EKN, sizes_E, *, implementation: str = 'auto'):
   Returns:
     y_MN, in the dtype of x, accumulated in float32.
   """
-  # XLA has such a product on TPU only; elsewhere it expands ragged_dot to a dense product, E times the work.
-  run = dispatch.choose('grouped_matmul', IMPLEMENTATIONS, implementation, {'tpu': 'ragged_dot', '': 'xla'})
-  return run(x_MK, w_EKN, sizes_E.astype(jnp.int32))
+  return dispatch.run('grouped_matmul', IMPLEMENTATIONS, implementation, x_MK, w_EKN, sizes_E.astype(jnp.int32))
 
 
 def _ragged_dot(x_MK, w_EKN, sizes_E):
@@ -31,4 +29,9 @@ def _ragged_dot(x_MK, w_EKN, sizes_E):
   return jnp.where(inside_M1, y_MN, 0).astype(x_MK.dtype)
 
 
-IMPLEMENTATIONS = {'reference': reference.grouped_matmul, 'xla': xla.grouped_matmul, 'ragged_dot': _ragged_dot}
+IMPLEMENTATIONS = {
+  # XLA has such a product on TPU only; elsewhere it expands ragged_dot to a dense product, E times the work.
+  'ragged_dot': dispatch.Implementation(_ragged_dot, auto=('tpu',)),
+  'xla': dispatch.Implementation(xla.grouped_matmul),
+  'reference': dispatch.Implementation(reference.grouped_matmul),
+}

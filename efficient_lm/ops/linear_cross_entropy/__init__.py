@@ -15,8 +15,10 @@ def linear_cross_entropy(hidden_BTD, head_DV, labels_BT, *, implementation: str 
   Returns:
     nll_BT = logsumexp_BT - logits[label], and logsumexp_BT: nats, float32.
   """
-  run = dispatch.choose('linear_cross_entropy', IMPLEMENTATIONS, implementation, {'': 'xla'})
-  return run(hidden_BTD, head_DV, labels_BT)
+  return dispatch.run('linear_cross_entropy', IMPLEMENTATIONS, implementation, hidden_BTD, head_DV, labels_BT)
 
 
-IMPLEMENTATIONS = {'reference': reference.linear_cross_entropy, 'xla': xla.linear_cross_entropy}
+IMPLEMENTATIONS = {
+  'xla': dispatch.Implementation(xla.linear_cross_entropy),
+  'reference': dispatch.Implementation(reference.linear_cross_entropy),
+}

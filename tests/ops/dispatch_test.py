@@ -1,0 +1,50 @@
+"""'auto' asks the device and the arguments; a name is taken at its word or refused in a sentence."""
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from efficient_lm.ops.dispatch import Device, Implementation, device, run
+
+WAYS = {
+  'hopper': Implementation(lambda x: 'hopper', on=('hopper',), refuses=lambda x: '' if x % 2 == 0 else 'x is odd'),
+  'tpu first': Implementation(lambda x: 'tpu first', auto=('tpu',)),
+  'any': Implementation(lambda x: 'any'),
+  'never by itself': Implementation(lambda x: 'never by itself', auto=()),
+}
+
+
+def on(monkeypatch, platform: str, kind: str):
+  monkeypatch.setattr('efficient_lm.ops.dispatch.device', lambda: Device(platform, kind))
+
+
+@pytest.mark.parametrize(('platform', 'kind', 'x', 'chosen'), [
+  ('gpu', 'NVIDIA H200', 2, 'hopper'), ('gpu', 'NVIDIA H200', 3, 'any'), ('gpu', 'NVIDIA A100', 2, 'any'),
+  ('tpu', 'TPU v6 lite', 2, 'tpu first'), ('cpu', 'cpu', 2, 'any')])
+def test_auto_takes_the_first_that_suits(monkeypatch, platform, kind, x, chosen):
+  on(monkeypatch, platform, kind)
+  assert run('op', WAYS, 'auto', x) == chosen
+
+
+def test_a_name_is_taken_at_its_word(monkeypatch):
+  on(monkeypatch, 'cpu', 'cpu')
+  assert [run('op', WAYS, name, 2) for name in list(WAYS)[1:]] == list(WAYS)[1:]
+
+
+@pytest.mark.parametrize(('kind', 'x', 'message'), [
+  ('NVIDIA A100', 2, "'hopper' is for hopper, but the device is a NVIDIA A100"), ('NVIDIA H100 PCIe', 3, 'x is odd')])
+def test_what_cannot_run_is_refused_and_nothing_takes_its_place(monkeypatch, kind, x, message):
+  on(monkeypatch, 'gpu', kind)
+  with pytest.raises(ValueError, match=message): run('op', WAYS, 'hopper', x)
+
+
+def test_an_unknown_name_is_refused_with_the_choices():
+  with pytest.raises(ValueError, match=r"no implementation 'cuda': choose 'auto' or one of \['any', "):
+    run('op', WAYS, 'cuda', 2)
+
+
+def test_the_device_is_that_of_the_mesh_in_force():
+  assert device().platform == jax.default_backend()
+  from jax.sharding import AbstractDevice
+  there = AbstractMesh((2,), ('data',), (AxisType.Auto,), abstract_device=AbstractDevice('NVIDIA H200', 132, 'cuda'))
+  with jax.sharding.use_abstract_mesh(there):
+    assert device() == Device('gpu', 'NVIDIA H200', 132)
