@@ -41,6 +41,10 @@ class Weight(nnx.Module):
     """What a product of this weight does to x first; activation quantization lives here."""
     return x
 
+  def narrowed(self, dtype):
+    """The weight as products in `dtype` read it, to be moved between devices; itself, where that would change a product."""
+    return self
+
   def nll(self, hidden_BTD, labels_BT):
     """Negative log-likelihood of labels under softmax(hidden @ weight), and the log normaliser: (B, T) float32 each."""
     hidden_BTD = self.rounded(hidden_BTD, 'BTD')
@@ -60,6 +64,9 @@ class Dense(Weight):
 
   def materialize(self):
     return self.array.get_value()
+
+  def narrowed(self, dtype):
+    return Dense(self.array.get_value().astype(dtype), self.axes, self.inputs)
 
 
 class Transposed(Weight):

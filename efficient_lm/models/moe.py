@@ -12,7 +12,8 @@ from efficient_lm.models import spec as specs
 from efficient_lm.models.layers import gated
 from efficient_lm.models.mlp import FeedForward
 from efficient_lm.parallel.expert import dispatch_experts
-from efficient_lm.weights import initial
+from efficient_lm.tree import rewrite
+from efficient_lm.weights import Weight, initial
 
 
 class LoadBias(nnx.Param):
@@ -77,7 +78,9 @@ class MoE(nnx.Module):
     """y_BTD; {'losses': weighted balancing terms, 'metrics': arrays for the log}."""
     logits_BTE = constrain(self.router.contract('BTD,DE->BTE', x_BTD.astype(jnp.float32)), 'BTE')
     chosen, kept = self._routing(logits_BTE)
-    y_BTD, overflow = dispatch_experts(self.experts, x_BTD, kept, self.dispatch, self.num_experts)
+    # Cast before they are gathered over 'fsdp', not after: half the bytes, where the computation is in bfloat16.
+    experts = rewrite(self.experts, Weight, lambda _, weight: weight.narrowed(x_BTD.dtype))
+    y_BTD, overflow = dispatch_experts(experts, x_BTD, kept, self.dispatch, self.num_experts)
     probs_BTE = self.route.probs(logits_BTE)
     load_E = chosen.load(self.num_experts)
     if self.load_bias is not None: y_BTD = tap(y_BTD, self.load_bias.get_value(), load_E - 1)

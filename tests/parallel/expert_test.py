@@ -232,3 +232,15 @@ def test_saving_what_was_transported_moves_no_token_twice(mesh):
   # Out and back, in the forward and in the backward pass.
   assert moved('transport') == 4
   assert moved('full') > 4
+
+
+def test_experts_travel_in_the_dtype_that_they_multiply_in(mesh):
+  """Gathered over 'fsdp' in bfloat16, not as the optimizer's float32; rounded weights keep their float32 grid."""
+  moe, x_BTD = build(), tokens().astype(jnp.bfloat16)
+  rounded = rewrite(moe, Weight, lambda _, weight: FakeQuantized(weight, bits=8), 'experts')
+  with mesh(1, 2, 4, 1):
+    for layer, dtype in ((moe, jnp.bfloat16), (rounded, jnp.float32)):
+      jaxpr = jax.make_jaxpr(lambda layer, x: layer(x)[0])(layer, x_BTD)
+      map_ = next(equation for equation in jaxpr.eqns if equation.primitive.name == 'shard_map')
+      entering = [variable.aval for variable in map_.invars]
+      assert [aval.dtype for aval in entering if aval.shape in ((8, 16, 32), (8, 32, 16))] == [dtype] * 3
