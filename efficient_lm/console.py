@@ -97,8 +97,10 @@ class Progress:
     if self.live: self.bar.update(self.task, completed=step, description=self.text)
     elif numbers and (time.perf_counter() - self.printed > PLAIN_EVERY or step in (self.first + 1, self.last)):
       self.printed = time.perf_counter()
-      left = (self.printed - self.started) / (step - self.first) * (self.last - step)
-      print(f'step {step}/{self.last}  {self.text}  {left:.0f} s left', flush=True)
+      timed = step - self.first - 1
+      left = f'  {(self.printed - self.started) / timed * (self.last - step):.0f} s left' if timed else ''
+      print(f'step {step}/{self.last}  {self.text}{left}', flush=True)
+    if step == self.first + 1: self.started = time.perf_counter()   # that step was mostly compilation
 
   def note(self, step: int, result: dict):
     """A line above the bar: an evaluation."""

@@ -63,7 +63,8 @@ class Tracker:
     """Settings (flat: 'train.steps' …) beside what came of them, for TensorBoard's table over runs."""
     if not self.board: return
     plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value) for name, value in settings.items()}
-    self.board.add_hparams(plain, {name: float(value) for name, value in metrics.items()}, name='hparams')
+    # Names of their own: under that of a curve they would be a point of it, at step 0.
+    self.board.add_hparams(plain, {f'result/{name}': float(value) for name, value in metrics.items()}, name='hparams')
 
   def close(self):
     if self.file is None: return
