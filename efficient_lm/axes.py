@@ -6,6 +6,8 @@
 A weight carries its letters (`axes='EDF'`); the tables below turn them into a `PartitionSpec`. Letters name the last
 dimensions of an array: whatever stands in front of them is a stack of layers (L), which is never split.
 """
+import math
+
 import jax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -52,11 +54,39 @@ def activation_spec(axes: str) -> PartitionSpec:
   return PartitionSpec(*[ACTIVATION.get(letter) for letter in axes])
 
 
-def constrain(x, axes: str):
-  """Pins an activation to its place on the mesh in force (`jax.set_mesh`); without a mesh, or inside `shard_map`, x."""
+def splitting_mesh():
+  """The mesh in force (`jax.set_mesh`) if it has our axes and arrays are cut over it by the compiler, else None: without a
+  mesh, and inside `shard_map`."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.manual_axes or set(MESH) - set(mesh.axis_names): return x
-  return lax.with_sharding_constraint(x, activation_spec(axes))
+  return None if mesh.empty or mesh.manual_axes or set(MESH) - set(mesh.axis_names) else mesh
+
+
+def constrain(x, axes: str):
+  """Pins an activation to its place on the mesh in force; without a mesh, or inside `shard_map`, x."""
+  return x if splitting_mesh() is None else lax.with_sharding_constraint(x, activation_spec(axes))
+
+
+def by_shard(function, arguments: tuple[str, ...], results):
+  """`function` as run by each device on its own shards of the arguments, laid out as activations with these letters.
+
+  For what is independent along all that the mesh splits, or sums over 'tensor' itself. Kernels need it: the compiler can cut
+  an array, not a kernel. `results` is a tree of letters. Without a mesh of several devices, and where a dimension does not
+  divide, the function itself, and the compiler cuts what it does.
+  """
+  def run(*arrays):
+    mesh, specs = splitting_mesh(), tuple(map(activation_spec, arguments))
+    if mesh is None or mesh.size == 1: return function(*arrays)
+    if not all(_divides(mesh, *pair) for pair in zip(arrays, specs)): return function(*arrays)
+    # vma checking would need every kernel to declare what it varies over.
+    mapped = jax.shard_map(function, in_specs=specs, out_specs=jax.tree.map(activation_spec, results), check_vma=False)
+    return mapped(*arrays)
+  return run
+
+
+def _divides(mesh, array, spec) -> bool:
+  """Whether the mesh cuts the array into equal shards."""
+  parts = [(names,) if isinstance(names, str) else names or () for names in spec]
+  return all(size % math.prod(mesh.shape[name] for name in names) == 0 for size, names in zip(array.shape, parts))
 
 
 def settle(tree):

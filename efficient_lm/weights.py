@@ -48,7 +48,8 @@ class Weight(nnx.Module):
   def nll(self, hidden_BTD, labels_BT):
     """Negative log-likelihood of labels under softmax(hidden @ weight), and the log normaliser: (B, T) float32 each."""
     hidden_BTD = self.rounded(hidden_BTD, 'BTD')
-    return linear_cross_entropy(hidden_BTD, self.materialize().astype(hidden_BTD.dtype), labels_BT)
+    head_DV = self.materialize().astype(hidden_BTD.dtype)
+    return alphabet.by_shard(_nll, ('BTD', 'DV', 'BT'), ('BT', 'BT'))(hidden_BTD, head_DV, labels_BT)
 
   def take(self, ids):
     """Rows of an embedding: ids of any shape -> that shape + (D,)."""
@@ -110,6 +111,20 @@ class OutputsFirst(Weight):
     x = self.rounded(x, x_axes)
     return contract(f'{x_axes},{rest.replace(self.axes, self.order, 1)}', x, self.array.get_value().astype(x.dtype),
                     dtype=dtype)
+
+
+def _nll(hidden_BTD, head_DV, labels_BT):
+  """linear_cross_entropy, also where this device has a part of the vocabulary: partial sums then meet over 'tensor'."""
+  mesh = jax.sharding.get_abstract_mesh()
+  whole = 'tensor' not in mesh.manual_axes or mesh.shape['tensor'] == 1
+  if whole: return linear_cross_entropy(hidden_BTD, head_DV, labels_BT)
+  V = head_DV.shape[1]
+  labels_BT = labels_BT - lax.axis_index('tensor') * V
+  here_BT = (labels_BT >= 0) & (labels_BT < V)
+  nll_BT, part_BT = linear_cross_entropy(hidden_BTD, head_DV, jnp.clip(labels_BT, 0, V - 1))
+  largest_BT = lax.pmax(lax.stop_gradient(part_BT), 'tensor')
+  logsumexp_BT = largest_BT + jnp.log(lax.psum(jnp.exp(part_BT - largest_BT), 'tensor'))
+  return logsumexp_BT - lax.psum(jnp.where(here_BT, part_BT - nll_BT, 0), 'tensor'), logsumexp_BT
 
 
 def initial(key, sizes: dict[str, int], axes: str, inputs: str, scale: float = 1.0) -> Dense:

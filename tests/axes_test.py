@@ -77,6 +77,19 @@ def test_constrain_moves_data_and_changes_no_value(mesh):
   assert y.sharding.shard_shape(y.shape) == (2, 4)
 
 
+@pytest.mark.parametrize(('rows', 'shard'), [(16, (4, 4)), (6, (6, 8))])
+def test_by_shard_gives_each_device_its_own_part_or_leaves_the_cutting_to_the_compiler(mesh, rows, shard):
+  seen = []
+  def double(x_BF):
+    seen.append(x_BF.shape)
+    return {'twice': 2 * x_BF}
+  x = jnp.arange(rows * 8.0).reshape(rows, 8)
+  with mesh(2, 2, 1, 2): y = jax.jit(axes.by_shard(double, ('BF',), {'twice': 'BF'}))(x)['twice']
+  np.testing.assert_array_equal(y, 2 * x)
+  assert seen == [shard]
+  assert axes.by_shard(double, ('BF',), {'twice': 'BF'})(x)['twice'].shape == seen[1] == x.shape   # no mesh
+
+
 def test_max_over_is_global_where_the_dimension_is_cut_into_shards(mesh):
   x = jax.random.normal(jax.random.key(0), (4, 8))
   whole = axes.max_over(x, 'DF', 'F')

@@ -150,3 +150,18 @@ def test_initial_weights_keep_the_variance_of_what_they_multiply(axes, inputs, f
   # Deviation of a sample deviation: 1 / sqrt(2 * size), under 1.6 % for the 2048 numbers of the smallest.
   assert np.std(array) == pytest.approx(0.5 * fan_in ** -0.5, rel=0.06)
   assert weight.array.get_metadata()['axes'] == axes and isinstance(weight.array, nnx.Param)
+
+
+@pytest.mark.parametrize('sizes', [(2, 2, 1, 2), (1, 1, 2, 4), (8, 1, 1, 1)])
+def test_nll_over_devices_is_that_of_one(mesh, sizes):
+  """Tokens over data, fsdp and expert, vocabulary over tensor: values and gradients, weighted so that each counts."""
+  hidden, head, labels, weights = jax.random.split(jax.random.key(0), 4)
+  hidden_BTD, labels_BT = jax.random.normal(hidden, (8, 3, 16)), jax.random.randint(labels, (8, 3), 0, 20)
+  head = initial(head, dict(D=16, V=20), 'DV', 'D', scale=4)
+  weights_BT2 = jax.random.normal(weights, (8, 3, 2))
+  def loss(head, hidden_BTD):
+    return jnp.sum(jnp.stack(head.nll(hidden_BTD, labels_BT), -1) * weights_BT2), head.nll(hidden_BTD, labels_BT)
+  run = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+  with mesh(*sizes): got = jax.jit(run)(head, hidden_BTD)
+  # Sums of 20 words and 24 tokens, in another order.
+  jax.tree.map(lambda got, wanted: np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5), got, run(head, hidden_BTD))

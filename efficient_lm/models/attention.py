@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from efficient_lm.axes import constrain
+from efficient_lm.axes import by_shard, constrain
 from efficient_lm.models import spec as specs
 from efficient_lm.models.layers import RMSNorm, rotate
 from efficient_lm.ops.attention import attention
@@ -18,6 +18,13 @@ from efficient_lm.weights import initial
 def write(cache, new, start):
   """Puts `new`, (B, T, ...), into the cache's slots from `start` on."""
   return lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=1)
+
+
+def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, **options):
+  """Attention without a cache. Sequences and heads know nothing of each other, so each device computes its own."""
+  arrays = (q_BTNH, k_BTKH, v_BTKH) if segments_BT is None else (q_BTNH, k_BTKH, v_BTKH, segments_BT)
+  run = lambda q, k, v, segments=None: attention(q, k, v, segments_BS=segments, **options)
+  return by_shard(run, ('BTNH', 'BTKH', 'BTKH', 'BT')[:len(arrays)], 'BTNH')(*arrays)
 
 
 class GroupedQueryAttention(nnx.Module):
@@ -56,7 +63,8 @@ class GroupedQueryAttention(nnx.Module):
       cache = {'k_CSH': write(cache['k_CSH'], merged(k_BTKH), start), 'v_CSH': write(cache['v_CSH'], merged(v_BTKH), start)}
       heads = lambda x_CSH: x_CSH.astype(x_BTD.dtype).reshape(B, K, -1, H).swapaxes(1, 2)
       k_BTKH, v_BTKH = heads(cache['k_CSH']), heads(cache['v_CSH'])
-    o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, start=start, segments_BS=segments_BT, window=self.window)
+      o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, start=start, segments_BS=segments_BT, window=self.window)
+    else: o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=self.window)
     return self.output.contract('BTNH,NHD->BTD', o_BTNH), cache
 
 
@@ -119,7 +127,7 @@ class LatentAttention(nnx.Module):
     k_nope = self.key_up.contract('BTR,RNH->BTNH', c_BTR)
     k = jnp.concatenate([k_nope, jnp.broadcast_to(k_BT1H, (*k_nope.shape[:-1], k_BT1H.shape[-1]))], -1)
     v = self.value_up.contract('BTR,RNH->BTNH', c_BTR)
-    return attention(constrain(q, 'BTNH'), k, v, segments_BS=segments_BT, scale=self.scale)
+    return attend(constrain(q, 'BTNH'), k, v, segments_BT, scale=self.scale)
 
   def _absorbed(self, nope_BTNH, rope_BTNH, cache, start):
     dtype = nope_BTNH.dtype

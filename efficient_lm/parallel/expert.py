@@ -43,15 +43,14 @@ def dispatch_experts(experts: Callable, x_BTD, routing, dispatch: Dispatch, num_
   Raises:
     ConfigError: a size does not divide, or the platform lacks the transport.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  split = not (mesh.empty or mesh.manual_axes or set(alphabet.MESH) - set(mesh.axis_names))
-  shards = mesh.shape['expert'] if split else 1
-  device = mesh.abstract_device if split else None
+  mesh = alphabet.splitting_mesh()
+  shards = mesh.shape['expert'] if mesh else 1
+  device = mesh.abstract_device if mesh else None
   platform = jax.default_backend() if device is None else device.platform
   active = routing.expert_R.size / (x_BTD.shape[0] * x_BTD.shape[1])
   run = functools.partial(TRANSPORTS[dispatch.resolve(platform, shards, active)], num_experts=num_experts,
                           buffer=dispatch.buffer)
-  if not split or mesh.size == 1: return _flat(run, experts, x_BTD, routing)
+  if mesh is None or mesh.size == 1: return _flat(run, experts, x_BTD, routing)
   _check_divides('num_experts', num_experts, 'expert', shards)
   _check_divides('batch', x_BTD.shape[0], 'data * fsdp * expert', math.prod(mesh.shape[n] for n in alphabet.BATCH))
 
