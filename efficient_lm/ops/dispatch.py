@@ -36,6 +36,16 @@ def device() -> Device:
   return Device(here.platform, here.device_kind, getattr(here, 'core_count', None))
 
 
+# A context that jit's caches know of: a function traced under one preference is not used under another.
+_preferred = jax.make_user_context(())
+
+
+def prefer(**names: str):
+  """A context in which 'auto' stands for these implementations: `with prefer(grouped_matmul='xla'): …`, by operation. For
+  whole models, whose layers ask for 'auto': to compare implementations, or to rule one out. A name is taken at its word."""
+  return _preferred(tuple(sorted((dict(_preferred.value) | names).items())))
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
   """One way to compute an operation.
@@ -63,6 +73,7 @@ def run(op: str, implementations: Mapping[str, Implementation], name: str, *argu
       takes its place: a benchmark that silently measured something else is worse than one that stopped.
   """
   here = device()
+  if name == 'auto': name = dict(_preferred.value).get(op, 'auto')
   if name == 'auto':
     name = next(name for name, one in implementations.items()
                 if _overlap(one.on if one.auto is None else one.auto, here) and not one.refuses(*arguments, **options))

@@ -3,7 +3,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from efficient_lm.ops.dispatch import Device, Implementation, device, run
+from efficient_lm.ops.dispatch import Device, Implementation, device, prefer, run
 
 WAYS = {
   'hopper': Implementation(lambda x: 'hopper', on=('hopper',), refuses=lambda x: '' if x % 2 == 0 else 'x is odd'),
@@ -48,3 +48,20 @@ def test_the_device_is_that_of_the_mesh_in_force():
   there = AbstractMesh((2,), ('data',), (AxisType.Auto,), abstract_device=AbstractDevice('NVIDIA H200', 132, 'cuda'))
   with jax.sharding.use_abstract_mesh(there):
     assert device() == Device('gpu', 'NVIDIA H200', 132)
+
+
+def test_a_preference_changes_what_auto_means_and_compiled_functions_notice(monkeypatch):
+  on(monkeypatch, 'cpu', 'cpu')
+  ways = {'twice': Implementation(lambda x: 2 * x), 'thrice': Implementation(lambda x: 3 * x, auto=())}
+  compiled = jax.jit(lambda x: run('op', ways, 'auto', x) + run('other', ways, 'auto', 100 * x))
+  assert compiled(1) == 202
+  with prefer(op='thrice'):
+    assert compiled(1) == 203
+    with prefer(other='thrice'): assert compiled(1) == 303
+    assert run('op', ways, 'twice', 1) == 2   # what is named is not overruled
+  assert compiled(1) == 202
+
+
+def test_a_preference_that_cannot_be_had_is_refused(monkeypatch):
+  on(monkeypatch, 'gpu', 'NVIDIA A100')
+  with prefer(op='hopper'), pytest.raises(ValueError, match="'hopper' is for hopper"): run('op', WAYS, 'auto', 2)
