@@ -1,4 +1,4 @@
-"""Machines that are not here, for which their compilers can nevertheless compile: TPUs with libtpu, NVIDIA GPUs with JAX's CUDA plug-in.
+"""Machines that are not here, for which their compilers compile all the same: TPUs with libtpu, GPUs with the CUDA plug-in.
 
 Such a compilation proves that the compiler takes a program and what memory it needs; it proves no numbers and no speed.
 """
