@@ -19,6 +19,8 @@ import efficient_lm.ops
 from efficient_lm.ops import dispatch
 
 REFERENCE = 'reference'   # the definition: exact, and too large where an implementation is needed at all
+# 'operation/implementation' -> kinds of device on which `bench --ops` has run it, to be added to when it has.
+RAN: dict[str, tuple[str, ...]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,3 +54,15 @@ def suits(one: dispatch.Implementation, device: dispatch.Device, auto: bool = Fa
 def is_kernel(one: dispatch.Implementation) -> bool:
   """Whether it is written for certain devices, not for any."""
   return '' not in one.on
+
+
+def elsewhere(operations: Mapping[str, Op], device: dispatch.Device) -> list[str]:
+  """A sentence for each kernel that does not run on this device: what it is for, and where it ever ran."""
+  return [f'{op.name}, {name}: for {" or ".join(one.on)}, not run here; {_history(op, name)}'
+          for op in operations.values() for name, one in op.implementations.items()
+          if is_kernel(one) and not suits(one, device)]
+
+
+def _history(op: Op, name: str) -> str:
+  ran = RAN.get(f'{op.name}/{name}')
+  return f'was run on {", ".join(ran)}' if ran else 'never run on a device'

@@ -31,11 +31,19 @@ def whole(tree, mesh):
 
 
 def lower(case, name: str, mesh):
-  """The case lowered for the mesh in force, or None where the named implementation refuses its arguments."""
+  """The case lowered for the mesh, or None where the named implementation refuses its arguments."""
+  # Outside of the mesh: what is not traced would be run, on devices that are not here.
   arguments = whole(jax.eval_shape(case.arguments), mesh)
-  try: return jax.jit(case.call(name), keep_unused=True).lower(*arguments)
-  except ValueError as error:
-    if name == 'auto' or 'cannot take this: ' not in str(error): raise
+  with jax.set_mesh(mesh):
+    try: return jax.jit(case.call(name), keep_unused=True).lower(*arguments)
+    except ValueError as error:
+      if name == 'auto' or 'cannot take this: ' not in str(error): raise
+
+
+def running(op: ops.Op, mesh) -> dict[str, dispatch.Implementation]:
+  """Implementations that run on the mesh's devices; not the definition, which is not meant for such sizes."""
+  with jax.set_mesh(mesh): here = dispatch.device()
+  return {name: one for name, one in op.implementations.items() if ops.suits(one, here) and name != ops.REFERENCE}
 
 
 def finish(lowered, target: str):
@@ -44,25 +52,20 @@ def finish(lowered, target: str):
 
 
 def compiled(target: str, op: ops.Op, case) -> Iterator:
-  """(implementation, program) by 'auto' and by each that runs on the target and takes the case; a program that is that of
-  another once more is left out, and so is the definition, which is not meant for such sizes."""
+  """(implementation, program) by each that runs on the target and takes the case, and by 'auto' if that is none of them."""
   seen, mesh = set(), targets.mesh(target)
-  with jax.set_mesh(mesh):
-    names = [name for name, one in op.implementations.items() if ops.suits(one, dispatch.device()) and name != ops.REFERENCE]
-    for name in (*names, 'auto'):
-      lowered = lower(case, name, mesh)
-      if lowered is None or (text := lowered.as_text()) in seen: continue
-      seen.add(text)
-      yield name, finish(lowered, target)
+  for name in (*running(op, mesh), 'auto'):
+    lowered = lower(case, name, mesh)
+    if lowered is None or (text := lowered.as_text()) in seen: continue
+    seen.add(text)
+    yield name, finish(lowered, target)
 
 
 def unused_kernels(target: str, op: ops.Op) -> set[str]:
   """Kernels for the target that refuse every case: nothing would be known of them."""
-  mesh = targets.mesh(target)
-  with jax.set_mesh(mesh):
-    kernels = {name for name, one in op.implementations.items() if ops.is_kernel(one) and ops.suits(one, dispatch.device())}
-    cases = op.bench(targets.TARGETS[target].platform).values()
-    return {name for name in kernels if all(lower(case, name, mesh) is None for case in cases)}
+  mesh, cases = targets.mesh(target), op.bench(targets.TARGETS[target].platform).values()
+  return {name for name, one in running(op, mesh).items()
+          if ops.is_kernel(one) and all(lower(case, name, mesh) is None for case in cases)}
 
 
 def kernel_names(program, platform: str) -> list[str]:
