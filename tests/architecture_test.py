@@ -39,6 +39,7 @@ WITHOUT_OWN_TEST = {
   'efficient_lm/benches/op_speed.py': 'op_bench_test',
   'efficient_lm/benches/ops.py': 'op_bench_test',
   'efficient_lm/benches/result.py': 'bench_test',
+  'efficient_lm/benches/tile_spaces.py': 'op_bench_test',
   'efficient_lm/benches/torch_models.py': 'bench_test',
   'efficient_lm/benches/tuning.py': 'op_bench_test',
 }

@@ -1,6 +1,7 @@
 """What `bench --ops` says of an operation is what was measured: its speed, its errors, and what could not be had."""
 import dataclasses
 import functools
+import importlib
 import io
 import json
 import subprocess
@@ -34,8 +35,6 @@ class Case:
     return lambda x, nothing: dispatch.run('square', IMPLEMENTATIONS, implementation, x, **options)
 
   def baselines(self): return {'einsum': lambda x, nothing: jnp.einsum('ij,jk->ik', x, x)}
-
-  def tuning(self, implementation): return (SIZE,), [1, 2, 3]
 
 
 def kernel(x, tiles=1):
@@ -175,19 +174,20 @@ def test_ceilings_are_the_best_that_was_seen():
   assert best.seconds(4., 5., 'a') == 2. and best.seconds(1., 10., 'a') == 2.
 
 
-def test_tiles_that_are_wrong_or_do_not_compile_are_not_proposed():
+def test_tiles_that_are_wrong_or_do_not_compile_are_not_proposed(monkeypatch):
   said = []
+  monkeypatch.setitem(tuning.SPACES, 'square', lambda case, platform: ('TUNED', (SIZE, platform), [1, 2, 3]))
   found = tuning.run([(OP, 'square', Case())], 60.0, said.append)
-  assert [one.implementation for one in found] == ['kernel'] and found[0].tiles in (None, '1')
-  assert found[0].tried == (1, 3) and found[0].key == '(16,)'
+  assert [one.implementation for one in found] == ['kernel'] and found[0].tried == (1, 3)
+  assert found[0].entry[:2] == ('TUNED', "(16, 'cpu')") and found[0].entry[2] in (None, '1')
   for words in ('kernel, 2: ValueError: error', 'kernel, 3: RuntimeError'): assert any(words in line for line in said)
 
 
 def test_a_line_of_the_table_is_python_and_kept_as_json(tmp_path):
-  found = tuning.Found(op='square', case='c', implementation='kernel', key="('a', 1)", tiles='(2, 3)', seconds=1.,
-                       default=2., tried=(5, 9))
+  found = tuning.Found(op='square', case='c', implementation='kernel', entry=('TUNED', "('a', 1)", '(2, 3)'),
+                       seconds=1., default=2., tried=(5, 9))
   assert eval('{' + found.line + '\n}') == {('a', 1): (2, 3)} and '2.00 times as fast' in found.line
-  assert json.loads(tuning.write([found], tmp_path).read_text())[0]['key'] == "('a', 1)"
+  assert json.loads(tuning.write([found], tmp_path).read_text())[0]['entry'][1] == "('a', 1)"
 
 
 def test_a_product_of_torch_is_compared_and_timed():
@@ -209,6 +209,17 @@ def test_a_product_of_torch_is_compared_and_timed():
 @functools.cache
 def every():
   return ops.every()
+
+
+@pytest.mark.parametrize('name', tuning.SPACES)
+def test_candidate_tiles_are_found_for_the_cases_that_are_timed(name):
+  """And are what the operation's own table holds."""
+  if name not in every(): pytest.skip(f'there is no {name} yet')
+  for platform in ('gpu', 'tpu'):
+    small = sorted(every()[name].bench(platform).values(), key=lambda case: case.bytes)[0]
+    table, key, candidates = tuning.SPACES[name](small, platform)
+    assert isinstance(getattr(importlib.import_module(f'efficient_lm.ops.{name}.tiles'), table), dict) and hash(key)
+    assert candidates and all(dataclasses.is_dataclass(tiles) for tiles in candidates)
 
 
 def test_operations_are_what_their_cases_promise():

@@ -11,6 +11,7 @@ import jax
 
 from efficient_lm.benches import clock, ops
 from efficient_lm.benches.op_speed import apart, brief, expected
+from efficient_lm.benches.tile_spaces import SPACES
 from efficient_lm.ops import dispatch
 
 SECONDS = 0.3   # of timing a candidate
@@ -18,14 +19,13 @@ SECONDS = 0.3   # of timing a candidate
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
-  """The fastest tiles of a kernel for a case. key: of the table in the operation's tiles.py; tiles: as Python text, None
-  where the default was the fastest; seconds, default: medians of one call with these and with default tiles; tried: how
-  many of how many candidates."""
+  """The fastest tiles of a kernel for a case. entry: table of the operation's tiles.py, key and tiles, as Python text, the
+  latter None where the default was the fastest; seconds, default: medians of one call with these and with default tiles;
+  tried: how many of how many candidates."""
   op: str
   case: str
   implementation: str
-  key: str
-  tiles: str | None
+  entry: tuple[str, str, str | None]
   seconds: float
   default: float
   tried: tuple[int, int]
@@ -33,14 +33,10 @@ class Found:
   @property
   def line(self) -> str:
     """To be pasted into the table."""
-    gain = f'{self.default / self.seconds:.2f} times as fast as the default, {self.tried[0]} of {self.tried[1]} tried'
-    if self.tiles is None: return f'# {self.op}, {self.implementation}, {self.case}: the default is the fastest, {gain}'
-    return f'{self.key}: {self.tiles},   # {self.op}, {self.implementation}, {self.case}: {gain}'
-
-
-def spaces(case, implementation: str) -> tuple[object, list] | None:
-  """Key and candidate tiles of a kernel for a case, as the case says; None for what has no tiles."""
-  return case.tuning(implementation) if hasattr(case, 'tuning') else None
+    (table, key, tiles), tried = self.entry, f'{self.tried[0]} of {self.tried[1]} tried'
+    where = f'{self.op}, {table}, {self.implementation}, {self.case}'
+    if tiles is None: return f'# {where}: the default is the fastest, {tried}'
+    return f'{key}: {tiles},   # {where}: {self.default / self.seconds:.2f} times as fast as the default, {tried}'
 
 
 def seconds_of(function: Callable, arguments, sets, wanted, tolerance: float) -> float:
@@ -57,12 +53,13 @@ def tuned(op: ops.Op, name: str, case, budget: float, say: Callable[[str], None]
   in an order drawn once and for all."""
   found, here = [], dispatch.device()
   kernels = [kernel for kernel, one in op.implementations.items() if ops.is_kernel(one) and ops.suits(one, here)]
-  kernels = {kernel: space for kernel in kernels if (space := spaces(case, kernel))}
-  if not kernels: return []
+  space = SPACES[op.name](case, here.platform) if kernels and op.name in SPACES else None
+  if space is None: return []
+  table, key, candidates = space
   arguments = jax.block_until_ready(case.arguments())
   wanted, _ = expected(case, arguments)
   sets = clock.copies(arguments)
-  for kernel, (key, candidates) in kernels.items():
+  for kernel in kernels:
     end, times = time.monotonic() + budget / len(kernels), {}
     order = [None, *random.Random(0).sample(list(candidates), len(candidates))]
     for tiles in order:
@@ -73,7 +70,7 @@ def tuned(op: ops.Op, name: str, case, budget: float, say: Callable[[str], None]
         if tiles is None: break   # it refuses the case, or does not work at all
     if None not in times: continue
     best = min(times, key=times.get)
-    found.append(Found(op=op.name, case=name, implementation=kernel, key=repr(key), tiles=best and repr(best),
+    found.append(Found(op=op.name, case=name, implementation=kernel, entry=(table, repr(key), best and repr(best)),
                        seconds=times[best], default=times[None], tried=(len(times) - 1, len(candidates))))
   return found
 
