@@ -1,6 +1,6 @@
 """For each operation with kernels: where the tiles for a case stand in its `tiles.py`, and which are worth trying.
 
-A space is (table, key, candidates), the candidates of the kernel for the platform; None for a case whose kernel has no tiles.
+A space is (table, key, candidates of the kernel for the platform); None for a case whose kernel has no tiles.
 """
 import jax.numpy as jnp
 
@@ -46,10 +46,10 @@ def decode_attention(case, platform: str):
 
 def block_sparse_matmul(case, platform: str):
   """By sizes of the product and of its blocks."""
-  (R, C), (I, J) = case.grid, case.block
-  key = case.M, R * I, C * J, I, J
-  if platform == 'gpu': return 'TUNED_GPU', key, sparse.gpu_candidates(I, J)
-  return 'TUNED_TPU', key, sparse.tpu_candidates(R * I, C * J, I, J, jnp.dtype(case.dtype).itemsize)
+  (R, C), (height, width) = case.grid, case.block
+  key = case.M, R * height, C * width, height, width
+  if platform == 'gpu': return 'TUNED_GPU', key, sparse.gpu_candidates(height, width)
+  return 'TUNED_TPU', key, sparse.tpu_candidates(*key[1:], jnp.dtype(case.dtype).itemsize)
 
 
 SPACES = dict(grouped_matmul=grouped_matmul, linear_cross_entropy=linear_cross_entropy, quantized_matmul=quantized_matmul,
