@@ -52,13 +52,17 @@ def finish(lowered, target: str):
 
 
 def compiled(target: str, op: ops.Op, case) -> Iterator:
-  """(implementation, program) by each that runs on the target and takes the case, and by 'auto' if that is none of them."""
+  """(implementation, program) by each kernel that runs on the target and takes the case, by 'auto', and by each other that
+  runs there, a program that is one of those before left out. The last may want more memory than the target has."""
   seen, mesh = set(), targets.mesh(target)
-  for name in (*running(op, mesh), 'auto'):
+  kernels = {name: ops.is_kernel(one) for name, one in running(op, mesh).items()}
+  for name in sorted((*kernels, 'auto'), key=lambda name: 1 if name == 'auto' else 0 if kernels[name] else 2):
     lowered = lower(case, name, mesh)
     if lowered is None or (text := lowered.as_text()) in seen: continue
     seen.add(text)
-    yield name, finish(lowered, target)
+    try: yield name, finish(lowered, target)
+    except jax.errors.JaxRuntimeError as error:
+      if kernels.get(name, True) or 'RESOURCE_EXHAUSTED' not in str(error): raise
 
 
 def unused_kernels(target: str, op: ops.Op) -> set[str]:

@@ -15,8 +15,10 @@ def test_compiles_and_fits(target, name, case):
   op = ops.every()[name]
   case = op.bench('tpu')[case]
   for implementation, program in programs.compiled(target, op, case):
-    programs.check_memory(program, jax.eval_shape(case.arguments), target)
-    if implementation != 'auto' and ops.is_kernel(op.implementations[implementation]):
+    kernel = implementation != 'auto' and ops.is_kernel(op.implementations[implementation])
+    if kernel or implementation == 'auto': programs.check_memory(program, jax.eval_shape(case.arguments), target)
+    # A gradient may be left to XLA's dense products.
+    if kernel and getattr(case, 'of', 'forward') == 'forward':
       assert programs.kernel_names(program, 'tpu'), f'{implementation} calls no kernel'
 
 
