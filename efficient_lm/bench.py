@@ -97,6 +97,12 @@ def versions() -> dict[str, str]:
   return ledger.versions() | {name: importlib.metadata.version(name) for name in sorted(baselines)}
 
 
+def show(terminal, page, width: int):
+  """Prints a page. In a file or a pipe there is room for all its columns."""
+  if not terminal.is_terminal: terminal.width = width
+  terminal.print(page)
+
+
 def today() -> str:
   """The date where all are on the same day."""
   return datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d')
@@ -155,7 +161,7 @@ def operations(terminal):
     found = tuning.run(work, budget, lambda line: terminal.print(line, soft_wrap=True, markup=False))
     return terminal.print(f'{tuning.write(found, FLAGS.out)}')
   report = measure_ops(work, FLAGS.repeats or op_speed.ROUNDS, budget, FLAGS.quick, terminal)
-  terminal.print(op_report.page(report), width=None if terminal.is_terminal else op_report.WIDTH)
+  show(terminal, op_report.page(report), op_report.WIDTH)
   terminal.print(f'{op_report.write(report, FLAGS.out)}')
   if report.wrong: raise SystemExit(f'{len(report.wrong)} results are not as they should be: see WRONG above')
 
@@ -168,8 +174,7 @@ def main(overrides: list[str]):
   terminal = console.terminal()
   if not of_models: return operations(terminal)
   report = measure_all(FLAGS.only or list(CASES), FLAGS.repeats or 10, FLAGS.quick, terminal)
-  # In a file or a pipe there is room for all columns.
-  terminal.print(result.page(report), width=None if terminal.is_terminal else result.WIDTH)
+  show(terminal, result.page(report), result.WIDTH)
   terminal.print(f'{result.write(report, FLAGS.out)}')
 
 

@@ -14,7 +14,7 @@ rich_console = lazy('rich.console')
 rich_table = lazy('rich.table')
 rich_text = lazy('rich.text')
 
-WIDTH = 150   # characters of a table in a file
+WIDTH = 120   # characters of a line in a file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,18 +121,18 @@ def page(report: Report):
 
 def _table(name: str, rows: list[Row], ceilings: Ceilings):
   table = rich_table.Table(box=rich_box.SIMPLE_HEAD, title=name, title_justify='left')
-  table.add_column('case')
-  table.add_column('by')
+  table.add_column('case, and by what', min_width=26, overflow='fold')
   for heading in ('median', 'TFLOP/s', 'GB/s', 'of roofline', 'x xla', 'x library', 'error'):
     table.add_column(heading, justify='right', no_wrap=True)
   for row in rows:
-    for i, timing in enumerate(row.timings): table.add_row('' if i else row.case, *_figures(row, timing, ceilings))
+    if row.timings: table.add_row(rich_text.Text(row.case, style='bold'))
+    for timing in row.timings: table.add_row(*_figures(row, timing, ceilings))
   return table
 
 
 def _figures(row: Row, timing: Timing, ceilings: Ceilings) -> list:
   seconds, work, best = timing.median, row.work, row.baseline
-  label = rich_text.Text(f'{timing.name}{" (auto)" if timing.auto else ""}', style='' if timing.ours else 'dim')
+  label = rich_text.Text(f'  {timing.name}{" (auto)" if timing.auto else ""}', style='' if timing.ours else 'dim')
   bad = timing.ours and not timing.error <= work.tolerance
   error = rich_text.Text('–' if timing.error is None else f'{timing.error:.0e}', style='red' if bad else '')
   times = lambda other: '–' if other is None else f'{other / seconds:.2f}'

@@ -87,6 +87,7 @@ def baselines(op: ops.Op, case, arguments, sets) -> tuple[dict[str, Way], dict[s
   for name, rival in libraries.torch_functions(op.name, case).items():
     makers[name] = lambda rival=rival: Way(*libraries.torch_way(rival, sets))
   for name, make in makers.items():
+    if name in op.implementations: name = f'{name}, baseline'
     try: ways[name] = make()
     except Exception as error: notes[name] = f'not timed: {brief(error)}'   # a baseline's trouble is not ours
   return ways, notes

@@ -52,11 +52,13 @@ def finish(lowered, target: str):
 
 
 def compiled(target: str, op: ops.Op, case) -> Iterator:
-  """(implementation, program) by each kernel that runs on the target and takes the case, by 'auto', and by each other that
-  runs there, a program that is one of those before left out. The last may want more memory than the target has."""
+  """(implementation, program) by each kernel that runs on the target and takes the case, by 'auto', and, on the first target
+  of a platform, by each other that runs there; a program that is one of those before is left out. The others may want more
+  memory than there is."""
   seen, mesh = set(), targets.mesh(target)
   kernels = {name: ops.is_kernel(one) for name, one in running(op, mesh).items()}
-  for name in sorted((*kernels, 'auto'), key=lambda name: 1 if name == 'auto' else 0 if kernels[name] else 2):
+  others = [name for name in kernels if not kernels[name]] if target in ('v5e', 'H200') else []
+  for name in (*(name for name in kernels if kernels[name]), 'auto', *others):
     lowered = lower(case, name, mesh)
     if lowered is None or (text := lowered.as_text()) in seen: continue
     seen.add(text)
