@@ -2,26 +2,45 @@
 #   make moe          trains configs/moe.py into runs/moe; run it again to resume. So for every file in configs/
 #   make test         the tests            make lint    ruff
 #   make test-next    the tests with the newest jax and flax that python3.12 gets
-#   make bench        every op against its baselines, on the device at hand
+#   make check-tpu-compile, make check-gpu-compile
+#                     every kernel and a train step compiled for TPUs and for NVIDIA GPUs, none of which has to be here
+#   make bench        training and decoding against PyTorch, on the device at hand
+#   make bench-ops    every operation against its roofline and its baselines
 #   make notebooks    runs the notebooks of experiments/ anew, from the results beside them
 #   ARGS passes more words on: make moe ARGS="--config.train.steps=50"
 PYTHON ?= python3
 PYTHON_NEXT ?= python3.12
 VENV := .venv
 NEXT := .venv-next
+TPU := .venv-tpu
+CUDA := .venv-cuda
+PIP := -m pip install --quiet --disable-pip-version-check
 CONFIGS := $(basename $(notdir $(wildcard configs/*.py)))
 
-.PHONY: $(CONFIGS) test test-next lint bench notebooks clean
+.PHONY: $(CONFIGS) test test-next check-tpu-compile check-gpu-compile lint bench bench-ops notebooks clean
 
 $(VENV)/.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/python $(PIP) -r requirements.txt
 	touch $@
 
 $(NEXT)/.stamp: pyproject.toml
 	$(PYTHON_NEXT) -m venv $(NEXT)
-	$(NEXT)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]'
+	$(NEXT)/bin/python $(PIP) --upgrade -e '.[dev]'
+	touch $@
+
+# libtpu holds the compiler of TPUs; this is the version that jax 0.10.2 asks for.
+$(TPU)/.stamp: requirements.txt
+	$(PYTHON) -m venv $(TPU)
+	$(TPU)/bin/python $(PIP) -r requirements.txt 'libtpu==0.0.42.*'
+	touch $@
+
+# The compilers of NVIDIA GPUs without the libraries that only a GPU can run: cuBLAS, cuDNN and NCCL stay away.
+$(CUDA)/.stamp: pyproject.toml
+	$(PYTHON_NEXT) -m venv $(CUDA)
+	$(CUDA)/bin/python $(PIP) -e '.[dev]' jax==0.11.2 jaxlib==0.11.2
+	$(CUDA)/bin/python $(PIP) --no-deps jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvcc nvidia-nvvm
 	touch $@
 
 $(CONFIGS): %: $(VENV)/.stamp
@@ -33,15 +52,24 @@ test: $(VENV)/.stamp
 test-next: $(NEXT)/.stamp
 	$(NEXT)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
+check-tpu-compile: $(TPU)/.stamp
+	JAX_PLATFORMS=cpu $(TPU)/bin/python -m pytest -n 2 tests/compile $(ARGS)
+
+check-gpu-compile: $(CUDA)/.stamp
+	JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest -n 2 tests/compile $(ARGS)
+
 lint: $(VENV)/.stamp
 	$(VENV)/bin/python -m ruff check .
 
 bench: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.bench $(ARGS)
 
+bench-ops: $(VENV)/.stamp
+	$(VENV)/bin/python -m efficient_lm.bench --ops $(ARGS)
+
 notebooks: $(VENV)/.stamp
 	$(VENV)/bin/python -m jupytext --quiet --to ipynb experiments/*/notebook.py
 	$(VENV)/bin/jupyter-execute --inplace experiments/*/notebook.ipynb
 
 clean:
-	rm -rf $(VENV) $(NEXT) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) .pytest_cache .ruff_cache .hypothesis

@@ -1,17 +1,25 @@
 """Times what matters against baselines that compute the same, in turns, and says how far both agree.
 
   python -m efficient_lm.bench [--only=dense_train,decode] [--repeats=10] [--out=runs/bench] [--quick]
+  python -m efficient_lm.bench --ops [--only=grouped_matmul,attention/*long*] [--budget=300] [--out=runs/bench]
+  python -m efficient_lm.bench --autotune [--only=…] [--budget=300]
 
-  --only=NAME,…   some of: CASES
-  --repeats=N     turns of each case, after one to warm up (10)
-  --out=FOLDER    where bench.txt and bench.json go (runs/bench)
-  --quick         small sizes: shows in a minute or two that everything runs
+Without --ops whole models are timed against PyTorch: CASES
+With --ops, each operation by all its implementations and by what one would use without it. With --autotune, tiles of its
+kernels are tried, and lines for the tables in ops/*/tiles.py printed.
+
+  --only=NAME,…   some of the cases; of operations, OP or OP/CASE, where * stands for anything
+  --repeats=N     turns of each model, after one to warm up (10); most turns of an operation (15)
+  --budget=S      seconds for all operations; what finds no time is listed (400 on accelerators, 200 on CPU)
+  --out=FOLDER    where bench.txt and bench.json go, or ops.txt and ops.json, or tuned.json (runs/bench)
+  --quick         small sizes, of operations the first case each: shows in a minute or two that everything runs
 
 Baselines of whole models need PyTorch and transformers: pip install efficient_lm[bench]. On a CPU all is
 float32. On a GPU the same cases run in bfloat16, with PyTorch on that GPU; that has not been tried. TPUs have
 no PyTorch baselines. Other programs falsify the figures: a thread without a core holds up its whole team.
 """
 import datetime
+import fnmatch
 import importlib.metadata
 import importlib.util
 import os
@@ -23,17 +31,25 @@ from efficient_lm.benches import result
 from efficient_lm.errors import ConfigError
 from efficient_lm.lazy import lazy
 
+ceilings = lazy('efficient_lm.benches.ceilings')
 console = lazy('efficient_lm.console')
+dispatch = lazy('efficient_lm.ops.dispatch')
 jax = lazy('jax')
 ledger = lazy('efficient_lm.ledger')
 models = lazy('efficient_lm.benches.models')
+op_report = lazy('efficient_lm.benches.op_report')
+op_speed = lazy('efficient_lm.benches.op_speed')
 ops = lazy('efficient_lm.benches.ops')
+tuning = lazy('efficient_lm.benches.tuning')
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list('only', [], 'names of cases')
-flags.DEFINE_integer('repeats', 10, 'turns of each case')
-flags.DEFINE_string('out', os.path.join('runs', 'bench'), 'folder for bench.txt and bench.json')
+flags.DEFINE_integer('repeats', None, 'turns of each case')
+flags.DEFINE_string('out', os.path.join('runs', 'bench'), 'folder for what was measured')
 flags.DEFINE_bool('quick', False, 'small sizes')
+flags.DEFINE_bool('ops', False, 'time operations instead of models')
+flags.DEFINE_bool('autotune', False, 'try tiles of kernels instead')
+flags.DEFINE_float('budget', None, 'seconds for all operations')
 
 
 def batch_shape(quick: bool) -> tuple[int, int]:
@@ -59,58 +75,44 @@ def decoding(quick: bool) -> result.Case:
   return models.decoding(models.ten_million(), 32, 128, target=3.0)
 
 
-def grouped_matmul(quick: bool, skew: float = 0.0) -> result.Case:
-  """Grouped product against lax.ragged_dot."""
-  return ops.grouped_matmul(*((8, 256, 32, 64) if quick else (64, 4096, 256, 512)), skew=skew, target=10.0)
-
-
-def attention(quick: bool) -> result.Case:
-  """Attention against its reference."""
-  return ops.attention(*((2, 64, 4, 2, 16) if quick else (8, 256, 6, 6, 64)), documents=1)
-
-
-def attention_long(quick: bool) -> result.Case:
-  """Attention over a long sequence against its reference."""
-  return ops.attention(*((1, 128, 4, 2, 16) if quick else (1, 2048, 6, 2, 64)), documents=4)
-
-
-def linear_cross_entropy(quick: bool) -> result.Case:
-  """Fused loss against its reference."""
-  return ops.linear_cross_entropy(*((128, 32, 512) if quick else (2048, 384, 32_000)))
-
-
 # Name -> the case, at full or small size.
 CASES = {
   'dense_train': dense_train,
   'dense_train_packed': lambda quick: dense_train(quick, document=20 if quick else 100),
   'moe_train': moe_train,
   'decode': decoding,
-  'grouped_matmul': grouped_matmul,
-  'grouped_matmul_skewed': lambda quick: grouped_matmul(quick, skew=1.5),
-  'attention': attention,
-  'attention_long': attention_long,
-  'linear_cross_entropy': linear_cross_entropy,
 }
 
 
-def check(only: list[str], repeats: int):
+def check(only: list[str], repeats: int | None, of_models: bool = True):
   """Raises ConfigError before anything heavy is loaded."""
   for name in only:
-    if name not in CASES: raise ConfigError('--only', name, f'choose from {", ".join(CASES)}')
-  if repeats < 1: raise ConfigError('--repeats', repeats, 'must be at least 1')
+    if of_models and name not in CASES: raise ConfigError('--only', name, f'choose from {", ".join(CASES)}; or add --ops')
+  if repeats is not None and repeats < 1: raise ConfigError('--repeats', repeats, 'must be at least 1')
 
 
 def versions() -> dict[str, str]:
   """Those of the ledger, and of the baselines where they are installed."""
-  baselines = {name for name in ('torch', 'transformers') if importlib.util.find_spec(name)}
+  baselines = {name for name in ('torch', 'transformers', 'tokamax') if importlib.util.find_spec(name)}
   return ledger.versions() | {name: importlib.metadata.version(name) for name in sorted(baselines)}
+
+
+def show(terminal, page, width: int):
+  """Prints a page. In a file or a pipe there is room for all its columns."""
+  if not terminal.is_terminal: terminal.width = width
+  terminal.print(page)
+
+
+def today() -> str:
+  """The date where all are on the same day."""
+  return datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d')
 
 
 def measure_all(names: list[str], repeats: int, quick: bool, terminal) -> result.Report:
   """Runs the cases one after the other; a line each as they are done."""
-  load = os.getloadavg()[0]
-  large = 512 if quick else 2048 if jax.default_backend() == 'cpu' else 8192
-  peaks, rows = [ops.peak_matmul(large)], []
+  load, rows = os.getloadavg()[0], []
+  precision = models.dtype()
+  best = ceilings.measured({precision}, quick)
   for name in names:
     with terminal.status(f'{name}: building') as status:
       row = result.measured(name, CASES[name](quick), repeats, lambda text: status.update(f'{name}: {text}'))
@@ -118,20 +120,61 @@ def measure_all(names: list[str], repeats: int, quick: bool, terminal) -> result
     terminal.print(f'{name}: {ledger.duration(row.ours)}{beside}', soft_wrap=True, markup=False)
     rows.append(row)
     jax.clear_caches()
-  peaks.append(ops.peak_matmul(large))   # again: the machine may have been busy before
-  date = datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d')
-  return result.Report(hardware=ledger.hardware(), load=load, versions=versions(), date=date,
-                       peak_flops=max(peaks), quick=quick, rows=rows)
+  best = best.best(ceilings.measured({precision}, quick))   # again: the machine may have been busy before
+  return result.Report(hardware=ledger.hardware(), load=load, versions=versions(), date=today(),
+                       peak_flops=best.flops[precision], quick=quick, rows=rows)
+
+
+def select(only: list[str], quick: bool) -> list:
+  """Cases of operations, (operation, name, case), in the order in which they run. Raises ConfigError."""
+  every = ops.every()
+  patterns = [pattern if '/' in pattern else f'{pattern}/*' for pattern in only or ['*/*']]
+  work = op_speed.in_turn(every, lambda op, name: any(fnmatch.fnmatchcase(f'{op}/{name}', pattern) for pattern in patterns))
+  if not work: raise ConfigError('--only', ','.join(only), f'no case is named so: there are {", ".join(every)}, and OP/CASE')
+  return list({op.name: (op, name, case) for op, name, case in reversed(work)}.values())[::-1] if quick else work
+
+
+def measure_ops(work: list, repeats: int, budget: float, quick: bool, terminal) -> 'op_report.Report':
+  """Runs cases of operations; what is known so far is written after each."""
+  load, rows = os.getloadavg()[0], []
+  precisions = {case.precision for _, _, case in work}
+  best = ceilings.measured(precisions, quick)
+  def report(left_out=()):
+    return op_report.Report(
+      hardware=ledger.hardware(), load=load, versions=versions(), date=today(), ceilings=best, rows=rows,
+      elsewhere=ops.elsewhere({op.name: op for op, _, _ in work}, dispatch.device()), left_out=list(left_out))
+  def done(row):
+    rows.append(row)
+    times = ', '.join(f'{one.name} {ledger.duration(one.median)}' for one in row.timings)
+    terminal.print(f'{row.op}, {row.case}: {times or row.notes}', soft_wrap=True, markup=False)
+    op_report.write(report(), FLAGS.out)
+  left_out = op_speed.run(work, budget, done, repeats)
+  if op_speed.alive(): best = best.best(ceilings.measured(precisions, quick))
+  return report(left_out)
+
+
+def operations(terminal):
+  """Times or tunes operations, prints and writes; ends with an error if an implementation failed or is wrong."""
+  budget = FLAGS.budget or (200 if jax.default_backend() == 'cpu' else 400)
+  work = select(FLAGS.only, FLAGS.quick)
+  if FLAGS.autotune:
+    found = tuning.run(work, budget, lambda line: terminal.print(line, soft_wrap=True, markup=False))
+    return terminal.print(f'{tuning.write(found, FLAGS.out)}')
+  report = measure_ops(work, FLAGS.repeats or op_speed.ROUNDS, budget, FLAGS.quick, terminal)
+  show(terminal, op_report.page(report), op_report.WIDTH)
+  terminal.print(f'{op_report.write(report, FLAGS.out)}')
+  if report.wrong: raise SystemExit(f'{len(report.wrong)} results are not as they should be: see WRONG above')
 
 
 def main(overrides: list[str]):
   """Measures, prints and writes."""
-  check(FLAGS.only, FLAGS.repeats)
+  of_models = not (FLAGS.ops or FLAGS.autotune)
+  check(FLAGS.only, FLAGS.repeats, of_models)
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')   # PyTorch needs memory of the same GPU
   terminal = console.terminal()
-  report = measure_all(FLAGS.only or list(CASES), FLAGS.repeats, FLAGS.quick, terminal)
-  # In a file or a pipe there is room for all columns.
-  terminal.print(result.page(report), width=None if terminal.is_terminal else result.WIDTH)
+  if not of_models: return operations(terminal)
+  report = measure_all(FLAGS.only or list(CASES), FLAGS.repeats or 10, FLAGS.quick, terminal)
+  show(terminal, result.page(report), result.WIDTH)
   terminal.print(f'{result.write(report, FLAGS.out)}')
 
 

@@ -31,10 +31,17 @@ WITHOUT_OWN_TEST = {
   'efficient_lm/generate.py': 'run_test, which has a trained model to generate with',
   'efficient_lm/evaluate.py': 'run_test, which has a trained model to evaluate',
   'efficient_lm/charts.py': 'draws; report_test',
+  'efficient_lm/benches/ceilings.py': 'op_bench_test',
+  'efficient_lm/benches/clock.py': 'op_bench_test',
+  'efficient_lm/benches/libraries.py': 'op_bench_test',
   'efficient_lm/benches/models.py': 'bench_test',
-  'efficient_lm/benches/ops.py': 'bench_test',
+  'efficient_lm/benches/op_report.py': 'op_bench_test',
+  'efficient_lm/benches/op_speed.py': 'op_bench_test',
+  'efficient_lm/benches/ops.py': 'op_bench_test',
   'efficient_lm/benches/result.py': 'bench_test',
+  'efficient_lm/benches/tile_spaces.py': 'op_bench_test',
   'efficient_lm/benches/torch_models.py': 'bench_test',
+  'efficient_lm/benches/tuning.py': 'op_bench_test',
 }
 
 

@@ -1,87 +1,68 @@
-"""Cases of single operations, forward and backward, against what one would write without ours."""
-import jax
-import jax.numpy as jnp
-import numpy as np
+"""The operations that have kernels: what each package of `efficient_lm/ops` says of itself, without naming any.
 
-from efficient_lm import measure
-from efficient_lm.benches.result import OURS, Case, difference, within
-from efficient_lm.ledger import quantity
-from efficient_lm.ops.attention import attention as attention_op
-from efficient_lm.ops.grouped_matmul import grouped_matmul as grouped_matmul_op
-from efficient_lm.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy_op
+Such a package has `IMPLEMENTATIONS`, by name, the fastest first (see `ops/dispatch.py`), and a module `cases` whose
+`bench(platform)` gives cases by name. A case has
+  arguments(): arrays, drawn from a fixed key; can be evaluated abstractly
+  call(implementation, tiles=None): the function of those arguments that is timed: one pass
+  flops, bytes: of one call, the latter the least that must be moved
+  precision: dtype of the products, by which its roofline is chosen
+  tolerance: how far from the reference a result may be, relative to the reference's largest number
+  baselines(): by name, what one would write without the operation
+"""
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any
 
-TOLERANCE = {'float32': 1e-4, 'bfloat16': 3e-2}   # of results and gradients, relative to the largest of each
+import efficient_lm.ops
+from efficient_lm.ops import dispatch
 
-
-def dtype():
-  """What this device multiplies in: float32 on CPU, bfloat16 elsewhere."""
-  return jnp.dtype('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
-
-
-def normal(seed: int, *shape: int, scale: float = 1.0):
-  """Random normal array in that dtype."""
-  return scale * jax.random.normal(jax.random.key(seed), shape, dtype())
-
-
-def both_ways(functions: dict, arguments: tuple, flops: float, target: float | None = None) -> Case:
-  """Result and gradients of each function of float arrays, compiled. First comes OURS, then the baseline.
-
-  flops: of the forward pass; the backward pass has two products for one.
-  """
-  def compiled(function):
-    def run(cotangent, *arguments):
-      result, pull = jax.vjp(function, *arguments)
-      return result, *pull(cotangent)
-    return jax.jit(run).lower(cotangent, *arguments).compile()
-  shape = jax.eval_shape(next(iter(functions.values())), *arguments)
-  cotangent = jax.random.normal(jax.random.key(99), shape.shape, shape.dtype)
-  compiled = {name: compiled(function) for name, function in functions.items()}
-  results = [run(cotangent, *arguments) for run in compiled.values()]
-  candidates = {name: lambda run=run: jax.block_until_ready(run(cotangent, *arguments))
-                for name, run in compiled.items()}
-  apart = max(difference('result or a gradient', ours, theirs, TOLERANCE[dtype().name])
-              for ours, theirs in zip(*results, strict=True))
-  temporaries = [run.memory_analysis().temp_size_in_bytes for run in compiled.values()]
-  memory = ' / '.join(quantity(size, 'B', 1024) for size in temporaries)
-  return Case(candidates=candidates, flops=3 * flops, target=target,
-              agreement=f'{within("result and gradients", apart)}; temporaries {memory}')
+REFERENCE = 'reference'   # the definition: exact, and too large where an implementation is needed at all
+# 'operation/implementation' -> kinds of device on which `bench --ops` has run it, to be added to when it has.
+RAN: dict[str, tuple[str, ...]] = {}
 
 
-def group_sizes(num_groups: int, rows: int, skew: float) -> np.ndarray:
-  """int32 sizes that sum to `rows`, proportional to 1 / rank**skew: 0 gives equal groups, 2 some empty."""
-  end = np.cumsum(np.arange(1, num_groups + 1) ** -skew)
-  return np.diff(np.round(end / end[-1] * rows), prepend=0).astype(np.int32)
+@dataclasses.dataclass(frozen=True)
+class Op:
+  """An operation. bench: platform -> its cases by name."""
+  name: str
+  implementations: Mapping[str, dispatch.Implementation]
+  bench: Callable[[str], dict[str, Any]]
 
 
-def grouped_matmul(E: int, M: int, K: int, N: int, *, skew: float = 0.0, target: float | None = None) -> Case:
-  """The product of a mixture's experts against XLA's own grouped product."""
-  sizes_E = jnp.asarray(group_sizes(E, M, skew))
-  return both_ways({OURS: lambda x, w: grouped_matmul_op(x, w, sizes_E),
-                    'lax.ragged_dot': lambda x, w: jax.lax.ragged_dot(x, w, sizes_E)},
-                   (normal(0, M, K), normal(1, E, K, N, scale=K ** -.5)), 2 * M * K * N, target)
+def every() -> dict[str, Op]:
+  """All operations whose package has cases to bench, by name."""
+  found = {}
+  for module in pkgutil.iter_modules(efficient_lm.ops.__path__):
+    if not module.ispkg: continue
+    package, cases = (importlib.import_module(f'efficient_lm.ops.{module.name}{part}') for part in ('', '.cases'))
+    if hasattr(cases, 'bench'): found[module.name] = Op(module.name, package.IMPLEMENTATIONS, cases.bench)
+  return found
 
 
-def attention(B: int, T: int, N: int, K: int, H: int, *, documents: int) -> Case:
-  """Causal attention within `documents` equal documents a row, against its equation."""
-  segments_BT = jnp.broadcast_to(jnp.arange(T) * documents // T + 1, (B, T))
-  run = lambda implementation: lambda q, k, v: attention_op(
-    q, k, v, segments_BS=segments_BT, implementation=implementation)
-  arguments = (normal(0, B, T, N, H), normal(1, B, T, K, H), normal(2, B, T, K, H))
-  flops = 2 * 2 * B * T * N * H * measure.mean_keys(T // documents)
-  return both_ways({OURS: run('auto'), "the equation ('reference')": run('reference')}, arguments, flops)
+def families(one: dispatch.Implementation, auto: bool = False) -> tuple[str, ...]:
+  """Devices that an implementation is for, or those on which 'auto' may take it."""
+  return one.on if one.auto is None or not auto else one.auto
 
 
-def linear_cross_entropy(tokens: int, D: int, V: int) -> Case:
-  """The loss from the last layer's output, against building all logits."""
-  labels_BT = jax.random.randint(jax.random.key(2), (1, tokens), 0, V)
-  run = lambda implementation: lambda hidden, head: linear_cross_entropy_op(
-    hidden, head, labels_BT, implementation=implementation)[0]
-  return both_ways({OURS: run('auto'), "the equation ('reference')": run('reference')},
-                   (normal(0, 1, tokens, D), normal(1, D, V, scale=D ** -.5)), 2 * tokens * D * V)
+def suits(one: dispatch.Implementation, device: dispatch.Device, auto: bool = False) -> bool:
+  """Whether an implementation runs on that device, or whether 'auto' may take it there."""
+  return bool(set(families(one, auto)) & set(device.families))
 
 
-def peak_matmul(size: int, repeats: int = 5) -> float:
-  """FLOP/s of the quickest of some large square products: what this machine can reach at all."""
-  x, y = normal(0, size, size), normal(1, size, size)
-  product = jax.jit(jnp.matmul)
-  return 2 * size ** 3 / min(measure.interleaved({'product': lambda: product(x, y)}, repeats)['product'])
+def is_kernel(one: dispatch.Implementation) -> bool:
+  """Whether it is written for certain devices, not for any."""
+  return '' not in one.on
+
+
+def elsewhere(operations: Mapping[str, Op], device: dispatch.Device) -> list[str]:
+  """A sentence for each kernel that does not run on this device: what it is for, and where it ever ran."""
+  return [f'{op.name}, {name}: for {" or ".join(one.on)}, not run here; {_history(op, name)}'
+          for op in operations.values() for name, one in op.implementations.items()
+          if is_kernel(one) and not suits(one, device)]
+
+
+def _history(op: Op, name: str) -> str:
+  ran = RAN.get(f'{op.name}/{name}')
+  return f'was run on {", ".join(ran)}' if ran else 'never run on a device'

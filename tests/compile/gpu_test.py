@@ -1,0 +1,69 @@
+"""Every operation compiles for NVIDIA GPUs: its kernels keep all in registers and shared memory, and what 'auto' takes
+compiles too, also on a GPU that no kernel is for."""
+import jax
+import jax.numpy as jnp
+import pytest
+
+from efficient_lm.benches import ops
+from efficient_lm.lazy import lazy
+from tests.compile import programs, targets
+
+plgpu = lazy('jax.experimental.pallas.mosaic_gpu')
+
+needs_plugin = pytest.mark.skipif(bool(targets.missing('gpu')), reason=targets.missing('gpu') or 'it is not missing')
+
+
+@needs_plugin
+@pytest.mark.parametrize(('target', 'name', 'case'), programs.parameters('gpu'))
+def test_compiles_and_fits(target, name, case, capfd):
+  op = ops.every()[name]
+  case = op.bench('gpu')[case]
+  programs.said(capfd)
+  for implementation, program in programs.compiled(target, op, case):
+    kernel = implementation != 'auto' and ops.is_kernel(op.implementations[implementation])
+    if kernel or implementation == 'auto': programs.check_memory(program, jax.eval_shape(case.arguments), target)
+    found = programs.assembled(programs.said(capfd))
+    called = set(programs.kernel_names(program, 'gpu'))
+    # A gradient may be left to XLA's dense products.
+    if kernel and getattr(case, 'of', 'forward') == 'forward': assert called, f'{implementation} calls no kernel'
+    if called: assert found.spills, 'nothing was heard of ptxas'
+    assert not any(found.spills.values()), f'{implementation} spills bytes: {found.spills}'
+    assert not found.complaints, f'{implementation}: {found.complaints}'
+    assert max(found.shared_memory, default=0) <= targets.Gpu.shared_memory
+
+
+@needs_plugin
+@pytest.mark.parametrize('target', targets.of('gpu'))
+def test_each_kernel_takes_some_case(target):
+  assert not {name: unused for name, op in ops.every().items() if (unused := programs.unused_kernels(target, op))}
+
+
+def twice(x, scratch):
+  def kernel(x_ref, y_ref, scratch_ref): y_ref[...] = 2 * x_ref[...]
+  return plgpu.kernel(kernel, out_type=jax.ShapeDtypeStruct(x.shape, x.dtype), kernel_name='twice',
+                      scratch_types=[plgpu.SMEM((scratch,), jnp.int8)])(x)
+
+
+@needs_plugin
+def test_a_kernel_is_found_and_one_that_does_not_fit_is_refused(capfd):
+  mesh = targets.mesh('H200')
+  x = programs.whole(jax.ShapeDtypeStruct((128,), jnp.float32), mesh)
+  with jax.set_mesh(mesh):
+    program = programs.finish(jax.jit(lambda x: twice(x, 1024)).lower(x), 'H200')
+    assert programs.kernel_names(program, 'gpu') == ['twice']
+    found = programs.assembled(programs.said(capfd))
+    assert list(found.spills.values()) == [0] and found.shared_memory[0] >= 1024
+    with pytest.raises(ValueError, match='shared memory'): jax.jit(lambda x: twice(x, 300_000)).lower(x)
+
+
+def test_what_ptxas_says_is_read():
+  text = '''
+    Resources(smem_scratch_bytes=196608, tmem_scratch_cols=0)
+    ptxas info    : Compiling entry function 'some_kernel' for 'sm_90a'
+        16 bytes stack frame, 24 bytes spill stores, 8 bytes spill loads
+    ptxas info    : Used 168 registers, used 16 barriers
+    ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized
+    ptxas info    : Compiling entry function 'other' for 'sm_90a'
+        0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads'''
+  found = programs.assembled(text)
+  assert found.spills == {'some_kernel': 32, 'other': 0} and found.shared_memory == [196608] and len(found.complaints) == 1

@@ -1,0 +1,44 @@
+"""Every operation compiles for every kind of TPU: its kernels fit VMEM, and what 'auto' takes compiles too."""
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from efficient_lm.benches import ops
+from tests.compile import programs, targets
+
+pytestmark = pytest.mark.skipif(bool(targets.missing('tpu')), reason=targets.missing('tpu') or 'it is not missing')
+
+
+@pytest.mark.parametrize(('target', 'name', 'case'), programs.parameters('tpu'))
+def test_compiles_and_fits(target, name, case):
+  op = ops.every()[name]
+  case = op.bench('tpu')[case]
+  for implementation, program in programs.compiled(target, op, case):
+    kernel = implementation != 'auto' and ops.is_kernel(op.implementations[implementation])
+    if kernel or implementation == 'auto': programs.check_memory(program, jax.eval_shape(case.arguments), target)
+    # A gradient may be left to XLA's dense products.
+    if kernel and getattr(case, 'of', 'forward') == 'forward':
+      assert programs.kernel_names(program, 'tpu'), f'{implementation} calls no kernel'
+
+
+@pytest.mark.parametrize('target', targets.of('tpu'))
+def test_each_kernel_takes_some_case(target):
+  assert not {name: unused for name, op in ops.every().items() if (unused := programs.unused_kernels(target, op))}
+
+
+def twice(x, block):
+  def kernel(x_ref, y_ref): y_ref[...] = 2 * x_ref[...]
+  spec = pl.BlockSpec((block, x.shape[1]), lambda i: (i, 0))
+  return pl.pallas_call(kernel, name='twice', grid=(x.shape[0] // block,), in_specs=[spec], out_specs=spec,
+                        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+
+@pytest.mark.parametrize('target', targets.of('tpu'))
+def test_a_kernel_is_found_and_one_that_does_not_fit_is_refused(target):
+  mesh = targets.mesh(target)
+  x = programs.whole(jax.ShapeDtypeStruct((65_536, 1024), jnp.float32), mesh)
+  with jax.set_mesh(mesh):
+    lowered = lambda block: jax.jit(lambda x: twice(x, block)).lower(x)
+    assert programs.kernel_names(programs.finish(lowered(64), target), 'tpu') == ['twice']
+    with pytest.raises(jax.errors.JaxRuntimeError, match='vmem'): programs.finish(lowered(65_536), target)
