@@ -1,4 +1,5 @@
 """Every implementation of the grouped product agrees with the reference, in value and in gradient."""
+import dataclasses
 import functools
 import importlib
 
@@ -133,6 +134,18 @@ def test_cases_to_time_are_what_they_say(platform):
     assert shape == {'forward': g_MN.shape, 'dgrad': x_MK.shape, 'wgrad': w_EKN.shape}[case.of]
 
 
+def test_tiles_fit_their_memory():
+  """What rules choose for the shapes to time, and what is tried on a device."""
+  for platform, kernel, rule, limit, size in (
+      ('tpu', 'pallas_tpu', tiles.tpu_tiles, tiles.VMEM, lambda one, of, x, w: one.vmem(of, x.itemsize, w.itemsize)),
+      ('gpu', 'pallas_gpu', tiles.gpu_tiles, tiles.SHARED, lambda one, of, x, w: one.shared(of, w.itemsize))):
+    for case in bench(platform).values():
+      x_dtype, w_dtype = jnp.dtype(case.dtype), jnp.dtype(case.weight or case.dtype)
+      chosen = rule(case.of, case.rows, *case.shape, len(case.sizes), x_dtype, w_dtype)
+      _, tried = case.tuning(kernel)
+      assert len(tried) > 3 and all(size(one, case.of, x_dtype, w_dtype) <= limit for one in (chosen, *tried))
+
+
 # The kernel of a TPU, interpreted: races between copies and reads are looked for and memory starts as NaN.
 
 TPU_CASES = {
@@ -166,3 +179,33 @@ def test_tpu_kernels_equal_the_reference(name):
   got, raced = on_tpu(case)
   assert_close(got, wanted(case), case.tolerance)
   assert not raced
+
+
+# That of a Hopper GPU, interpreted: races between warpgroups and copies are looked for. Two multiprocessors.
+
+GPU_CASES = {
+  'groups meet within tiles': (Case((67, 0, 130, 3), 220, (128, 192), 'bfloat16'), ('forward', 'dgrad', 'wgrad')),
+  'few rows, not in whole patterns': (Case((0, 9, 1), 13, (64, 128), 'bfloat16'), ('forward', 'wgrad')),
+  'int8': (Case((70, 0, 3), 80, (128, 128), 'bfloat16', 'int8'), ('forward', 'dgrad')),
+  'float8': (Case((0, 70), 80, (64, 128), 'bfloat16', 'float8_e4m3fn'), ('forward',)),
+}
+GPU_TILES = {'forward': tiles.GpuTiles(128, 64, 128, 2), 'dgrad': tiles.GpuTiles(128, 128, 64, 2),
+             'wgrad': tiles.GpuTiles(64, 128, 128, 2)}
+
+
+@pytest.mark.parametrize(('name', 'of'), [(name, of) for name, (_, passes) in GPU_CASES.items() for of in passes])
+def test_gpu_kernels_equal_the_reference(name, of, monkeypatch):
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+  if not hasattr(plgpu, 'InterpretGPUParams'): pytest.skip('jax interprets GPU kernels from 0.11 on')
+  from efficient_lm.ops import dispatch
+  from efficient_lm.ops.grouped_matmul import pallas_gpu
+  monkeypatch.setattr(dispatch, 'device', lambda: dispatch.Device('gpu', 'NVIDIA H200', 2))
+  interpreter = importlib.import_module('jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call')
+  case = dataclasses.replace(GPU_CASES[name][0], of=of)
+  x_MK, w_EKN, sizes_E, scale_EN, g_MN = case.arguments()
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    got = {'forward': lambda: pallas_gpu.rows(x_MK, w_EKN, sizes_E, scale_EN, tiles=GPU_TILES[of]),
+           'dgrad': lambda: pallas_gpu.rows(g_MN, w_EKN, sizes_E, scale_EN, transposed=True, tiles=GPU_TILES[of]),
+           'wgrad': lambda: pallas_gpu.weights(x_MK, g_MN, sizes_E, tiles=GPU_TILES[of])}[of]()
+  assert_close(got, wanted(case), case.tolerance)
+  assert not interpreter.get_races().races_found

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_lm.ops.grouped_matmul import grouped_matmul
+from efficient_lm.ops.grouped_matmul import tiles as tiles_of_kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,15 @@ class Case:
       y_MN, pull = jax.vjp(*((product, x_MK, w_EKN) if self.weight is None else (lambda x: product(x, w_EKN), x_MK)))
       return y_MN, *pull(g_MN)
     return run
+
+  def tuning(self, implementation: str) -> tuple[tuple, list] | None:
+    """Key of its tiles in the tables of `tiles`, and what is worth trying; None where nothing can be chosen."""
+    x_dtype, w_dtype = jnp.dtype(self.dtype), jnp.dtype(self.weight or self.dtype)
+    key = tiles_of_kernels.key(self.of, self.rows, *self.shape, len(self.sizes), x_dtype, w_dtype)
+    if self.of == 'all': return None
+    if implementation == 'pallas_tpu': return key, tiles_of_kernels.tpu_candidates(self.of, x_dtype, w_dtype)
+    if implementation == 'pallas_gpu': return key, tiles_of_kernels.gpu_candidates(self.of, w_dtype)
+    return None
 
   @property
   def passes(self) -> int:

@@ -29,7 +29,7 @@ from efficient_lm.ops.grouped_matmul.schedule import visits
 from efficient_lm.ops.grouped_matmul.tiles import GpuTiles, gpu_tiles
 
 ALIGN = 8          # rows of a swizzle pattern
-CHUNK = 64         # rows and columns of the result that go through shared memory at a time
+CHUNK = 64, 32     # rows and columns of the result that go through shared memory at a time
 PRODUCER = 2       # the warpgroup that copies; 0 and 1 multiply
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 
@@ -73,7 +73,7 @@ def rows(x_MI, w_EKN, sizes_E, scale_EN=None, transposed: bool = False, *, tiles
 @dataclasses.dataclass(frozen=True)
 class _Rows:
   """The kernel of `rows`. The two consumers split the rows of a tile, or its columns if each has to widen its own weights or
-  there are fewer rows than two times what one product takes."""
+  there are fewer rows than two products take."""
   tiles: GpuTiles
   transposed: bool
   scaled: bool
@@ -91,7 +91,11 @@ class _Rows:
 
   @property
   def by_columns(self) -> bool:
-    return self.scaled or self.tiles.M < 2 * CHUNK
+    return self.scaled or self.tiles.M // 2 < CHUNK[0]
+
+  @property
+  def scales_inputs(self) -> bool:
+    return self.scaled and self.transposed
 
   @property
   def share(self) -> tuple[int, int]:
@@ -102,13 +106,16 @@ class _Rows:
     """Buffers in shared memory, and barriers: `full` when a step's operands are there, `free` when they have been used."""
     stages, (K, N) = self.tiles.stages, (self.tiles.K, self.tiles.N)
     wide = (K // 2, N) if self.transposed else (K, N // 2)
-    widened = {'wide_smem': _swizzled((2, 2, *wide), jnp.bfloat16)} if self.scaled else {}
+    extra = {'wide_smem': _swizzled((2, 2, *wide), jnp.bfloat16)} if self.scaled else {}
+    if self.scales_inputs: extra['scale_smem'] = plgpu.SMEM((stages, self.step), jnp.float32)
     return dict(
       x_smem=_swizzled((stages, self.tiles.M, self.step), jnp.bfloat16), w_smem=_swizzled((stages, K, N), w_dtype),
-      out_smem=_out_buffers(), full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      free=plgpu.Barrier(num_arrivals=2, num_barriers=stages), **widened)
+      out_smem=_swizzled((2, 2, *CHUNK), jnp.bfloat16), part_smem=plgpu.SMEM((2, *CHUNK), jnp.bfloat16),
+      full=plgpu.Barrier(num_arrivals=2 + self.scales_inputs, num_barriers=stages),
+      free=plgpu.Barrier(num_arrivals=2, num_barriers=stages), **extra)
 
-  def body(self, group_V, row_V, low_V, high_V, count, x, w, *refs, x_smem, w_smem, out_smem, full, free, wide_smem=None):
+  def body(self, group_V, row_V, low_V, high_V, count, x, w, *refs, x_smem, w_smem, out_smem, part_smem, full, free,
+           wide_smem=None, scale_smem=None):
     """Copies or multiplies the tiles of this block."""
     *scale, y = refs
     stages, steps = self.tiles.stages, pl.cdiv(x.shape[1], self.step)
@@ -130,6 +137,7 @@ class _Rows:
         plgpu.copy_gmem_to_smem(x.at[pl.ds(row, self.tiles.M), inputs], x_smem.at[slot], full.at[slot])
         matrix = (outputs, inputs) if self.transposed else (inputs, outputs)
         plgpu.copy_gmem_to_smem(w.at[group, *matrix], w_smem.at[slot], full.at[slot])
+        if self.scales_inputs: plgpu.copy_gmem_to_smem(scale[0].at[group, inputs], scale_smem.at[slot], full.at[slot])
         return done + 1
       return lax.fori_loop(0, steps, one, done)
 
@@ -142,7 +150,9 @@ class _Rows:
         def one(i, done):
           slot = lax.rem(done, stages)
           plgpu.barrier_wait(full.at[slot])
-          plgpu.wgmma(acc, own.of_x(x_smem.at[slot]), own.of_w(w_smem.at[slot], scale, i, wide_smem))
+          w_ref = own.of_w(w_smem.at[slot])
+          if self.scaled: w_ref = own.widened(w_ref, wide_smem.at[own.index, lax.rem(i, 2)], scale_smem, slot)
+          plgpu.wgmma(acc, own.of_x(x_smem.at[slot]), w_ref.transpose((1, 0)) if self.transposed else w_ref)
           plgpu.wgmma_wait(1)   # the step before is done with its operands
 
           @pl.when(i > 0)
@@ -158,7 +168,7 @@ class _Rows:
         return acc[...]
 
       acc = pl.run_scoped(sums, plgpu.ACC(self.share))
-      own.store(acc, y, scale, row_V[visit], low_V[visit], high_V[visit], out_smem)
+      own.store(acc, y, scale, row_V[visit], low_V[visit], high_V[visit], out_smem, part_smem)
       return done + steps
 
     _specialised(count[0] * across, stages, free, copy, multiply)
@@ -176,50 +186,56 @@ class _Share:
     """The operand of its rows."""
     return x_ref if self.work.by_columns else x_ref.at[pl.ds(self.index * self.work.share[0], self.work.share[0])]
 
-  def of_w(self, w_ref, scale, i, wide_smem):
-    """The operand of its columns, inputs first; eight bits are widened, and scaled if summed over what scales are of."""
+  def of_w(self, w_ref):
+    """The part of the matrix that its columns take."""
     own = pl.ds(self.index * self.work.share[1], self.work.share[1])
-    if self.work.by_columns: w_ref = w_ref.at[own] if self.work.transposed else w_ref.at[:, own]
-    if self.work.scaled:
-      wide = wide_smem.at[self.index, lax.rem(i, 2)]
-      w = w_ref[...].astype(jnp.float32 if self.work.transposed else jnp.bfloat16)
-      if self.work.transposed:
-        inputs = jnp.minimum(i * self.work.step, scale[0].shape[1] - self.work.step)
-        w = (w * scale[0][self.group, pl.ds(inputs, self.work.step)][None]).astype(jnp.bfloat16)
-      wide[...] = w
-      plgpu.commit_smem()
-      w_ref = wide
-    return w_ref.transpose((1, 0)) if self.work.transposed else w_ref
+    if not self.work.by_columns: return w_ref
+    return w_ref.at[own] if self.work.transposed else w_ref.at[:, own]
 
-  def store(self, acc, y, scale, row, low, high, out_smem):
+  def widened(self, w_ref, wide_ref, scale_smem, slot):
+    """That part in bfloat16, in wide_ref; with its scales, if their dimension is summed over."""
+    w = w_ref[...]
+    # Hopper has no instruction from float8 to bfloat16.
+    if self.work.scales_inputs or w.dtype != jnp.int8: w = w.astype(jnp.float32)
+    if self.work.scales_inputs: w *= lax.broadcast_in_dim(scale_smem[slot], w.shape, (1,))
+    wide_ref[...] = w.astype(wide_ref.dtype)
+    plgpu.commit_smem()
+    return wide_ref
+
+  def store(self, acc, y, scale, row, low, high, out_smem, part_smem):
     """Writes the rows [row + low, row + high) of the tile, as far as they are its own, a chunk at a time."""
-    height, width = self.work.share
+    (height, width), number = self.work.share, 0
     top, left = (0, self.index * width) if self.work.by_columns else (self.index * height, 0)
-    for r in range(0, height, CHUNK):
-      first, last = jnp.clip(low - top - r, 0, CHUNK), jnp.clip(high - top - r, 0, CHUNK)
-      for c in range(0, width, CHUNK):
+    for r in range(0, height, CHUNK[0]):
+      first, last = jnp.clip(low - top - r, 0, CHUNK[0]), jnp.clip(high - top - r, 0, CHUNK[0])
+      for c in range(0, width, CHUNK[1]):
         column = self.column + left + c
-        chunk = acc[r:r + CHUNK, c:c + CHUNK]
-        if self.work.scaled and not self.work.transposed:
+        chunk = acc[r:r + CHUNK[0], c:c + CHUNK[1]]
+        if scale and not self.work.transposed:
           # Columns past the last are not stored; their scales must only lie somewhere in memory.
-          inside = pl.ds(jnp.minimum(column, y.shape[1] - CHUNK), CHUNK)
-          chunk *= scale[0][self.group, inside][None]
-        _store_rows(chunk.astype(y.dtype), y, row + top + r, column, first, last, out_smem, self.index, c // CHUNK % 2)
+          inside = pl.ds(jnp.minimum(column, y.shape[1] - CHUNK[1]), CHUNK[1])
+          scales = plgpu.load(scale[0].at[self.group, inside], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+          chunk *= lax.broadcast_in_dim(scales, chunk.shape, (1,))
+        whole, part = out_smem.at[self.index, number % 2], part_smem.at[self.index]
+        _store_rows(chunk.astype(y.dtype), y, row + top + r, column, first, last, whole, part, number)
+        number += 1
 
 
-def _store_rows(chunk, y, row, column, first, last, out_smem, consumer, slot: int):
-  """Writes rows [first, last) of a CHUNK x CHUNK array to y from (row, column) on, which may reach past its end."""
-  whole, part = (buffer.at[consumer, slot] for buffer in out_smem)
-  columns = pl.ds(column, CHUNK)
+def _store_rows(chunk, y, row, column, first, last, whole, part, number: int):
+  """Writes rows [first, last) of chunk `number` of a tile to y from (row, column) on; columns past its end are left out.
 
-  @pl.when(last - first == CHUNK)
+  whole: one of two buffers in turn. part: not swizzled, since swizzled copies start at whole patterns.
+  """
+  columns = pl.ds(column, CHUNK[1])
+
+  @pl.when(last - first == CHUNK[0])
   def _():
-    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    plgpu.wait_smem_to_gmem(min(number, 1), wait_read_only=True)
     whole[...] = chunk
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(whole, y.at[pl.ds(pl.multiple_of(row, ALIGN), CHUNK), columns])
+    plgpu.copy_smem_to_gmem(whole, y.at[pl.ds(pl.multiple_of(row, ALIGN), CHUNK[0]), columns])
 
-  @pl.when((last - first < CHUNK) & (last > first))
+  @pl.when((last - first < CHUNK[0]) & (last > first))
   def _():
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     part[...] = chunk
@@ -233,7 +249,6 @@ def _store_rows(chunk, y, row, column, first, last, out_smem, consumer, slot: in
       def _(size=size, start=start):
         plgpu.copy_smem_to_gmem(part.at[pl.ds(start, size)], y.at[pl.ds(row + start, size), columns])
       start += jnp.where(there, size, 0)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def weights(x_MK, g_MN, sizes_E, *, tiles: GpuTiles | None = None):
@@ -244,7 +259,7 @@ def weights(x_MK, g_MN, sizes_E, *, tiles: GpuTiles | None = None):
   end_E = jnp.cumsum(sizes_E)
   scratch = dict(
     x_smem=_swizzled((tiles.stages, tiles.M, tiles.K), x_MK.dtype),
-    g_smem=_swizzled((tiles.stages, tiles.M, tiles.N), g_MN.dtype), out_smem=_swizzled((2, 2, CHUNK, CHUNK), x_MK.dtype),
+    g_smem=_swizzled((tiles.stages, tiles.M, tiles.N), g_MN.dtype), out_smem=_swizzled((2, 2, *CHUNK), x_MK.dtype),
     full=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
     free=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages), masked=plgpu.Barrier(num_arrivals=2))
   return _kernel(functools.partial(_weights_body, tiles), 'wgrad', jax.ShapeDtypeStruct((E, K, N), x_MK.dtype), scratch)(
@@ -325,13 +340,15 @@ def _keep_rows(ref, first, last):
 
 def _store_matrix(acc, dw, group, row, column, out_smem, consumer):
   """Writes acc to dw[group] from (row, column) on; what reaches past its end is left out."""
-  for r in range(0, acc.shape[0], CHUNK):
-    for c in range(0, acc.shape[1], CHUNK):
-      chunk = out_smem.at[consumer, c // CHUNK % 2]
-      plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-      chunk[...] = acc[r:r + CHUNK, c:c + CHUNK].astype(dw.dtype)
+  number = 0
+  for r in range(0, acc.shape[0], CHUNK[0]):
+    for c in range(0, acc.shape[1], CHUNK[1]):
+      chunk = out_smem.at[consumer, number % 2]
+      plgpu.wait_smem_to_gmem(min(number, 1), wait_read_only=True)
+      chunk[...] = acc[r:r + CHUNK[0], c:c + CHUNK[1]].astype(dw.dtype)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(chunk, dw.at[group, pl.ds(row + r, CHUNK), pl.ds(column + c, CHUNK)])
+      plgpu.copy_smem_to_gmem(chunk, dw.at[group, pl.ds(row + r, CHUNK[0]), pl.ds(column + c, CHUNK[1])])
+      number += 1
 
 
 def _specialised(total, stages: int, free, copy, multiply):
@@ -367,12 +384,6 @@ def _swizzled(shape: tuple[int, ...], dtype):
   swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
   return plgpu.SMEM(shape, dtype, transforms=(
     plgpu.TilingTransform((ALIGN, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)))
-
-
-def _out_buffers():
-  """Two chunks of the result for each consumer: swizzled, or by rows in the same memory."""
-  shape = (2, 2, CHUNK, CHUNK)
-  return plgpu.RefUnion(_swizzled(shape, jnp.bfloat16), plgpu.SMEM(shape, jnp.bfloat16, transforms=()))
 
 
 def _whole_patterns(x_MI):

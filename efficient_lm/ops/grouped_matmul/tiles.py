@@ -13,7 +13,7 @@ MiB = 2 ** 20
 # Fast memory that a kernel may fill on a TPU, of 64 (v5p, tpu7x) to 128 MiB; of shared memory on Hopper, all of 227 KiB but
 # for barriers.
 VMEM = 40 * MiB
-SHARED = 226 * 1024
+SHARED = 223 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,8 @@ class GpuTiles:
   def shared(self, of: str, w_bytes: int = 2) -> int:
     """Bytes of shared memory that the pass fills: stages of both operands, a widened matrix twice, chunks of the result."""
     x, w, y = self.M * self.K * 2, self.K * self.N, self.M * self.N * 2
-    operands = {'forward': x + w * w_bytes, 'dgrad': y + w * w_bytes, 'wgrad': x + y}[of]
-    return self.stages * operands + 2 * w * 2 * (of != 'wgrad' and w_bytes == 1) + 2 * 2 * 64 * 64 * 2
+    operands = {'forward': x + w * w_bytes, 'dgrad': y + w * w_bytes + 4 * self.N, 'wgrad': x + y}[of]
+    return self.stages * operands + 2 * w * 2 * (of != 'wgrad' and w_bytes == 1) + 3 * 2 * 64 * 32 * 2
 
 
 # (pass, M, K, N, E, name of x's dtype, name of w's dtype) -> tiles, as found on a device.
@@ -57,10 +57,15 @@ TUNED_TPU: dict[tuple, TpuTiles] = {}
 TUNED_GPU: dict[tuple, GpuTiles] = {}
 
 
+def key(of: str, M: int, K: int, N: int, E: int, x_dtype, w_dtype) -> tuple:
+  """What the tables go by."""
+  return of, M, K, N, E, x_dtype.name, w_dtype.name
+
+
 def tpu_tiles(of: str, M: int, K: int, N: int, E: int, x_dtype, w_dtype) -> TpuTiles:
   """Tiles for a pass over these shapes, from the table or by rule: long steps, so that a group's matrix stays in VMEM over
   all its rows, and row tiles about as long as an average group."""
-  if tuned := TUNED_TPU.get((of, M, K, N, E, x_dtype.name, w_dtype.name)): return tuned
+  if tuned := TUNED_TPU.get(key(of, M, K, N, E, x_dtype, w_dtype)): return tuned
   group = min(max(32, 2 ** round(math.log2(max(M / E, 1)))), 512)
   step = {'forward': K, 'dgrad': N, 'wgrad': M}[of]
   step = step if step <= 2048 else 1024
@@ -80,7 +85,7 @@ def tpu_candidates(of: str, x_dtype, w_dtype) -> list[TpuTiles]:
 def gpu_tiles(of: str, M: int, K: int, N: int, E: int, x_dtype, w_dtype) -> GpuTiles:
   """Tiles for a pass over these shapes, from the table or by rule: the largest that two warpgroups hold in registers, with
   as many stages as fit; half as many rows where groups are short on average, as in decoding."""
-  if tuned := TUNED_GPU.get((of, M, K, N, E, x_dtype.name, w_dtype.name)): return tuned
+  if tuned := TUNED_GPU.get(key(of, M, K, N, E, x_dtype, w_dtype)): return tuned
   rows = 64 if of != 'wgrad' and M <= 64 * E else 128
   shape = {'forward': (rows, 64, 256), 'dgrad': (rows, 256, 64), 'wgrad': (64, 128, 256)}[of]
   return next(tiles for stages in range(8, 0, -1)
@@ -89,8 +94,10 @@ def gpu_tiles(of: str, M: int, K: int, N: int, E: int, x_dtype, w_dtype) -> GpuT
 
 def gpu_candidates(of: str, w_dtype) -> list[GpuTiles]:
   """Tiles worth trying on a device, all of which fit."""
-  shapes = {'forward': [(M, 64, N) for M in (64, 128) for N in (128, 192, 256)],
-            'dgrad': [(M, K, 64) for M in (64, 128) for K in (128, 192, 256)],
-            'wgrad': [(64, 128, N) for N in (128, 192, 256)]}[of]
+  # Consumers split rows or, where those are few or weights are widened, columns: in shares of whole 64s.
+  wide = [(M, width) for M in (64, 128) for width in (128, 192, 256)
+          if width != 192 or (M == 128 and w_dtype.itemsize > 1)]
+  shapes = {'forward': [(M, 64, N) for M, N in wide], 'dgrad': [(M, K, 64) for M, K in wide],
+            'wgrad': [(64, 128, 128), (64, 128, 256), (64, 256, 128), (128, 128, 128)]}[of]
   every = (GpuTiles(*shape, stages, band) for shape in shapes for stages in (3, 4, 5, 6) for band in (4, 8, 16))
   return [tiles for tiles in every if tiles.shared(of, w_dtype.itemsize) <= SHARED]
