@@ -4,7 +4,8 @@ Of three warpgroups one only starts copies, running ahead of the others by as ma
 borders of tiles too; two multiply (wgmma) and share the tile of the result. Which rows a tile has and whose they are comes
 from the visits of `schedule`, whose tiles begin at multiples of 8 rows, as swizzled copies must. Where a tile holds rows of
 other groups, its own are stored in powers of two, so that no other row is touched; whole tiles go out as they are.
-Tiles are taken in bands: some row tiles by all columns, so that operands of what runs at a time stay in the L2 cache.
+Tiles are taken in bands: some row tiles by all columns, so that operands of what runs at a time stay in the L2 cache. Two
+blocks may form a cluster, which copies the rows of x that both multiply only once.
 
 Transposed weights (the gradient of x) are copied as they lie and transposed by the matrix unit. The gradient of w steps over
 the rows of a group; in its first and last step rows of others are zeroed in shared memory, on both sides since they may
@@ -15,7 +16,6 @@ Studied: the Hopper kernels of jax.experimental.pallas.ops.gpu, and CUTLASS's wa
 """
 import dataclasses
 import functools
-import importlib.metadata
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +42,8 @@ def grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN=None, *, tiles: GpuTiles | Non
 
 def refuses(x_MK, w_EKN, sizes_E, scale_EN=None, *, tiles: GpuTiles | None = None) -> str:
   """Why these kernels cannot take such arguments, '' if they can."""
-  version = tuple(int(part) for part in importlib.metadata.version('jax').split('.')[:2])
   _, K, N = w_EKN.shape
-  if version < (0, 11): return 'it needs jax 0.11'
+  if jax.__version_info__ < (0, 11): return 'it needs jax 0.11'
   if x_MK.dtype != jnp.bfloat16: return f'x is {x_MK.dtype}, not bfloat16'
   if 0 in (*x_MK.shape, *w_EKN.shape): return 'there is nothing to multiply'
   if scale_EN is None and w_EKN.dtype != x_MK.dtype: return f'w is {w_EKN.dtype} and has no scale, but x is {x_MK.dtype}'
@@ -65,7 +64,7 @@ def rows(x_MI, w_EKN, sizes_E, scale_EN=None, transposed: bool = False, *, tiles
   plan = visits(sizes_E, x_MI.shape[0], tiles.M, align=ALIGN)
   scales = [] if scale_EN is None else [scale_EN.astype(jnp.float32)]
   work = _Rows(tiles, transposed, scaled=bool(scales), num_groups=E)
-  y_MO = _kernel(work.body, of, jax.ShapeDtypeStruct((x_MI.shape[0], K if transposed else N), x_MI.dtype),
+  y_MO = _kernel(work.body, of, tiles.cluster, jax.ShapeDtypeStruct((x_MI.shape[0], K if transposed else N), x_MI.dtype),
                  work.scratch(w_EKN.dtype))(*plan[:4], plan.count[None], x_MI, w_EKN, *scales)
   return y_MO[:M]
 
@@ -91,7 +90,7 @@ class _Rows:
 
   @property
   def by_columns(self) -> bool:
-    return self.scaled or self.tiles.M // 2 < CHUNK[0]
+    return self.scaled or CHUNK[0] > self.tiles.M // 2
 
   @property
   def scales_inputs(self) -> bool:
@@ -112,34 +111,33 @@ class _Rows:
       x_smem=_swizzled((stages, self.tiles.M, self.step), jnp.bfloat16), w_smem=_swizzled((stages, K, N), w_dtype),
       out_smem=_swizzled((2, 2, *CHUNK), jnp.bfloat16), part_smem=plgpu.SMEM((2, *CHUNK), jnp.bfloat16),
       full=plgpu.Barrier(num_arrivals=2 + self.scales_inputs, num_barriers=stages),
-      free=plgpu.Barrier(num_arrivals=2, num_barriers=stages), **extra)
+      free=_freed(self.tiles), **extra)
 
   def body(self, group_V, row_V, low_V, high_V, count, x, w, *refs, x_smem, w_smem, out_smem, part_smem, full, free,
            wide_smem=None, scale_smem=None):
     """Copies or multiplies the tiles of this block."""
     *scale, y = refs
-    stages, steps = self.tiles.stages, pl.cdiv(x.shape[1], self.step)
-    across = pl.cdiv(y.shape[1], self.columns)
+    steps = pl.cdiv(x.shape[1], self.step)
+    across, cluster = pl.cdiv(y.shape[1], self.columns * self.tiles.cluster), self.tiles.cluster
 
     def place(turn):
       """(visit, first column, number of steps) of a tile: the rows past the groups are only written."""
       visit, column = _banded(turn, count[0], across, self.tiles.band)
-      return visit, column * self.columns, jnp.where(group_V[visit] < self.num_groups, steps, 0)
+      column = (column * cluster + lax.axis_index('cluster')) * self.columns
+      return visit, column, jnp.where(group_V[visit] < self.num_groups, steps, 0)
 
     def copy(turn, done):
       visit, column, steps = place(turn)
       group, row = jnp.minimum(group_V[visit], self.num_groups - 1), pl.multiple_of(row_V[visit], ALIGN)
 
-      def one(i, done):
-        slot, inputs = lax.rem(done, stages), pl.ds(i * self.step, self.step)
-        outputs = pl.ds(column, self.columns)
-        plgpu.barrier_wait(free.at[slot])
-        plgpu.copy_gmem_to_smem(x.at[pl.ds(row, self.tiles.M), inputs], x_smem.at[slot], full.at[slot])
+      def start(i, slot):
+        inputs, outputs = pl.ds(i * self.step, self.step), pl.ds(column, self.columns)
+        plgpu.copy_gmem_to_smem(x.at[pl.ds(row, self.tiles.M), inputs], x_smem.at[slot], full.at[slot],
+                                collective_axes=_together(cluster))
         matrix = (outputs, inputs) if self.transposed else (inputs, outputs)
         plgpu.copy_gmem_to_smem(w.at[group, *matrix], w_smem.at[slot], full.at[slot])
         if self.scales_inputs: plgpu.copy_gmem_to_smem(scale[0].at[group, inputs], scale_smem.at[slot], full.at[slot])
-        return done + 1
-      return lax.fori_loop(0, steps, one, done)
+      return _copied(steps, done, free, start)
 
     def multiply(turn, done):
       visit, column, steps = place(turn)
@@ -147,31 +145,18 @@ class _Rows:
       own = _Share(self, lax.axis_index('warpgroup'), group, column)
 
       def sums(acc):
-        def one(i, done):
-          slot = lax.rem(done, stages)
-          plgpu.barrier_wait(full.at[slot])
+        def start(i, slot):
           w_ref = own.of_w(w_smem.at[slot])
           if self.scaled: w_ref = own.widened(w_ref, wide_smem.at[own.index, lax.rem(i, 2)], scale_smem, slot)
           plgpu.wgmma(acc, own.of_x(x_smem.at[slot]), w_ref.transpose((1, 0)) if self.transposed else w_ref)
-          plgpu.wgmma_wait(1)   # the step before is done with its operands
-
-          @pl.when(i > 0)
-          def _():
-            plgpu.barrier_arrive(free.at[lax.rem(done + stages - 1, stages)])
-          return done + 1
-        lax.fori_loop(0, steps, one, done)
-        plgpu.wgmma_wait(0)
-
-        @pl.when(steps > 0)
-        def _():
-          plgpu.barrier_arrive(free.at[lax.rem(done + steps + stages - 1, stages)])
+        _multiplied(steps, done, full, free, start)
         return acc[...]
 
       acc = pl.run_scoped(sums, plgpu.ACC(self.share))
       own.store(acc, y, scale, row_V[visit], low_V[visit], high_V[visit], out_smem, part_smem)
       return done + steps
 
-    _specialised(count[0] * across, stages, free, copy, multiply)
+    _specialised(count[0] * across, free, copy, multiply)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,15 +246,16 @@ def weights(x_MK, g_MN, sizes_E, *, tiles: GpuTiles | None = None):
     x_smem=_swizzled((tiles.stages, tiles.M, tiles.K), x_MK.dtype),
     g_smem=_swizzled((tiles.stages, tiles.M, tiles.N), g_MN.dtype), out_smem=_swizzled((2, 2, *CHUNK), x_MK.dtype),
     full=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
-    free=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages), masked=plgpu.Barrier(num_arrivals=2))
-  return _kernel(functools.partial(_weights_body, tiles), 'wgrad', jax.ShapeDtypeStruct((E, K, N), x_MK.dtype), scratch)(
+    free=_freed(tiles), masked=plgpu.Barrier(num_arrivals=2))
+  return _kernel(functools.partial(_weights_body, tiles), 'wgrad', tiles.cluster,
+                 jax.ShapeDtypeStruct((E, K, N), x_MK.dtype), scratch)(
     end_E - sizes_E, end_E, x_MK, g_MN)
 
 
 def _weights_body(tiles: GpuTiles, start_E, end_E, x, g, dw, *, x_smem, g_smem, out_smem, masked, full, free):
   """Copies or multiplies the tiles of this block; the consumers split the rows of each, which are columns of x."""
-  (E, K, N), stages, height = dw.shape, tiles.stages, tiles.K // 2
-  down, across = pl.cdiv(K, tiles.K), pl.cdiv(N, tiles.N)
+  (E, K, N), height = dw.shape, tiles.K // 2
+  down, across = pl.cdiv(K, tiles.K), pl.cdiv(N, tiles.N * tiles.cluster)
 
   def place(turn):
     """(group, its first row rounded down, steps over its rows, first row and column of the tile of dw)."""
@@ -278,27 +264,24 @@ def _weights_body(tiles: GpuTiles, start_E, end_E, x, g, dw, *, x_smem, g_smem, 
     start, end = start_E[group], end_E[group]
     aligned = lax.div(start, ALIGN) * ALIGN
     steps = jnp.where(end > start, lax.div(end - aligned + tiles.M - 1, tiles.M), 0)
-    return group, aligned, steps, k * tiles.K, n * tiles.N
+    return group, aligned, steps, k * tiles.K, (n * tiles.cluster + lax.axis_index('cluster')) * tiles.N
 
   def copy(turn, done):
     _, aligned, steps, k, n = place(turn)
 
-    def one(i, done):
-      slot, step = lax.rem(done, stages), pl.ds(pl.multiple_of(aligned + i * tiles.M, ALIGN), tiles.M)
-      plgpu.barrier_wait(free.at[slot])
-      plgpu.copy_gmem_to_smem(x.at[step, pl.ds(k, tiles.K)], x_smem.at[slot], full.at[slot])
-      plgpu.copy_gmem_to_smem(g.at[step, pl.ds(n, tiles.N)], g_smem.at[slot], full.at[slot])
-      return done + 1
-    return lax.fori_loop(0, steps, one, done)
+    def start(i, slot):
+      rows = pl.ds(pl.multiple_of(aligned + i * tiles.M, ALIGN), tiles.M)
+      plgpu.copy_gmem_to_smem(x.at[rows, pl.ds(k, tiles.K)], x_smem.at[slot], full.at[slot],
+                              collective_axes=_together(tiles.cluster))
+      plgpu.copy_gmem_to_smem(g.at[rows, pl.ds(n, tiles.N)], g_smem.at[slot], full.at[slot])
+    return _copied(steps, done, free, start)
 
   def multiply(turn, done):
     group, aligned, steps, k, n = place(turn)
     consumer = lax.axis_index('warpgroup')
 
     def sums(acc):
-      def one(i, done):
-        slot = lax.rem(done, stages)
-        plgpu.barrier_wait(full.at[slot])
+      def start(i, slot):
         own = x_smem.at[slot, :, pl.ds(consumer * height, height)]
         row = aligned + i * tiles.M
         first, last = start_E[group] - row, end_E[group] - row
@@ -311,25 +294,14 @@ def _weights_body(tiles: GpuTiles, start_E, end_E, x, g, dw, *, x_smem, g_smem, 
           plgpu.barrier_arrive(masked)
           plgpu.barrier_wait(masked)
         plgpu.wgmma(acc, own.transpose((1, 0)), g_smem.at[slot])
-        plgpu.wgmma_wait(1)   # the step before is done with its operands
-
-        @pl.when(i > 0)
-        def _():
-          plgpu.barrier_arrive(free.at[lax.rem(done + stages - 1, stages)])
-        return done + 1
-      lax.fori_loop(0, steps, one, done)
-      plgpu.wgmma_wait(0)
-
-      @pl.when(steps > 0)
-      def _():
-        plgpu.barrier_arrive(free.at[lax.rem(done + steps + stages - 1, stages)])
+      _multiplied(steps, done, full, free, start)
       return acc[...]
 
     acc = pl.run_scoped(sums, plgpu.ACC((height, tiles.N)))
     _store_matrix(acc, dw, group, k + consumer * height, n, out_smem, consumer)
     return done + steps
 
-  _specialised(E * down * across, stages, free, copy, multiply)
+  _specialised(E * down * across, free, copy, multiply)
 
 
 def _keep_rows(ref, first, last):
@@ -351,7 +323,7 @@ def _store_matrix(acc, dw, group, row, column, out_smem, consumer):
       number += 1
 
 
-def _specialised(total, stages: int, free, copy, multiply):
+def _specialised(total, free, copy, multiply):
   """Runs copy or multiply(turn, steps done) -> steps done for each turn of this block: every so many-th of `total`."""
   block, blocks = lax.axis_index('block'), lax.axis_size('block')
   turns = lax.div(total - block + blocks - 1, blocks)
@@ -361,14 +333,46 @@ def _specialised(total, stages: int, free, copy, multiply):
   def _():
     plgpu.set_max_registers(PRODUCER_REGISTERS, action='decrease')
     every(copy)
-    for slot in range(stages): plgpu.barrier_wait(free.at[slot])   # a block must not end before those who arrive
+    for slot in range(free.shape[0]): plgpu.barrier_wait(free.at[slot])   # a block must not end before those who arrive
 
   @pl.when(lax.axis_index('warpgroup') != PRODUCER)
   def _():
     plgpu.set_max_registers(CONSUMER_REGISTERS, action='increase')
-    for slot in range(stages): plgpu.barrier_arrive(free.at[slot])
+    for slot in range(free.shape[0]): plgpu.barrier_arrive(free.at[slot])
     every(multiply)
     plgpu.wait_smem_to_gmem(0)
+
+
+def _copied(steps, done, free, start):
+  """start(i, slot) starts the copies of each of `steps` steps as soon as its slot has been used. Returns the steps done."""
+  def one(i, done):
+    slot = lax.rem(done, free.shape[0])
+    plgpu.barrier_wait(free.at[slot])
+    start(i, slot)
+    return done + 1
+  return lax.fori_loop(0, steps, one, done)
+
+
+def _multiplied(steps, done, full, free, start):
+  """start(i, slot) starts the product of each step when its operands are there; those of the step before are then freed."""
+  stages = full.shape[0]
+
+  def one(i, done):
+    slot = lax.rem(done, stages)
+    plgpu.barrier_wait(full.at[slot])
+    start(i, slot)
+    plgpu.wgmma_wait(1)
+
+    @pl.when(i > 0)
+    def _():
+      plgpu.barrier_arrive(free.at[lax.rem(done + stages - 1, stages)])
+    return done + 1
+  lax.fori_loop(0, steps, one, done)
+  plgpu.wgmma_wait(0)
+
+  @pl.when(steps > 0)
+  def _():
+    plgpu.barrier_arrive(free.at[lax.rem(done + steps + stages - 1, stages)])
 
 
 def _banded(turn, down, across, band: int):
@@ -386,13 +390,24 @@ def _swizzled(shape: tuple[int, ...], dtype):
     plgpu.TilingTransform((ALIGN, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)))
 
 
+def _freed(tiles: GpuTiles):
+  """The barriers at which the consumers say that a step's operands have been used, those of the whole cluster to all."""
+  if tiles.cluster == 1: return plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages)
+  return plgpu.ClusterBarrier(collective_axes=('cluster',), num_arrivals=2, num_barriers=tiles.stages)
+
+
+def _together(cluster: int):
+  return 'cluster' if cluster > 1 else None
+
+
 def _whole_patterns(x_MI):
   """With rows added to make up whole patterns; numbers of rows that are whole cost nothing."""
   return jnp.pad(x_MI, ((0, -x_MI.shape[0] % ALIGN), (0, 0)))
 
 
-def _kernel(body, of: str, out_type, scratch: dict):
+def _kernel(body, of: str, cluster: int, out_type, scratch: dict):
+  blocks = (dispatch.device().num_cores or 132) // cluster
   return plgpu.kernel(
-    body, out_type=out_type, scratch_types=scratch, grid=(dispatch.device().num_cores or 132,), grid_names=('block',),
-    num_threads=3, thread_name='warpgroup', kernel_name=f'grouped_matmul_{of}',
+    body, out_type=out_type, scratch_types=scratch, grid=(blocks,), grid_names=('block',), cluster=(cluster,),
+    cluster_names=('cluster',), num_threads=3, thread_name='warpgroup', kernel_name=f'grouped_matmul_{of}',
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup))

@@ -38,12 +38,15 @@ class GpuTiles:
   stages: steps whose operands are in shared memory or under way at a time.
   band: row tiles (wgrad: tiles of K) that are swept over all columns together, so that the operands of what runs at the same
     time fit the L2 cache.
+  cluster: blocks, 1 or 2, that take neighbouring columns of the result and copy their common operand once, half each. An odd
+    number of tiles across wastes one then.
   """
   M: int
   K: int
   N: int
   stages: int = 4
   band: int = 8
+  cluster: int = 1
 
   def shared(self, of: str, w_bytes: int = 2) -> int:
     """Bytes of shared memory that the pass fills: stages of both operands, a widened matrix twice, chunks of the result."""
@@ -99,5 +102,6 @@ def gpu_candidates(of: str, w_dtype) -> list[GpuTiles]:
           if width != 192 or (M == 128 and w_dtype.itemsize > 1)]
   shapes = {'forward': [(M, 64, N) for M, N in wide], 'dgrad': [(M, K, 64) for M, K in wide],
             'wgrad': [(64, 128, 128), (64, 128, 256), (64, 256, 128), (128, 128, 128)]}[of]
-  every = (GpuTiles(*shape, stages, band) for shape in shapes for stages in (3, 4, 5, 6) for band in (4, 8, 16))
+  every = (GpuTiles(*shape, stages, band, cluster) for shape in shapes for stages in (3, 4, 5, 6) for band in (4, 8, 16)
+           for cluster in (1, 2))
   return [tiles for tiles in every if tiles.shared(of, w_dtype.itemsize) <= SHARED]
