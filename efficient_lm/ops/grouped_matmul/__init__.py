@@ -2,36 +2,69 @@
 import jax.numpy as jnp
 from jax import lax
 
+from efficient_lm.lazy import lazy
 from efficient_lm.ops import dispatch
-from efficient_lm.ops.grouped_matmul import reference, xla
+from efficient_lm.ops.grouped_matmul import reference, xla, xla_scaled
+
+pallas_gpu = lazy('efficient_lm.ops.grouped_matmul.pallas_gpu')
+pallas_tpu = lazy('efficient_lm.ops.grouped_matmul.pallas_tpu')
 
 
-def grouped_matmul(x_MK, w_EKN, sizes_E, *, implementation: str = 'auto'):
+def grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN=None, *, implementation: str = 'auto', tiles=None):
   """y_MN[m] = x_MK[m] @ w_EKN[e] for the group e that holds row m. Differentiable in x and w.
+
+  With `scale_EN` the weights are quantized, w_EKN[e] * scale_EN[e] is meant, and both are frozen: the gradient of x alone
+  is defined.
 
   Args:
     x_MK: rows sorted by group: the first sizes_E[0] belong to group 0, and so on.
-    w_EKN: one matrix a group, in the dtype of x.
+    w_EKN: one matrix a group, in the dtype of x; int8 or float8_e4m3fn if there is a scale.
     sizes_E: int32 rows of each group, any of them 0, with sum(sizes_E) <= M. A row past the sum may hold anything: its
       result is 0 and so is its gradient.
-    implementation: 'auto', 'reference', 'xla' or 'ragged_dot'.
+    scale_EN: float scale of each output of each group's matrix, or None. Products of x and w are summed unscaled.
+    implementation: 'auto', 'reference', 'xla', 'ragged_dot', 'pallas_tpu' or 'pallas_gpu'.
+    tiles: for a kernel: `tiles.TpuTiles` or `tiles.GpuTiles` for each of its passes, in place of tuned ones.
 
   Returns:
     y_MN, in the dtype of x, accumulated in float32.
   """
-  return dispatch.run('grouped_matmul', IMPLEMENTATIONS, implementation, x_MK, w_EKN, sizes_E.astype(jnp.int32))
+  options = {} if tiles is None else {'tiles': tiles}
+  if scale_EN is not None: w_EKN, scale_EN = lax.stop_gradient((w_EKN, scale_EN))
+  return dispatch.run('grouped_matmul', IMPLEMENTATIONS, implementation, x_MK, w_EKN, sizes_E.astype(jnp.int32), scale_EN,
+                      **options)
 
 
-def _ragged_dot(x_MK, w_EKN, sizes_E):
+def _xla(x_MK, w_EKN, sizes_E, scale_EN):
+  if scale_EN is None: return xla.grouped_matmul(x_MK, w_EKN, sizes_E)
+  return xla_scaled.grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN)
+
+
+def _ragged_dot(x_MK, w_EKN, sizes_E, scale_EN):
   # What it leaves in the rows past the last group is the backend's choice.
   inside_M1 = jnp.arange(x_MK.shape[0])[:, None] < jnp.sum(sizes_E)
   y_MN = lax.ragged_dot(jnp.where(inside_M1, x_MK, 0), w_EKN, sizes_E, preferred_element_type=jnp.float32)
   return jnp.where(inside_M1, y_MN, 0).astype(x_MK.dtype)
 
 
+def _without_tiles(x_MK, w_EKN, sizes_E, scale_EN, tiles=None) -> str:
+  return '' if tiles is None else 'it has no tiles to choose'
+
+
+def _without_scale(x_MK, w_EKN, sizes_E, scale_EN, tiles=None) -> str:
+  return 'it takes no scales' if scale_EN is not None else _without_tiles(x_MK, w_EKN, sizes_E, scale_EN, tiles)
+
+
+# The kernels lead where they run because they move least: rows past the groups cost them no pass of their own. Nothing has
+# been measured on those devices yet.
 IMPLEMENTATIONS = {
+  'pallas_gpu': dispatch.Implementation(
+    lambda *arguments, **options: pallas_gpu.grouped_matmul(*arguments, **options), on=('hopper',),
+    refuses=lambda *arguments, **options: pallas_gpu.refuses(*arguments, **options)),
+  'pallas_tpu': dispatch.Implementation(
+    lambda *arguments, **options: pallas_tpu.grouped_matmul(*arguments, **options), on=('tpu',),
+    refuses=lambda *arguments, **options: pallas_tpu.refuses(*arguments, **options)),
   # XLA has such a product on TPU only; elsewhere it expands ragged_dot to a dense product, E times the work.
-  'ragged_dot': dispatch.Implementation(_ragged_dot, auto=('tpu',)),
-  'xla': dispatch.Implementation(xla.grouped_matmul),
-  'reference': dispatch.Implementation(reference.grouped_matmul),
+  'ragged_dot': dispatch.Implementation(_ragged_dot, auto=('tpu',), refuses=_without_scale),
+  'xla': dispatch.Implementation(_xla, refuses=_without_tiles),
+  'reference': dispatch.Implementation(reference.grouped_matmul, refuses=_without_tiles),
 }

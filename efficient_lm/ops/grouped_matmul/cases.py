@@ -1,39 +1,149 @@
-"""Sizes of groups on which every implementation of the grouped product must agree, for tests and benchmarks."""
+"""Grouped products on which every implementation must agree, and those that are worth timing."""
 import dataclasses
-from typing import Any
+import itertools
 
 import jax
 import jax.numpy as jnp
 
+from efficient_lm.ops.grouped_matmul import grouped_matmul
+from efficient_lm.ops.grouped_matmul import tiles as tiles_of_kernels
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Rows of each group, and rows in all (those past the groups hold NaN)."""
+  """One pass over groups of given sizes.
+
+  sizes: rows of each group.
+  rows: M, at least their sum; the rows past it hold NaN.
+  shape: K inputs and N outputs.
+  dtype: of x; weight: of w, that of x by default, int8 or float8_e4m3fn with scales.
+  of: 'forward'; 'dgrad', the gradient of x; 'wgrad', that of w; or 'all' three.
+  """
   sizes: tuple[int, ...]
   rows: int
-  inputs: int = 24
-  outputs: int = 40
-  dtype: Any = jnp.float32
+  shape: tuple[int, int] = (24, 40)
+  dtype: str = 'float32'
+  weight: str | None = None
+  of: str = 'forward'
 
-  def arrays(self):
-    """x_MK, w_EKN, sizes_E and a cotangent g_MN."""
-    x, w, g = jax.random.split(jax.random.key(self.rows), 3)
-    x_MK = jax.random.normal(x, (self.rows, self.inputs), self.dtype)
-    x_MK = jnp.where(jnp.arange(self.rows)[:, None] < sum(self.sizes), x_MK, jnp.nan)
-    w_EKN = jax.random.normal(w, (len(self.sizes), self.inputs, self.outputs), self.dtype)
-    return x_MK, w_EKN, jnp.array(self.sizes, jnp.int32), jax.random.normal(g, (self.rows, self.outputs), self.dtype)
+  def arguments(self) -> tuple:
+    """x_MK, w_EKN, sizes_E, scale_EN or None, and a cotangent g_MN."""
+    (K, N), E = self.shape, len(self.sizes)
+    keys = jax.random.split(jax.random.key(self.rows), 4)
+    past_M1 = jnp.arange(self.rows)[:, None] >= sum(self.sizes)
+    x_MK, g_MN = (jnp.where(past_M1, jnp.nan, jax.random.normal(key, (self.rows, width), self.dtype))
+                  for key, width in ((keys[0], K), (keys[1], N)))
+    sizes_E = jnp.array(self.sizes, jnp.int32)
+    if self.weight is None:
+      return x_MK, jax.random.normal(keys[2], (E, K, N), self.dtype), sizes_E, None, g_MN
+    w_EKN = jax.random.randint(keys[2], (E, K, N), -127, 128).astype(self.weight)
+    return x_MK, w_EKN, sizes_E, jax.random.uniform(keys[3], (E, N), minval=0.5) / 127, g_MN
+
+  def call(self, implementation: str, tiles=None):
+    """A function of the arguments: the result, the gradient or gradients. What only other passes need is dead code in it."""
+    def run(x_MK, w_EKN, sizes_E, scale_EN, g_MN):
+      def product(x, w): return grouped_matmul(x, w, sizes_E, scale_EN, implementation=implementation, tiles=tiles)
+      if self.of == 'forward': return product(x_MK, w_EKN)
+      if self.of == 'dgrad': return jax.vjp(lambda x: product(x, w_EKN), x_MK)[1](g_MN)[0]
+      if self.of == 'wgrad': return jax.vjp(lambda w: product(x_MK, w), w_EKN)[1](g_MN)[0]
+      y_MN, pull = jax.vjp(*((product, x_MK, w_EKN) if self.weight is None else (lambda x: product(x, w_EKN), x_MK)))
+      return y_MN, *pull(g_MN)
+    return run
+
+  def tuning(self, implementation: str) -> tuple[tuple, list] | None:
+    """Key of its tiles in the tables of `tiles`, and what is worth trying; None where nothing can be chosen."""
+    x_dtype, w_dtype = jnp.dtype(self.dtype), jnp.dtype(self.weight or self.dtype)
+    key = tiles_of_kernels.key(self.of, self.rows, *self.shape, len(self.sizes), x_dtype, w_dtype)
+    if self.of == 'all': return None
+    if implementation == 'pallas_tpu': return key, tiles_of_kernels.tpu_candidates(self.of, x_dtype, w_dtype)
+    if implementation == 'pallas_gpu': return key, tiles_of_kernels.gpu_candidates(self.of, w_dtype)
+    return None
+
+  @property
+  def passes(self) -> int:
+    """How many products of this size there are."""
+    return 1 if self.of != 'all' else 3 if self.weight is None else 2
+
+  @property
+  def flops(self) -> float:
+    """Of the rows that belong to groups."""
+    return 2.0 * self.passes * sum(self.sizes) * self.shape[0] * self.shape[1]
+
+  @property
+  def bytes(self) -> float:
+    """Both operands read and the result written once; matrices of groups without rows are not read."""
+    (K, N), wide = self.shape, jnp.dtype(self.dtype).itemsize
+    some = len(self.sizes) if self.of == 'wgrad' else sum(size > 0 for size in self.sizes)
+    return float(self.passes * (wide * self.rows * (K + N) + jnp.dtype(self.weight or self.dtype).itemsize * some * K * N))
+
+  @property
+  def precision(self) -> str:
+    """What is multiplied: weights of eight bits are widened first."""
+    return self.dtype
+
+  @property
+  def tolerance(self) -> float:
+    """Relative to the largest number of the reference."""
+    # Sums are float32, in another order: a few float32 roundings, of numbers as large as the sum's largest partial ones. In
+    # bfloat16 results are rounded to 8 bits: half a unit apart at most, and one unit where sums straddle a border.
+    # Scaled weights round the rows of the gradient to 8 bits before their sum as well.
+    if self.dtype == 'float32': return 1e-5
+    return 2 ** -8 if self.weight is None else 2 ** -7
+
+  def baselines(self) -> dict:
+    """Without us: XLA's own grouped product, of weights that are widened before it."""
+    def ragged_dot(x_MK, w_EKN, sizes_E, scale_EN, g_MN):
+      def product(x, w): return jax.lax.ragged_dot(x, w, sizes_E)
+      w_EKN = w_EKN.astype(x_MK.dtype) if scale_EN is None else (w_EKN * scale_EN[:, None]).astype(x_MK.dtype)
+      if self.of == 'forward': return product(x_MK, w_EKN)
+      if self.of == 'dgrad': return jax.vjp(lambda x: product(x, w_EKN), x_MK)[1](g_MN)[0]
+      if self.of == 'wgrad': return jax.vjp(lambda w: product(x_MK, w), w_EKN)[1](g_MN)[0]
+      y_MN, pull = jax.vjp(*((product, x_MK, w_EKN) if self.weight is None else (lambda x: product(x, w_EKN), x_MK)))
+      return y_MN, *pull(g_MN)
+    return {'lax.ragged_dot': ragged_dot}
 
 
 CASES = {
-  'equal': Case((64, 64, 64, 64), 256),
-  'no size divides': Case((17, 3, 101, 7, 1), 129),
-  'empty groups': Case((0, 50, 0, 0, 14, 0), 64),
-  'all rows in the first': Case((90, 0, 0, 0), 90),
-  'all rows in the last': Case((0, 0, 0, 90), 90),
-  'rows left over': Case((5, 0, 40), 100),
-  'no rows at all': Case((0, 0, 0), 20),
-  'one row': Case((0, 1, 0), 1),
-  'one group': Case((33,), 40),
-  'more groups than rows': Case((1, 0, 0, 1, 0, 2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1), 7),
-  'bfloat16': Case((17, 3, 0, 101), 128, dtype=jnp.bfloat16),
+  'equal': Case((64, 64, 64, 64), 256, of='all'),
+  'no size divides': Case((17, 3, 101, 7, 1), 129, of='all'),
+  'empty groups': Case((0, 50, 0, 0, 14, 0), 64, of='all'),
+  'all rows in the first': Case((90, 0, 0, 0), 90, of='all'),
+  'all rows in the last': Case((0, 0, 0, 90), 90, of='all'),
+  'rows left over': Case((5, 0, 40), 100, of='all'),
+  'no rows at all': Case((0, 0, 0), 20, of='all'),
+  'one row': Case((0, 1, 0), 1, of='all'),
+  'one group': Case((33,), 40, of='all'),
+  'more groups than rows': Case((1, 0, 0, 1, 0, 2, 0, 1), 7, of='all'),
+  'bfloat16': Case((17, 3, 0, 101), 128, dtype='bfloat16', of='all'),
+  'int8': Case((17, 3, 0, 101), 128, weight='int8', of='all'),
+  'int8 and bfloat16': Case((0, 30, 3, 0), 50, (40, 48), 'bfloat16', 'int8', of='all'),
+  'float8': Case((17, 3, 0, 101), 128, weight='float8_e4m3fn', of='all'),
+  'float8 and bfloat16': Case((9, 30, 0, 1), 40, (40, 48), 'bfloat16', 'float8_e4m3fn', of='all'),
 }
+PASSES = ('forward', 'dgrad', 'wgrad')
+
+
+def skewed(E: int, rows: int, skew: float) -> tuple[int, ...]:
+  """Sizes that sum to `rows`, proportional to 1 / rank**skew."""
+  weights = [rank ** -skew for rank in range(1, E + 1)]
+  ends = [round(sum(weights[:e]) / sum(weights) * rows) for e in range(E + 1)]
+  return tuple(end - start for start, end in itertools.pairwise(ends))
+
+
+def bench(platform: str) -> dict[str, Case]:
+  """Realistic shapes: experts of Mixtral 8x7B, OLMoE and Qwen3-30B-A3B, equal and skewed; quantized ones too."""
+  if platform == 'cpu':
+    return {f'{name} {of}': Case(skewed(16, 1024, skew), 1024, (128, 256), of=of)
+            for name, skew in (('equal', 0.0), ('skewed', 1.2)) for of in PASSES} | {
+            'int8 forward': Case(skewed(16, 1024, 0.0), 1024, (128, 256), weight='int8')}
+  models = {'Mixtral up': (8, 8192, (4096, 14336), 0.0), 'Mixtral down': (8, 8192, (14336, 4096), 0.0),
+            'OLMoE up': (64, 65536, (2048, 2048), 0.0), 'OLMoE up, skewed': (64, 65536, (2048, 2048), 1.0),
+            'OLMoE down': (64, 65536, (1024, 2048), 0.0), '512 rows an expert': (64, 32768, (4096, 4096), 0.0),
+            'Qwen3 up': (128, 131072, (2048, 1536), 0.5)}
+  trained = {f'{name} {of}': Case(skewed(E, M, skew), M, shape, 'bfloat16', of=of)
+             for name, (E, M, shape, skew) in models.items() for of in PASSES}
+  frozen = {f'{name}, {weight} {of}': Case(skewed(E, M, 0.5), M, shape, 'bfloat16', weight, of=of)
+            for weight in ('int8', 'float8_e4m3fn') for name, (E, M, shape), of in (
+              ('Mixtral up', (8, 8192, (4096, 14336)), 'forward'), ('Mixtral up', (8, 8192, (4096, 14336)), 'dgrad'),
+              ('Mixtral decoding', (8, 32, (4096, 14336)), 'forward'))}
+  return trained | frozen

@@ -2,8 +2,8 @@
 import jax.numpy as jnp
 
 
-def grouped_matmul(x_MK, w_EKN, sizes_E):
-  """y_m = x_m @ w_e for the group e that holds row m, and 0 for a row past the last group."""
+def grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN=None):
+  """y_m = x_m @ w_e, times scale_e if there is one, for the group e that holds row m; 0 for a row past the last group."""
   end_E = jnp.cumsum(sizes_E)
   row_M1 = jnp.arange(x_MK.shape[0])[:, None]
   # Rows past the end may hold anything, NaN included, and 0 * NaN would reach the gradient of w: select, then multiply.
@@ -11,6 +11,9 @@ def grouped_matmul(x_MK, w_EKN, sizes_E):
   y_MN = jnp.zeros((x_MK.shape[0], w_EKN.shape[-1]), x_MK.dtype)
   for e in range(w_EKN.shape[0]):
     inside_M1 = (end_E[e] - sizes_E[e] <= row_M1) & (row_M1 < end_E[e])
-    y_e_MN = jnp.matmul(jnp.where(inside_M1, x_MK, 0), w_EKN[e], preferred_element_type=jnp.float32)
+    # Numbers of eight bits are exact in any float that x may be.
+    w_KN = w_EKN[e].astype(x_MK.dtype)
+    y_e_MN = jnp.matmul(jnp.where(inside_M1, x_MK, 0), w_KN, precision='highest', preferred_element_type=jnp.float32)
+    if scale_EN is not None: y_e_MN *= scale_EN[e]
     y_MN += jnp.where(inside_M1, y_e_MN, 0).astype(y_MN.dtype)
   return y_MN
