@@ -1,0 +1,147 @@
+"""Packing is lossless, rounding errs by at most half a step, and every product is that of the dequantised matrix."""
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies
+
+from efficient_lm.ops.quantized_matmul import (QuantizedMatrix, dequantize, pack_int2, pack_int4, quantize, quantize_rows,
+                                               quantized_matmul, unpack_int2, unpack_int4)
+from efficient_lm.ops.quantized_matmul.cases import CASES, Case, Scheme, bench
+
+PACKINGS = {4: (pack_int4, unpack_int4), 2: (pack_int2, unpack_int2)}
+
+
+def close(got, wanted, tolerance: float):
+  assert got.dtype == wanted.dtype
+  got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
+  np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize('implementation', ['auto', 'xla'])
+@pytest.mark.parametrize('name', CASES)
+def test_equals_the_reference(name, implementation):
+  case = CASES[name]
+  arguments = case.arguments()
+  close(jax.jit(case.call(implementation))(*arguments), case.expected(*arguments), case.tolerance)
+
+
+@pytest.mark.parametrize('name', ['W8A8', 'float8', 'W4A16'])
+def test_baselines_compute_the_same(name):
+  case = CASES[name]
+  x_MK, *arrays = case.arguments()
+  wanted = case.expected(x_MK, *arrays)
+  # One dequantises and keeps x as it is: off by what rounding x costs, half a step of 127 or one of 16 (float8).
+  rough = {None: 1e-5, 'int8': 1 / 127, 'float8_e4m3fn': 1 / 16}[case.scheme.activations]
+  for baseline in case.baselines().values():
+    close(baseline(x_MK, *arrays), wanted, rough)
+  operands, product = case.unquantized()
+  close(product(*operands), wanted, rough)
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])
+def test_benchmark_cases_can_be_traced(platform):
+  for case in bench(platform).values():
+    arguments = jax.eval_shape(case.arguments)
+    y = jax.eval_shape(case.call('auto'), *arguments)
+    assert y.shape == (case.rows, case.inputs if case.of == 'dgrad' else case.outputs) and y.dtype == case.dtype
+    assert case.bytes > case.inputs * case.outputs * case.scheme.bits / 8
+
+
+@pytest.mark.parametrize('bits', PACKINGS)
+@hypothesis.given(strategies.data())
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_packing_is_lossless_both_ways(bits, data):
+  pack, unpack = PACKINGS[bits]
+  rows, count = data.draw(strategies.integers(1, 5)), data.draw(strategies.integers(1, 9))
+  key = jax.random.key(data.draw(strategies.integers(0, 99)))
+  q_NK = jax.random.randint(key, (rows, count * 8 // bits), -2 ** (bits - 1), 2 ** (bits - 1), jnp.int8)
+  bytes_NK = jax.random.bits(key, (rows, count), jnp.uint8)
+  np.testing.assert_array_equal(unpack(pack(q_NK)), q_NK)
+  np.testing.assert_array_equal(pack(unpack(bytes_NK)), bytes_NK)
+  assert pack(q_NK).nbytes * 8 == q_NK.size * bits
+
+
+def test_the_first_number_is_in_the_lowest_bits():
+  assert pack_int4(jnp.array([[1, -1, 7, -8]])).tolist() == [[0xF1, 0x87]]
+  assert pack_int2(jnp.array([[1, 0, -1, -2]])).tolist() == [[0b10_11_00_01]]
+
+
+def test_packed_int4_is_jax_int4():
+  """The same bytes in the same order, so that a device may read them as such."""
+  q_NK = jnp.arange(-8, 8, dtype=jnp.int8).reshape(2, 8)
+  as_int4 = jax.lax.bitcast_convert_type(pack_int4(q_NK), jnp.int4).reshape(2, 8)
+  np.testing.assert_array_equal(as_int4.astype(jnp.int8), q_NK)
+
+
+@hypothesis.given(strategies.integers(0, 999), strategies.sampled_from([8, 4, 2]), strategies.sampled_from([8, 16, 48]),
+                  strategies.booleans(), strategies.sampled_from([1e-6, 1., 1e6]))
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_rounding_errs_by_at_most_half_a_step(seed, bits, group, symmetric, size):
+  w_NK = size * jax.random.normal(jax.random.key(seed), (5, 48)) + (0 if symmetric else 3 * size)
+  q = quantize(w_NK, bits, group, symmetric=symmetric)
+  half_NK = np.repeat(np.asarray(q.scale_QN.T), group, axis=1) / 2
+  # Beyond that only float32: a few roundings of numbers of the size of w.
+  assert (np.abs(dequantize(q) - w_NK) <= half_NK * 1.0001 + 1e-6 * np.abs(w_NK).max()).all()
+  assert (q.shape, q.group) == ((5, 48), group)
+
+
+def test_float8_errs_by_at_most_a_sixteenth():
+  w_NK = jax.random.normal(jax.random.key(0), (16, 64))
+  q = quantize(w_NK, dtype=jnp.float8_e4m3fn)
+  # 3 bits after the leading one; numbers below 2^-6 of the grid have a fixed step of 2^-9.
+  allowed = np.maximum(np.abs(w_NK) / 16, np.asarray(q.scale_QN.T) * 2 ** -10)
+  assert (np.abs(dequantize(q) - w_NK) <= allowed * 1.0001).all()
+
+
+def test_zeros_and_equal_numbers_stay_what_they_are():
+  for symmetric in (True, False):
+    assert not dequantize(quantize(jnp.zeros((2, 8)), 4, symmetric=symmetric)).any()
+    np.testing.assert_allclose(dequantize(quantize(jnp.full((2, 8), -7.), 4, symmetric=symmetric)), -7., rtol=1e-4)
+  for dtype in (jnp.int8, jnp.float8_e4m3fn):
+    q_MK, scale_M1 = quantize_rows(jnp.zeros((2, 8)), dtype)
+    assert np.isfinite(scale_M1).all() and not (q_MK.astype(jnp.float32) * scale_M1).any()
+
+
+def test_two_bits_symmetric_is_ternary_and_a_half_zero_point_gives_four_levels():
+  w = quantize(jax.random.normal(jax.random.key(0), (4, 64)), 2)
+  assert set(np.unique(unpack_int2(w.values))) == {-1, 0, 1}
+  four = QuantizedMatrix(pack_int2(jnp.array([[-2, -1, 0, 1]])), jnp.ones((1, 1)), jnp.full((1, 1), -.5), 2)
+  assert dequantize(four).tolist() == [[-1.5, -.5, .5, 1.5]]
+
+
+def test_integer_products_are_exact():
+  """Whole numbers in, with scales of 1: whole numbers out, though sums pass 2^24."""
+  q_NK = jnp.full((3, 2048), 127, jnp.int8)
+  x_MK = jnp.full((2, 2048), 127.)
+  y = quantized_matmul(x_MK, QuantizedMatrix(q_NK, jnp.ones((1, 3))), activations='int8')
+  assert (y == 127 * 127 * 2048).all()
+
+
+def test_the_gradient_by_x_is_that_of_the_dequantised_matrix_and_w_is_frozen():
+  case = CASES['W4A16']
+  x_MK, *arrays = case.arguments()
+  w, g_MN = case.matrix(*arrays), jnp.ones((case.rows, case.outputs))
+  y, pull = jax.vjp(lambda x, scale: quantized_matmul(x, QuantizedMatrix(w.values, scale, bits=4)), x_MK, w.scale_QN)
+  dx_MK, dscale_QN = pull(g_MN)
+  close(dx_MK, g_MN @ dequantize(w), 1e-5)
+  assert not dscale_QN.any() and y.shape == g_MN.shape
+
+
+@hypothesis.given(strategies.integers(1, 70), strategies.integers(1, 4), strategies.integers(1, 9),
+                  strategies.sampled_from([8, 4, 2]), strategies.sampled_from([None, 'int8']), strategies.booleans())
+@hypothesis.settings(max_examples=12, deadline=None)
+def test_any_size(rows, groups, outputs, bits, activations, symmetric):
+  case = Case(rows, groups * 16, outputs, Scheme(bits, 16, activations, symmetric=symmetric))
+  arguments = case.arguments()
+  close(case.call('xla')(*arguments), case.expected(*arguments), 1e-5)
+
+
+def test_what_does_not_go_together_is_refused():
+  w = quantize(jnp.ones((4, 16)))
+  with pytest.raises(ValueError, match='x has 8 inputs and w 16'): quantized_matmul(jnp.ones((2, 8)), w)
+  with pytest.raises(ValueError, match="choose None or 'int8'"):
+    quantized_matmul(jnp.ones((2, 16)), w, activations='float8_e4m3fn')
+  with pytest.raises(ValueError, match='must divide 16 inputs'): quantize(jnp.ones((4, 16)), 4, 5)
+  with pytest.raises(ValueError, match='K must be divisible by 4'): pack_int2(jnp.ones((1, 6)))
