@@ -1,4 +1,7 @@
 """Packing is lossless, rounding errs by at most half a step, and every product is that of the dequantised matrix."""
+import dataclasses
+import importlib
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -6,9 +9,21 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from efficient_lm.ops.quantized_matmul import (QuantizedMatrix, dequantize, pack_int2, pack_int4, quantize, quantize_rows,
-                                               quantized_matmul, unpack_int2, unpack_int4)
-from efficient_lm.ops.quantized_matmul.cases import CASES, Case, Scheme, bench
+from efficient_lm.ops.quantized_matmul import (
+  IMPLEMENTATIONS,
+  QuantizedMatrix,
+  dequantize,
+  pack_int2,
+  pack_int4,
+  quantize,
+  quantize_rows,
+  quantized_matmul,
+  unpack_int2,
+  unpack_int4,
+)
+from efficient_lm.ops.quantized_matmul import tiles as sizes
+from efficient_lm.ops.quantized_matmul.cases import CASES, F8, W2A8, W4A8, W4A16, W8A8, W8A16, Case, Scheme, bench
+from efficient_lm.ops.quantized_matmul.tiles import FewTiles, GpuTiles, TpuTiles
 
 PACKINGS = {4: (pack_int4, unpack_int4), 2: (pack_int2, unpack_int2)}
 
@@ -145,3 +160,116 @@ def test_what_does_not_go_together_is_refused():
     quantized_matmul(jnp.ones((2, 16)), w, activations='float8_e4m3fn')
   with pytest.raises(ValueError, match='must divide 16 inputs'): quantize(jnp.ones((4, 16)), 4, 5)
   with pytest.raises(ValueError, match='K must be divisible by 4'): pack_int2(jnp.ones((1, 6)))
+
+
+BF16 = jnp.bfloat16
+TPU_CASES = {   # rows and outputs are multiples of no tile; several steps
+  'W8A8': (Case(33, 256, 140, W8A8), TpuTiles(32, 128, 128)),
+  'float8': (Case(5, 128, 64, F8, BF16), TpuTiles(32, 128, 128)),
+  'W4A8': (Case(3, 512, 64, W4A8, BF16), TpuTiles(32, 128, 128)),
+  'W2A8': (Case(3, 512, 64, W2A8), TpuTiles(32, 128, 128)),
+  'W8A16': (Case(3, 256, 64, W8A16), TpuTiles(32, 128, 128)),
+  'W4A16, bfloat16': (Case(40, 512, 136, W4A16, BF16), TpuTiles(32, 128, 128)),
+  'W4A16, groups longer than a step': (Case(3, 1024, 32, Scheme(4, 512)), TpuTiles(32, 128, 128)),
+  'W4A16, short groups and zero points': (Case(3, 512, 32, Scheme(4, 32, symmetric=False)), TpuTiles(32, 128, 256)),
+}
+
+
+@pytest.mark.parametrize('name', TPU_CASES)
+def test_the_tpu_kernel_equals_the_reference(name):
+  """Interpreted: memory starts as NaN and races are looked for."""
+  from jax.experimental.pallas import tpu as pltpu
+  interpreter = importlib.import_module('jax._src.pallas.mosaic.interpret.interpret_pallas_call')
+  case, tiles = TPU_CASES[name]
+  arguments = case.arguments()
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory='nan')):
+    got = case.call('pallas_tpu', tiles)(*arguments)
+  close(got, case.expected(*arguments), case.tolerance)
+  races = interpreter.get_races() if hasattr(interpreter, 'get_races') else interpreter.races
+  assert not races.races_found
+
+
+@pytest.fixture
+def gpu_interpreter(monkeypatch):
+  """Interprets GPU kernels as on two multiprocessors, and finds races. An operand of a product that is in registers, which
+  the interpreter does not know, goes through shared memory instead."""
+  if jax.__version_info__ < (0, 11): pytest.skip('jax interprets GPU kernels from 0.11 on')
+  from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+  from jax.experimental import pallas as pl
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  from efficient_lm.ops.dispatch import Device
+  from efficient_lm.ops.quantized_matmul import pallas_gpu
+  multiply = pallas_gpu._multiply
+
+  def through_shared_memory(acc, a, b):
+    if not isinstance(a, jax.Array): return multiply(acc, a, b)
+    def product(a_smem):
+      a_smem[...] = a
+      plgpu.commit_smem()
+      multiply(acc, a_smem, b)
+      plgpu.wgmma_wait(0)
+    return pl.run_scoped(product, plgpu.SMEM(a.shape, a.dtype))
+
+  monkeypatch.setattr(pallas_gpu, '_multiply', through_shared_memory)
+  monkeypatch.setattr(pallas_gpu.dispatch, 'device', lambda: Device('gpu', 'NVIDIA H200', 2))
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)): yield
+  assert not gpu_callbacks.get_races().races_found
+
+
+GPU_CASES = {
+  'W4A16 of one row, in parts': (Case(1, 1024, 64, W4A16, BF16), FewTiles(256, 2, 2)),
+  'W4A16 of few rows, groups longer than a step': (Case(12, 512, 128, Scheme(4, 256), BF16), FewTiles(128, 1, 2)),
+  'W4A16 of few rows, groups of 64': (Case(3, 256, 64, Scheme(4, 64), BF16), FewTiles(128, 1, 2)),
+  'W8A16 of few rows': (Case(3, 512, 64, W8A16, BF16), FewTiles(128, 2, 3)),
+  'W8A8 of few rows': (Case(3, 512, 64, W8A8, BF16), FewTiles(128, 2, 2)),
+  'float8 of few rows': (Case(3, 256, 64, F8, BF16), FewTiles(128, 1, 2)),
+  'W8A8': (Case(300, 384, 256, W8A8, BF16), GpuTiles(128, 128, 128, 2)),
+  'float8': (Case(128, 256, 128, F8, BF16), GpuTiles(128, 64, 128, 2)),
+  'W4A16': (Case(200, 256, 256, W4A16, BF16), GpuTiles(128, 128, 128, 2)),
+  'W8A16': (Case(128, 256, 128, W8A16, BF16), GpuTiles(128, 128, 128, 2)),
+}
+
+
+@pytest.mark.parametrize('name', GPU_CASES)
+def test_the_gpu_kernel_equals_the_reference(name, gpu_interpreter):
+  case, tiles = GPU_CASES[name]
+  arguments = case.arguments()
+  close(case.call('pallas_gpu', tiles)(*arguments), case.expected(*arguments), case.tolerance)
+
+
+@pytest.mark.parametrize('rows', [1, 16, 8192])
+@pytest.mark.parametrize('scheme', [W8A8, F8, W4A16, W8A16])
+def test_what_tuning_tries_fits(rows, scheme):
+  w = jax.eval_shape(lambda: Case(rows, 4096, 14336, scheme).matrix(*Case(rows, 4096, 14336, scheme).arguments()[1:]))
+  for tiles in sizes.tpu_candidates(rows, w, scheme.activations): assert tiles.vmem(w.bits, 2) <= sizes.VMEM
+  every = sizes.gpu_candidates(rows, w, scheme.activations)
+  assert len(every) > 3 and len(set(every)) == len(every)
+  assert sizes.gpu_tiles(rows, w, scheme.activations) == every[0]
+  assert sizes.tpu_tiles(rows, w, scheme.activations).vmem(w.bits, 2) <= sizes.VMEM
+
+
+def test_few_rows_are_read_by_all_multiprocessors():
+  """At least about two blocks each, so that one waits for memory while another works."""
+  for K, N in ((4096, 4096), (14336, 4096), (4096, 14336)):
+    w = jax.eval_shape(lambda: quantize(jnp.zeros((N, K)), 4, 128))
+    assert N // 64 * sizes.gpu_tiles(1, w, None).parts >= .8 * 2 * 132
+
+
+REFUSED = {
+  'pallas_tpu': {'no multiple of 128': Case(3, 64, 64, W8A8), 'not groups': Case(3, 256, 64, Scheme(8, 128, 'int8')),
+                 'nothing to multiply': Case(0, 256, 64, W8A8),
+                 'zero points': Case(3, 256, 64, Scheme(8, None, 'int8', symmetric=False)),
+                 'needs float8 activations': Case(3, 256, 64, dataclasses.replace(F8, activations=None))},
+  'pallas_gpu': {'not bfloat16': Case(3, 256, 64, W8A8), 'no multiples of 64': Case(3, 256, 65, W8A8, BF16),
+                 'neither 64 nor': Case(3, 256, 64, Scheme(4, 32), BF16), '2 bits': Case(3, 256, 64, Scheme(2), BF16),
+                 'zero points': Case(3, 256, 64, Scheme(4, 128, symmetric=False), BF16)},
+}
+
+
+@pytest.mark.parametrize(('name', 'said'), [(name, said) for name in REFUSED for said in REFUSED[name]])
+def test_kernels_say_what_they_do_not_take(name, said):
+  case = REFUSED[name][said]
+  x_MK, *arrays = case.arguments()
+  expected = 'it needs jax 0.11' if name == 'pallas_gpu' and jax.__version_info__ < (0, 11) else said
+  assert expected in IMPLEMENTATIONS[name].refuses(x_MK, case.matrix(*arrays), case.scheme.activations)

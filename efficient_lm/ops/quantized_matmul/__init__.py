@@ -7,12 +7,22 @@ import jax.numpy as jnp
 from efficient_lm.lazy import lazy
 from efficient_lm.ops import dispatch
 from efficient_lm.ops.quantized_matmul import reference, xla
-from efficient_lm.ops.quantized_matmul.storage import (QuantizedMatrix, dequantize, pack_int2, pack_int4, quantize,
-                                                       quantize_rows, unpack_int2, unpack_int4)
+from efficient_lm.ops.quantized_matmul.storage import (
+  QuantizedMatrix,
+  dequantize,
+  pack_int2,
+  pack_int4,
+  quantize,
+  quantize_rows,
+  unpack_int2,
+  unpack_int4,
+)
 
 __all__ = ['QuantizedMatrix', 'dequantize', 'pack_int2', 'pack_int4', 'quantize', 'quantize_rows', 'quantized_matmul',
            'unpack_int2', 'unpack_int4']
+
 pallas_tpu = lazy('efficient_lm.ops.quantized_matmul.pallas_tpu')
+pallas_gpu = lazy('efficient_lm.ops.quantized_matmul.pallas_gpu')
 
 
 def quantized_matmul(x_MK, w: QuantizedMatrix, *, activations: str | None = None, implementation: str = 'auto'):
@@ -21,8 +31,9 @@ def quantized_matmul(x_MK, w: QuantizedMatrix, *, activations: str | None = None
   Args:
     x_MK: floating point.
     w: the matrix, outputs first; see `QuantizedMatrix` for its storage and `quantize` to make one.
-    activations: None multiplies x as it is (W8A16, W4A16). 'int8' (W8A8, W4A8, W2A8) or, for a float8 matrix, 'float8_e4m3fn'
-      first rounds each row of x to a grid that just holds its largest magnitude. The gradient by x is g @ w in each case.
+    activations: None multiplies x as it is (W8A16, W4A16). 'int8' (W8A8, W4A8, W2A8) or, for a float8 matrix,
+      'float8_e4m3fn' first rounds each row of x to a grid that just holds its largest magnitude. The gradient by x is g @ w
+      in each case.
     implementation: 'auto' or a name of IMPLEMENTATIONS.
 
   Returns:
@@ -56,6 +67,12 @@ def _backward(activations, implementation, w, g_MN):
 _product.defvjp(_forward, _backward)
 
 IMPLEMENTATIONS = {
+  'pallas_gpu': dispatch.Implementation(
+    lambda *arguments, **options: pallas_gpu.quantized_matmul(*arguments, **options), on=('hopper',),
+    refuses=lambda *arguments, **options: pallas_gpu.refuses(*arguments, **options)),
+  'pallas_tpu': dispatch.Implementation(
+    lambda *arguments, **options: pallas_tpu.quantized_matmul(*arguments, **options), on=('tpu',),
+    refuses=lambda *arguments, **options: pallas_tpu.refuses(*arguments, **options)),
   'xla': dispatch.Implementation(xla.quantized_matmul),
   'reference': dispatch.Implementation(reference.quantized_matmul),
 }
