@@ -33,7 +33,8 @@ from efficient_lm.ops.quantized_matmul.tiles import FewTiles, GpuTiles, gpu_tile
 WGMMA = plgpu.Layout.WGMMA
 OUTPUTS = 64   # rows of the tensor core's instruction
 WIDENED = 64   # inputs of the weight that are in registers at a time
-CHUNK = 64     # columns of the result that pass through shared memory at a time
+CHUNK = 64     # columns of the result that pass through shared memory at a time,
+TURNED = 32    # and rows, where results are transposed on the way
 
 
 def quantized_matmul(x_MK, w: QuantizedMatrix, activations: str | None = None, *, tiles: FewTiles | GpuTiles | None = None):
@@ -78,7 +79,7 @@ def _widened(w_smem, scale_N=None):
   """bfloat16 numbers of a tile of outputs and inputs in registers, laid out as the left operand; times scales, if given."""
   layout = plgpu.Layout.WGMMA_UPCAST_4X if w_smem.dtype == jnp.int4 else plgpu.Layout.WGMMA_UPCAST_2X
   w = plgpu.layout_cast(plgpu.load(w_smem, layout=layout), WGMMA).astype(jnp.bfloat16)
-  return w if scale_N is None else w * lax.broadcast_in_dim(scale_N.astype(jnp.bfloat16), w.shape, [0])
+  return w if scale_N is None else w * lax.broadcast_in_dim(scale_N, w.shape, [0])
 
 
 def _row(scale_ref):
@@ -169,7 +170,8 @@ def _rounded(x_MK, w: QuantizedMatrix, activations: str, tiles: GpuTiles):
   """int8 times int8 or float8 times float8; scales meet the sums in registers."""
   (M, K), N = x_MK.shape, w.shape[0]
   q_MK, scale_M1 = quantize_rows(x_MK, jnp.dtype(activations))
-  q_MK, scale_M = (jnp.pad(a, ((0, -M % tiles.M), *[(0, 0)] * (a.ndim - 1))) for a in (q_MK, scale_M1[:, 0]))
+  missing = -M % (tiles.M * tiles.cluster)
+  q_MK, scale_M = jnp.pad(q_MK, ((0, missing), (0, 0))), jnp.pad(scale_M1[:, 0], (0, missing))
   q_NK, half = integers(w), tiles.M // 2   # rows of a warpgroup
 
   def multiply(acc, x_smem, w_smem, warpgroup):
@@ -187,10 +189,10 @@ def _rounded(x_MK, w: QuantizedMatrix, activations: str, tiles: GpuTiles):
 
   y_MN = _persistent(
     [Staged(q_MK, (tiles.M, tiles.K), lambda m, n, k: (m, k), _swizzled(tiles.K, q_MK.dtype)),
-     Staged(q_NK, (tiles.N, tiles.K), lambda m, n, k: (n, k), _swizzled(tiles.K, q_NK.dtype))],
+     Staged(q_NK, (tiles.N, tiles.K), lambda m, n, k: (n, k), _swizzled(tiles.K, q_NK.dtype), tiles.cluster > 1)],
     [scale_M, w.scale_QN[0].astype(jnp.float32)], multiply, finish, tiles,
     acc=plgpu.ACC((half, tiles.N), jnp.int32 if activations == 'int8' else jnp.float32),
-    y=jax.ShapeDtypeStruct((q_MK.shape[0], N), x_MK.dtype), y_tile=(half, CHUNK), steps=K // tiles.K)
+    y=jax.ShapeDtypeStruct((q_MK.shape[0], N), x_MK.dtype), y_tile=(half, CHUNK), steps=K // tiles.K, along=0)
   return y_MN[:M]
 
 
@@ -200,7 +202,7 @@ def _dequantized(x_MK, w: QuantizedMatrix, tiles: GpuTiles):
   (M, K), N = x_MK.shape, w.shape[0]
   x_MK = jnp.pad(x_MK, ((0, -M % tiles.M), (0, 0)))
   half = tiles.N // 2   # outputs of a warpgroup
-  grouped, scale_QN = w.group != K, w.scale_QN.astype(jnp.float32)
+  grouped, scale_QN = w.group != K, w.scale_QN.astype(jnp.bfloat16 if w.group != K else jnp.float32)
   chunk = min(w.group, WIDENED)
 
   def multiply(acc, x_smem, w_smem, *scale_smem, warpgroup):
@@ -216,21 +218,22 @@ def _dequantized(x_MK, w: QuantizedMatrix, tiles: GpuTiles):
     *scale_gmem, y_gmem, y_smem, m, n, warpgroup = refs
     outputs = pl.ds(n * tiles.N + warpgroup * half, half)
     if not grouped: scale_N = _row(scale_gmem[0].at[outputs])
-    for i in range(tiles.M // CHUNK):
-      y = acc[:, i * CHUNK:(i + 1) * CHUNK]
+    for i in range(tiles.M // TURNED):
+      y = acc[:, i * TURNED:(i + 1) * TURNED]
       if not grouped: y *= lax.broadcast_in_dim(scale_N, y.shape, [0])
       y = plgpu.layout_cast(y.astype(y_smem.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-      _store(y_smem.at[warpgroup, i % 2], y, y_gmem.at[pl.ds(m * tiles.M + i * CHUNK, CHUNK), outputs], transposed=True)
+      _store(y_smem.at[warpgroup, i % 2], y, y_gmem.at[pl.ds(m * tiles.M + i * TURNED, TURNED), outputs], transposed=True)
 
   stored = _stored(w)
-  staged = [Staged(x_MK, (tiles.M, tiles.K), lambda m, n, k: (m, k), _swizzled(chunk, x_MK.dtype)),
+  staged = [Staged(x_MK, (tiles.M, tiles.K), lambda m, n, k: (m, k), _swizzled(chunk, x_MK.dtype), tiles.cluster > 1),
             Staged(stored, (tiles.N, tiles.K), lambda m, n, k: (n, k), _swizzled(chunk, stored.dtype))]
   if grouped:
     per_step = max(tiles.K // w.group, 1)
     staged.append(Staged(scale_QN, (per_step, tiles.N), lambda m, n, k: (k * tiles.K // w.group // per_step, n), ()))
   y_MN = _persistent(
     staged, [] if grouped else [scale_QN[0]], multiply, finish, tiles, acc=plgpu.ACC((half, tiles.M), jnp.float32),
-    y=jax.ShapeDtypeStruct((x_MK.shape[0], N), x_MK.dtype), y_tile=(CHUNK, half), steps=K // tiles.K, in_flight=0)
+    y=jax.ShapeDtypeStruct((x_MK.shape[0], N), x_MK.dtype), y_tile=(TURNED, half), steps=K // tiles.K,
+    along=1, in_flight=0)
   return y_MN[:M]
 
 
@@ -245,39 +248,49 @@ def _store(tile_smem, y, y_gmem, transposed: bool = False):
 
 @dataclasses.dataclass(frozen=True)
 class Staged:
-  """An operand of which each step has a block in shared memory. index: (m, n, k) -> which, in blocks."""
+  """An operand of which each step has a block in shared memory.
+
+  index: (m, n, k) -> which, in blocks. multicast: the blocks of a cluster read the same, so each copies a part to all.
+  """
   array: jax.Array
   block: tuple[int, int]
   index: Callable
   transforms: tuple
+  multicast: bool = False
 
-  def at(self, gmem, m, n, k):
-    """That block of the whole operand."""
-    return gmem.at[tuple(pl.ds(i * size, size) for i, size in zip(self.index(m, n, k), self.block))]
+  def copy(self, gmem, smem, barrier, place: tuple):
+    """Sends for the block of (m, n, k); it arrives at the barrier."""
+    here = tuple(pl.ds(i * size, size) for i, size in zip(self.index(*place), self.block))
+    plgpu.copy_gmem_to_smem(gmem.at[here], smem, barrier, collective_axes='cluster' if self.multicast else None)
 
 
-def _persistent(staged: list, others: list, multiply, finish, tiles: GpuTiles, *, acc, y, y_tile, steps: int,
+def _persistent(staged: list, others: list, multiply, finish, tiles: GpuTiles, *, acc, y, y_tile, steps: int, along: int,
                 in_flight: int = 1):
   """A product over tiles (m, n) of the result. Two warpgroups multiply and finish; a third copies what they read, and goes
   on to the next tile of the result while these finish the last.
 
   multiply: (acc, *blocks of a step, warpgroup=). finish: (sums of a tile, *others, y_gmem, y_smem, m, n, warpgroup).
+  along: the dim of the result along which the blocks of a cluster are neighbours.
   in_flight: products that may still run when a step's successor begins; its blocks are given back that much later.
   """
-  grid = y.shape[0] // tiles.M, y.shape[1] // tiles.N
-  num_blocks = min(dispatch.device().num_cores or 132, grid[0] * grid[1])
+  cluster = [1, 1]
+  cluster[along] = tiles.cluster
+  grid = y.shape[0] // tiles.M // cluster[0], y.shape[1] // tiles.N // cluster[1]   # of clusters
+  num_clusters = min((dispatch.device().num_cores or 132) // tiles.cluster, grid[0] * grid[1])
 
   def kernel(*refs):
     staged_gmem, others_gmem, (y_gmem, *scratch) = _cut(refs, len(staged), len(others))
     staged_smem, (y_smem, full, empty) = _cut(scratch, len(staged))
-    warpgroup = lax.axis_index('warpgroup')
+    warpgroup, peer = lax.axis_index('warpgroup'), lax.axis_index('cluster')
 
     def walk(visit):
+      """Calls visit(m, n, steps before) for each tile of this block; returns the steps of all."""
       @plgpu.nd_loop((grid[0] * grid[1],), collective_axes='block', init_carry=jnp.int32(0))
-      def _(loop, carry):
+      def total(loop, carry):
         m, n = plgpu.planar_snake(loop.index[0], grid, 0, tiles.band)
-        visit(m, n, carry)
+        visit(*((m * cluster[0] + peer, n) if along == 0 else (m, n * cluster[1] + peer)), carry)
         return carry + steps
+      return total
 
     def copy(m, n, before):
       @pl.loop(0, steps)
@@ -285,7 +298,7 @@ def _persistent(staged: list, others: list, multiply, finish, tiles: GpuTiles, *
         slot = lax.rem(before + k, tiles.stages)
         pl.when(before + k >= tiles.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
         for operand, gmem, smem in zip(staged, staged_gmem, staged_smem):
-          plgpu.copy_gmem_to_smem(operand.at(gmem, m, n, k), smem.at[slot], full.at[slot])
+          operand.copy(gmem, smem.at[slot], full.at[slot], (m, n, k))
 
     def product(m, n, before):
       def accumulate(acc_ref):
@@ -305,7 +318,10 @@ def _persistent(staged: list, others: list, multiply, finish, tiles: GpuTiles, *
     @pl.when(warpgroup == 2)
     def _():
       plgpu.set_max_registers(40, action='decrease')
-      walk(copy)
+      total = walk(copy)
+      # A block must not end while its neighbour may still arrive at its barriers.
+      for last in range(1, tiles.stages + 1):
+        pl.when(total >= last)(lambda: plgpu.barrier_wait(empty.at[lax.rem(total - last, tiles.stages)]))
 
     @pl.when(warpgroup < 2)
     def _():
@@ -315,12 +331,12 @@ def _persistent(staged: list, others: list, multiply, finish, tiles: GpuTiles, *
 
   buffers = [plgpu.SMEM((tiles.stages, *operand.block), operand.array.dtype, transforms=operand.transforms)
              for operand in staged]
+  empty = functools.partial(plgpu.ClusterBarrier, collective_axes=('cluster',)) if tiles.cluster > 1 else plgpu.Barrier
   return plgpu.kernel(
-    kernel, out_type=y, grid=(num_blocks,), grid_names=('block',), num_threads=3, thread_name='warpgroup',
-    kernel_name='quantized_matmul', scratch_types=[
+    kernel, out_type=y, grid=(num_clusters,), grid_names=('block',), cluster=(tiles.cluster,), cluster_names=('cluster',),
+    num_threads=3, thread_name='warpgroup', kernel_name='quantized_matmul', scratch_types=[
       *buffers, plgpu.SMEM((2, 2, *y_tile), y.dtype, transforms=_swizzled(y_tile[1], y.dtype)),
-      plgpu.Barrier(num_arrivals=len(staged), num_barriers=tiles.stages),
-      plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages)],
+      plgpu.Barrier(num_arrivals=len(staged), num_barriers=tiles.stages), empty(num_arrivals=2, num_barriers=tiles.stages)],
   )(*(operand.array for operand in staged), *others)
 
 

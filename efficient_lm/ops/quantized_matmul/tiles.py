@@ -11,7 +11,7 @@ from efficient_lm.ops.quantized_matmul.storage import QuantizedMatrix
 MiB = 2 ** 20
 # Fast memory that a kernel may fill on a TPU, of 64 (tpu7x) to 128 MiB, and shared memory of a block on Hopper.
 VMEM = 40 * MiB
-SHARED = 226 * 1024
+SHARED = 227 * 1024 - 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +78,20 @@ class GpuTiles:
   """For many rows on a GPU: tiles of M rows and N outputs for two warpgroups, in steps of K inputs.
 
   stages: steps in shared memory or under way. band: row tiles that are swept over all outputs together, so that what is read
-  at the same time fits the L2 cache.
+  at the same time fits the L2 cache. cluster: blocks that read a tile of the weight (of x, where x is a float) together.
   """
   M: int
   N: int
   K: int
   stages: int
   band: int = 8
+  cluster: int = 1
 
-  def shared(self, x_bits: int, w_bits: int) -> int:
-    """Bytes of shared memory: stages of both operands, and pieces of the result, twice for each warpgroup."""
-    return self.stages * (self.M * x_bits + self.N * w_bits) * self.K // 8 + 2 * 2 * max(self.M // 2, 64) * 64 * 2
+  def shared(self, w: QuantizedMatrix, rounded: bool) -> int:
+    """Bytes of shared memory: stages of both operands and of scales, and pieces of the result, two for each warpgroup."""
+    x_bits, w_bits, result = (8, 8, self.M // 2 * 64) if rounded else (16, w.bits, self.N // 2 * 32)
+    scales = 0 if w.group == w.shape[1] else max(self.K // w.group, 1) * self.N * 2
+    return self.stages * ((self.M * x_bits + self.N * w_bits) * self.K // 8 + scales) + 4 * result * 2
 
 
 FEW_ROWS = 64
@@ -105,11 +108,15 @@ def gpu_candidates(M: int, w: QuantizedMatrix, activations: str | None, num_core
   """Tiles worth trying on a device, all of which fit; the likeliest first."""
   if M <= FEW_ROWS: return _few_candidates(w, num_cores)
   N, K = w.shape
-  x_bits = 8 if activations else 16
   shapes = [(128, 256), (256, 128), (128, 128), (128, 64)] if activations else [(128, 256), (256, 128), (128, 128)]
-  every = [GpuTiles(rows, outputs, 128, stages, band)
-           for rows, outputs in shapes for band in (8, 4, 16) for stages in (4, 5, 3, 6)]
-  return [tiles for tiles in every if tiles.shared(x_bits, w.bits) <= SHARED and N % tiles.N == 0 and K % tiles.K == 0]
+  every = [GpuTiles(rows, outputs, 128, stages, band, cluster) for rows, outputs in shapes
+           for cluster in (2, 1) for band in (8, 4, 16) for stages in (4, 5, 3, 6)]
+  # Rows are padded to whole tiles of a cluster; outputs are not.
+  fitting = [tiles for tiles in every if tiles.shared(w, bool(activations)) <= SHARED and K % tiles.K == 0
+             and N % (tiles.N * (1 if activations else tiles.cluster)) == 0
+             and (tiles.cluster == 1 or not activations or M > tiles.M)]
+  idle = lambda tiles: .8 * num_cores > -(-M // tiles.M) * (N // tiles.N)
+  return sorted(fitting, key=idle)   # stable: large tiles come first unless they are too few
 
 
 def _few_candidates(w: QuantizedMatrix, num_cores: int) -> list[FewTiles]:
