@@ -75,22 +75,17 @@ def _swizzled(width: int, dtype) -> tuple:
   return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
 
 
-def _widened(w_smem, scale_N=None):
-  """bfloat16 numbers of a tile of outputs and inputs in registers, laid out as the left operand; times scales, if given."""
+def _widened(w_smem, dtype, scale_N=None):
+  """A tile of outputs and inputs in registers, as bfloat16 or int8, laid out as the left operand; times scales, if given."""
+  if dtype == jnp.int8: return plgpu.load(w_smem, layout=plgpu.Layout.WGMMA_8BIT).astype(dtype)
   layout = plgpu.Layout.WGMMA_UPCAST_4X if w_smem.dtype == jnp.int4 else plgpu.Layout.WGMMA_UPCAST_2X
-  w = plgpu.layout_cast(plgpu.load(w_smem, layout=layout), WGMMA).astype(jnp.bfloat16)
+  w = plgpu.layout_cast(plgpu.load(w_smem, layout=layout), WGMMA).astype(dtype)
   return w if scale_N is None else w * lax.broadcast_in_dim(scale_N, w.shape, [0])
 
 
 def _row(scale_ref):
   """One number for each row of the tensor core's result."""
   return plgpu.load(scale_ref, layout=WGMMA.reduce(1), optimized=False)
-
-
-def _multiply(acc, a, b):
-  """acc += a @ b in the background, a in shared memory or in registers. (The GPU interpreter of jax 0.11 and 0.12 knows no
-  operand in registers: tests put another function here.)"""
-  plgpu.wgmma(acc, a, b)
 
 
 def _few_rows(x_MK, w: QuantizedMatrix, activations: str | None, tiles: FewTiles):
@@ -100,7 +95,7 @@ def _few_rows(x_MK, w: QuantizedMatrix, activations: str | None, tiles: FewTiles
   if activations is None: operands, sums = [x_MK, _stored(w), w.scale_QN.astype(jnp.float32)], jnp.float32
   else:
     q_MK, scale_M1 = quantize_rows(x_MK, jnp.dtype(activations))
-    operands, sums = [q_MK, integers(w)], jnp.int32 if activations == 'int8' else jnp.float32
+    operands, sums = [q_MK, integers(w) if w.bits == 2 else _stored(w)], jnp.int32 if activations == 'int8' else jnp.float32
   operands[0] = jnp.pad(operands[0], ((0, rows - M), (0, 0)))
   grouped = activations is None and w.group != K
   if activations is None and not grouped: operands.pop()
@@ -145,22 +140,24 @@ def _few_rows_step(_, x_smem, w_smem, *refs, chunk: int, rows: int, acc=None):
   exact but for float32 sums, and the scale meets it there."""
   def operand(chunk_K):
     tile = w_smem.at[:, chunk_K]
-    return tile if x_smem.dtype == w_smem.dtype else _widened(tile)
+    return tile if x_smem.dtype == w_smem.dtype else _widened(tile, x_smem.dtype)
 
   chunks = [pl.ds(start, chunk) for start in range(0, w_smem.shape[1], chunk)]
   if acc is not None:
-    for chunk_K in chunks: _multiply(acc, operand(chunk_K), x_smem.at[:, chunk_K].T)
+    for chunk_K in chunks: plgpu.wgmma(acc, operand(chunk_K), x_smem.at[:, chunk_K].T)
     plgpu.wgmma_wait(0)
+    if x_smem.dtype != w_smem.dtype: plgpu.commit_smem()   # what was read may be overwritten by the next copy
     return None
   scale_smem, sums = refs
 
   def multiply(*products):
-    for chunk_K, product in zip(chunks, products): _multiply(product, operand(chunk_K), x_smem.at[:, chunk_K].T)
+    for chunk_K, product in zip(chunks, products): plgpu.wgmma(product, operand(chunk_K), x_smem.at[:, chunk_K].T)
     plgpu.wgmma_wait(0)
     total = sums
     for i, product in enumerate(products):
       scale_N = _row(scale_smem.at[i])
       total += product[...] * lax.broadcast_in_dim(scale_N, (OUTPUTS, rows), [0])
+    plgpu.commit_smem()   # what was read may be overwritten by the next copy
     return total
 
   return pl.run_scoped(multiply, *[plgpu.ACC((OUTPUTS, rows), jnp.float32)] * len(chunks))
@@ -212,7 +209,8 @@ def _dequantized(x_MK, w: QuantizedMatrix, tiles: GpuTiles):
       scale_N = None
       if grouped: scale_N = _row(scale_smem[0].at[start // min(w.group, tiles.K), outputs])
       # Widening this chunk goes on beside the product of the last.
-      _multiply(acc, _widened(w_smem.at[outputs, inputs], scale_N), x_smem.at[:, inputs].T)
+      plgpu.wgmma(acc, _widened(w_smem.at[outputs, inputs], x_smem.dtype, scale_N), x_smem.at[:, inputs].T)
+    plgpu.commit_smem()   # what was read may be overwritten by the next copy
 
   def finish(acc, *refs):
     *scale_gmem, y_gmem, y_smem, m, n, warpgroup = refs
