@@ -40,8 +40,8 @@ def close(got, wanted, tolerance: float):
 @pytest.mark.parametrize('name', CASES)
 def test_equals_the_reference(name, implementation):
   case = CASES[name]
-  arguments = case.arguments()
-  close(jax.jit(case.call(implementation))(*arguments), case.expected(*arguments), case.tolerance)
+  arguments = jax.jit(case.arguments)()
+  close(jax.jit(case.call(implementation))(*arguments), jax.jit(case.expected)(*arguments), case.tolerance)
 
 
 @pytest.mark.parametrize('name', ['W8A8', 'float8', 'W4A16'])
@@ -67,14 +67,13 @@ def test_benchmark_cases_can_be_traced(platform):
 
 
 @pytest.mark.parametrize('bits', PACKINGS)
-@hypothesis.given(strategies.data())
-@hypothesis.settings(max_examples=8, deadline=None)
-def test_packing_is_lossless_both_ways(bits, data):
-  pack, unpack = PACKINGS[bits]
-  rows, count = data.draw(strategies.integers(1, 5)), data.draw(strategies.integers(1, 9))
-  key = jax.random.key(data.draw(strategies.integers(0, 99)))
-  q_NK = jax.random.randint(key, (rows, count * 8 // bits), -2 ** (bits - 1), 2 ** (bits - 1), jnp.int8)
-  bytes_NK = jax.random.bits(key, (rows, count), jnp.uint8)
+@hypothesis.given(strategies.integers(0, 999), strategies.sampled_from([(1, 1), (5, 3)]))
+@hypothesis.settings(max_examples=20, deadline=None)
+def test_packing_is_lossless_both_ways(bits, seed, shape):
+  pack, unpack = map(jax.jit, PACKINGS[bits])
+  random = np.random.default_rng(seed)
+  q_NK = random.integers(-2 ** (bits - 1), 2 ** (bits - 1), (shape[0], shape[1] * 8 // bits), np.int8)
+  bytes_NK = random.integers(0, 256, shape, np.uint8)
   np.testing.assert_array_equal(unpack(pack(q_NK)), q_NK)
   np.testing.assert_array_equal(pack(unpack(bytes_NK)), bytes_NK)
   assert pack(q_NK).nbytes * 8 == q_NK.size * bits
@@ -151,8 +150,8 @@ def test_the_gradient_by_x_is_that_of_the_dequantised_matrix_and_w_is_frozen():
 @hypothesis.settings(max_examples=6, deadline=None)
 def test_any_size(rows, groups, outputs, bits, activations, symmetric):
   case = Case(rows, groups * 16, outputs, Scheme(bits, 16, activations, symmetric=symmetric))
-  arguments = case.arguments()
-  close(case.call('xla')(*arguments), case.expected(*arguments), 1e-5)
+  got, wanted = jax.jit(lambda arguments: (case.call('xla')(*arguments), case.expected(*arguments)))(case.arguments())
+  close(got, wanted, 1e-5)
 
 
 def test_what_does_not_go_together_is_refused():
@@ -166,9 +165,8 @@ def test_what_does_not_go_together_is_refused():
 
 BF16 = jnp.bfloat16
 TPU_CASES = {   # rows and outputs are multiples of no tile; several steps
-  'W8A8': (Case(33, 256, 140, W8A8), TpuTiles(32, 128, 128)),
+  'W8A8': (Case(5, 256, 64, W8A8), TpuTiles(32, 128, 128)),
   'float8': (Case(5, 128, 64, F8, BF16), TpuTiles(32, 128, 128)),
-  'W4A8': (Case(3, 512, 64, W4A8, BF16), TpuTiles(32, 128, 128)),
   'W2A8': (Case(3, 512, 64, W2A8), TpuTiles(32, 128, 128)),
   'W8A16': (Case(3, 256, 64, W8A16), TpuTiles(32, 128, 128)),
   'W4A16, bfloat16': (Case(40, 512, 136, W4A16, BF16), TpuTiles(32, 128, 128)),
@@ -229,15 +227,12 @@ GPU_CASES = {   # more steps than stages, so that each buffer is used again
   'W4A16 of few rows, groups longer than a step': (Case(12, 512, 128, Scheme(4, 256), BF16), FewTiles(128, 1, 2)),
   'W4A16 of few rows, groups of 64': (Case(3, 512, 64, Scheme(4, 64), BF16), FewTiles(128, 1, 2)),
   'W8A16 of few rows': (Case(3, 768, 64, W8A16, BF16), FewTiles(128, 2, 2)),
-  'W8A8 of few rows': (Case(3, 768, 64, W8A8, BF16), FewTiles(128, 2, 2)),
   'W4A8 of few rows': (Case(3, 768, 64, W4A8, BF16), FewTiles(128, 2, 2)),
   'W2A8 of few rows': (Case(3, 256, 64, W2A8, BF16), FewTiles(128, 1, 2)),
   'float8 of few rows': (Case(3, 256, 64, F8, BF16), FewTiles(128, 1, 2)),
   'W8A8': (Case(300, 384, 256, W8A8, BF16), GpuTiles(128, 128, 128, 2)),
-  'float8': (Case(128, 512, 128, F8, BF16), GpuTiles(128, 64, 128, 2)),
-  'W4A16': (Case(200, 512, 256, W4A16, BF16), GpuTiles(128, 128, 128, 2)),
-  'W8A16': (Case(128, 512, 128, W8A16, BF16), GpuTiles(128, 128, 128, 2)),
-  'W8A8 in clusters': (Case(520, 384, 128, W8A8, BF16), GpuTiles(128, 64, 128, 2, cluster=2)),
+  'W8A16': (Case(200, 512, 128, W8A16, BF16), GpuTiles(128, 128, 128, 2)),
+  'float8 in clusters': (Case(520, 384, 128, F8, BF16), GpuTiles(128, 64, 128, 2, cluster=2)),
   'W4A16 in clusters, groups longer than a step': (
     Case(200, 512, 512, Scheme(4, 256), BF16), GpuTiles(128, 128, 128, 2, cluster=2)),
 }

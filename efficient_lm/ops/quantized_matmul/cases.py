@@ -98,7 +98,7 @@ class Case:
     pass, so that its time is an upper bound: `unquantized` is given one."""
     if self.of == 'dgrad': return {'dequantize, then multiply': self._dequantize_then_multiply}
     found = {'dequantize, then multiply': self._dequantize_then_multiply}
-    if self.scheme.bits == 8 and self.scheme.activations: found['two converts and dot'] = self._dot_of_converted
+    if self.scheme.bits == 8 and self.scheme.activations: found['round, then dot'] = self._dot_of_converted
     return found
 
   def unquantized(self):

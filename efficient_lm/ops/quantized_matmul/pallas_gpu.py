@@ -182,7 +182,7 @@ def _rounded(x_MK, w: QuantizedMatrix, activations: str, tiles: GpuTiles):
       scale_N = plgpu.load(scale_N_gmem.at[columns_N], layout=WGMMA.reduce(0), optimized=False)
       y = acc[:, i * CHUNK:(i + 1) * CHUNK].astype(jnp.float32)
       y *= lax.broadcast_in_dim(scale_M, y.shape, [0]) * lax.broadcast_in_dim(scale_N, y.shape, [1])
-      _store(y_smem.at[warpgroup, i % 2], y.astype(y_smem.dtype), y_gmem.at[rows_M, columns_N])
+      _store(y_smem.at[warpgroup], y.astype(y_smem.dtype), y_gmem.at[rows_M, columns_N], i, tiles.N // CHUNK)
 
   y_MN = _persistent(
     [Staged(q_MK, (tiles.M, tiles.K), lambda m, n, k: (m, k), _swizzled(tiles.K, q_MK.dtype)),
@@ -220,7 +220,8 @@ def _dequantized(x_MK, w: QuantizedMatrix, tiles: GpuTiles):
       y = acc[:, i * TURNED:(i + 1) * TURNED]
       if not grouped: y *= lax.broadcast_in_dim(scale_N, y.shape, [0])
       y = plgpu.layout_cast(y.astype(y_smem.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-      _store(y_smem.at[warpgroup, i % 2], y, y_gmem.at[pl.ds(m * tiles.M + i * TURNED, TURNED), outputs], transposed=True)
+      rows_M = pl.ds(m * tiles.M + i * TURNED, TURNED)
+      _store(y_smem.at[warpgroup], y, y_gmem.at[rows_M, outputs], i, tiles.M // TURNED, transposed=True)
 
   stored = _stored(w)
   staged = [Staged(x_MK, (tiles.M, tiles.K), lambda m, n, k: (m, k), _swizzled(chunk, x_MK.dtype), tiles.cluster > 1),
@@ -235,9 +236,11 @@ def _dequantized(x_MK, w: QuantizedMatrix, tiles: GpuTiles):
   return y_MN[:M]
 
 
-def _store(tile_smem, y, y_gmem, transposed: bool = False):
-  """Sends a piece of the result off through one of two buffers, once what was sent from it has left."""
-  plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+def _store(y_smem, y, y_gmem, piece: int, pieces: int, transposed: bool = False):
+  """Sends a piece of the result off through one of two buffers in turn, once what was sent from it has left."""
+  # An odd number of pieces ends with the buffer that the next tile of the result begins with.
+  plgpu.wait_smem_to_gmem(0 if piece == 0 and pieces % 2 else 1, wait_read_only=True)
+  tile_smem = y_smem.at[piece % 2]
   if transposed: tile_smem.T[...] = y
   else: tile_smem[...] = y
   plgpu.commit_smem()
