@@ -2,17 +2,21 @@
 
 Three kernels, chosen by the number of rows and by what is multiplied.
 
-few rows (up to 64): bound by reading the weight. Its outputs are the 64 rows of the tensor core's instruction and the rows
+Few rows (up to 64): bound by reading the weight. Its outputs are the 64 rows of the tensor core's instruction and the rows
 of x its 8 to 64 columns, so that nothing of the instruction is wasted on rows that are not there. A block owns 64 outputs
 and a part of the inputs; blocks are small, so that several share a multiprocessor and one waits for memory while another
-works, and there are at least as many as multiprocessors. Parts are summed by XLA, in float32 or int32.
+works, and there are at least as many as multiprocessors. Parts are summed by XLA, in float32 or int32. Packed numbers are
+widened in registers.
 
-integer rows, float8 rows: bound by the tensor cores. Persistent blocks of two warpgroups that multiply and one that
-copies, over tiles in an order that keeps operands in the L2 cache; copying runs ahead across tiles, so that it goes on while
-results are scaled and stored.
+Many rows, rounded: bound by the tensor cores. Persistent blocks of two warpgroups that multiply and one that copies, over
+tiles in an order that keeps operands in the L2 cache; copying runs ahead across tiles, so that it goes on while results are
+scaled and stored. The blocks of a cluster share the tile of the weight. Packed numbers are unpacked by XLA beforehand, which
+is little work beside such a product.
 
-dequantised: the same frame for a float x. The weight goes from shared memory to registers, is widened to bfloat16 and
-scaled there, and is the instruction's left operand; results leave transposed.
+Many rows of a float x: the same frame. The weight goes from shared memory to registers, is widened to bfloat16 and scaled
+there, and is the instruction's left operand; results leave transposed. The blocks of a cluster share the tile of x.
+
+Nothing here has run on a device: compiled for an H200 without spills, and interpreted.
 
 After the Hopper kernels of jax.experimental.pallas.ops.gpu, from which the frame is known.
 """
@@ -29,6 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from efficient_lm.ops import dispatch
 from efficient_lm.ops.quantized_matmul.storage import QuantizedMatrix, integers, quantize_rows
 from efficient_lm.ops.quantized_matmul.tiles import FewTiles, GpuTiles, gpu_tiles
+from efficient_lm.ops.quantized_matmul.xla import split
 
 WGMMA = plgpu.Layout.WGMMA
 OUTPUTS = 64   # rows of the tensor core's instruction
@@ -75,11 +80,10 @@ def _swizzled(width: int, dtype) -> tuple:
   return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
 
 
-def _widened(w_smem, dtype, scale_N=None):
-  """A tile of outputs and inputs in registers, as bfloat16 or int8, laid out as the left operand; times scales, if given."""
-  if dtype == jnp.int8: return plgpu.load(w_smem, layout=plgpu.Layout.WGMMA_8BIT).astype(dtype)
+def _widened(w_smem, scale_N=None):
+  """A tile of outputs and inputs in registers, as bfloat16, laid out as the left operand; times scales, if given."""
   layout = plgpu.Layout.WGMMA_UPCAST_4X if w_smem.dtype == jnp.int4 else plgpu.Layout.WGMMA_UPCAST_2X
-  w = plgpu.layout_cast(plgpu.load(w_smem, layout=layout), WGMMA).astype(dtype)
+  w = plgpu.layout_cast(plgpu.load(w_smem, layout=layout), WGMMA).astype(jnp.bfloat16)
   return w if scale_N is None else w * lax.broadcast_in_dim(scale_N, w.shape, [0])
 
 
@@ -88,14 +92,64 @@ def _row(scale_ref):
   return plgpu.load(scale_ref, layout=WGMMA.reduce(1), optimized=False)
 
 
+def _few_packed_rows(x_MK, w: QuantizedMatrix, tiles: FewTiles):
+  """int8 times packed integers: planes are cut out of the bytes where they lie. Without a shift, plane p holds
+  2 ** (bits * p) times its number plus, in all but the topmost, an offset that makes it positive; sums of both are
+  multiples, so that shifting the sums and taking the offset times the sum of x away is exact."""
+  (M, K), N = x_MK.shape, w.shape[0]
+  rows, per_byte, offset = max(8, 1 << (M - 1).bit_length()), 8 // w.bits, 2 ** (w.bits - 1)
+  q_MK, scale_M1 = quantize_rows(x_MK)
+  x_PMK = jnp.pad(jnp.stack(split(q_MK, w.bits)), ((0, 0), (0, rows - M), (0, 0)))
+  width = tiles.K // per_byte
+  steps = K // tiles.K // tiles.parts
+
+  def kernel(x_gmem, w_gmem, y_gmem):
+    n, part = lax.axis_index('outputs'), lax.axis_index('part')
+    first = part * steps
+
+    def accumulate(*sums):
+      def step(_, *blocks):
+        *x_smem, w_smem = blocks
+        packed = plgpu.load(w_smem, layout=plgpu.Layout.WGMMA_8BIT)
+        for p, acc in enumerate(sums): plgpu.wgmma(acc, _plane(packed, p, w.bits), x_smem[p].T)
+        plgpu.wgmma_wait(0)
+        plgpu.commit_smem()   # what was read may be overwritten by the next copy
+      specs = [plgpu.BlockSpec((rows, width), lambda k: (0, first + k), transforms=_swizzled(width, jnp.int8))] * per_byte
+      specs.append(plgpu.BlockSpec((OUTPUTS, width), lambda k: (n, first + k), transforms=_swizzled(width, jnp.int8)))
+      plgpu.emit_pipeline(step, grid=(steps,), in_specs=specs, max_concurrent_steps=min(tiles.stages, steps))(
+        *[x_gmem.at[p] for p in range(per_byte)], w_gmem)
+      total = sums[0][...]
+      for p, acc in enumerate(sums[1:], 1): total += lax.shift_right_arithmetic(acc[...], w.bits * p)
+      return total
+
+    y_gmem[part, pl.ds(n * OUTPUTS, OUTPUTS)] = pl.run_scoped(
+      accumulate, *[plgpu.ACC((OUTPUTS, rows), jnp.int32)] * per_byte)
+
+  parts_SNM = plgpu.kernel(
+    kernel, out_type=jax.ShapeDtypeStruct((tiles.parts, N, rows), jnp.int32), grid=(N // OUTPUTS, tiles.parts),
+    grid_names=('outputs', 'part'), kernel_name=f'quantized_matmul_few_w{w.bits}',
+  )(x_PMK, lax.bitcast_convert_type(w.values, jnp.int8))
+  offsets_M = offset * jnp.sum(x_PMK[:-1, :M], axis=(0, 2), dtype=jnp.int32)
+  y_NM = (jnp.sum(parts_SNM, axis=0)[:, :M] - offsets_M).astype(jnp.float32)
+  return (y_NM.T * scale_M1 * w.scale_QN).astype(x_MK.dtype)
+
+
+def _plane(packed, p: int, bits: int):
+  """int8 numbers of plane p where they lie: v * 2 ** (bits * p), and that of v + 2 ** (bits - 1) in all but the topmost."""
+  mask = ((2 ** bits - 1) << (bits * p)) - (256 if bits * (p + 1) == 8 else 0)
+  if bits * (p + 1) < 8: packed = packed ^ jnp.int8(1 << (bits * p + bits - 1))
+  return packed & jnp.int8(mask)
+
+
 def _few_rows(x_MK, w: QuantizedMatrix, activations: str | None, tiles: FewTiles):
   """Partial sums of each part of the inputs, for all rows; then XLA adds, scales and transposes them."""
+  if activations and w.bits < 8: return _few_packed_rows(x_MK, w, tiles)
   (M, K), N = x_MK.shape, w.shape[0]
   rows = max(8, 1 << (M - 1).bit_length())
   if activations is None: operands, sums = [x_MK, _stored(w), w.scale_QN.astype(jnp.float32)], jnp.float32
   else:
     q_MK, scale_M1 = quantize_rows(x_MK, jnp.dtype(activations))
-    operands, sums = [q_MK, integers(w) if w.bits == 2 else _stored(w)], jnp.int32 if activations == 'int8' else jnp.float32
+    operands, sums = [q_MK, w.values], jnp.int32 if activations == 'int8' else jnp.float32
   operands[0] = jnp.pad(operands[0], ((0, rows - M), (0, 0)))
   grouped = activations is None and w.group != K
   if activations is None and not grouped: operands.pop()
@@ -140,7 +194,7 @@ def _few_rows_step(_, x_smem, w_smem, *refs, chunk: int, rows: int, acc=None):
   exact but for float32 sums, and the scale meets it there."""
   def operand(chunk_K):
     tile = w_smem.at[:, chunk_K]
-    return tile if x_smem.dtype == w_smem.dtype else _widened(tile, x_smem.dtype)
+    return tile if x_smem.dtype == w_smem.dtype else _widened(tile)
 
   chunks = [pl.ds(start, chunk) for start in range(0, w_smem.shape[1], chunk)]
   if acc is not None:
@@ -184,12 +238,13 @@ def _rounded(x_MK, w: QuantizedMatrix, activations: str, tiles: GpuTiles):
       y *= lax.broadcast_in_dim(scale_M, y.shape, [0]) * lax.broadcast_in_dim(scale_N, y.shape, [1])
       _store(y_smem.at[warpgroup], y.astype(y_smem.dtype), y_gmem.at[rows_M, columns_N], i, tiles.N // CHUNK)
 
-  y_MN = _persistent(
+  product = Product(
     [Staged(q_MK, (tiles.M, tiles.K), lambda m, n, k: (m, k), _swizzled(tiles.K, q_MK.dtype)),
      Staged(q_NK, (tiles.N, tiles.K), lambda m, n, k: (n, k), _swizzled(tiles.K, q_NK.dtype), tiles.cluster > 1)],
-    [scale_M, w.scale_QN[0].astype(jnp.float32)], multiply, finish, tiles,
-    acc=plgpu.ACC((half, tiles.N), jnp.int32 if activations == 'int8' else jnp.float32),
-    y=jax.ShapeDtypeStruct((q_MK.shape[0], N), x_MK.dtype), y_tile=(half, CHUNK), steps=K // tiles.K, along=0)
+    multiply, finish, tiles, plgpu.ACC((half, tiles.N), jnp.int32 if activations == 'int8' else jnp.float32),
+    steps=K // tiles.K, along=0)
+  y_MN = product([scale_M, w.scale_QN[0].astype(jnp.float32)], jax.ShapeDtypeStruct((q_MK.shape[0], N), x_MK.dtype),
+                 (half, CHUNK))
   return y_MN[:M]
 
 
@@ -202,14 +257,15 @@ def _dequantized(x_MK, w: QuantizedMatrix, tiles: GpuTiles):
   grouped, scale_QN = w.group != K, w.scale_QN.astype(jnp.bfloat16 if w.group != K else jnp.float32)
   chunk = min(w.group, WIDENED)
 
-  def multiply(acc, x_smem, w_smem, *scale_smem, warpgroup):
+  def multiply(acc, x_smem, w_smem, *refs):
+    *scale_smem, warpgroup = refs
     outputs = pl.ds(warpgroup * half, half)
     for start in range(0, tiles.K, chunk):
       inputs = pl.ds(start, chunk)
       scale_N = None
       if grouped: scale_N = _row(scale_smem[0].at[start // min(w.group, tiles.K), outputs])
       # Widening this chunk goes on beside the product of the last.
-      plgpu.wgmma(acc, _widened(w_smem.at[outputs, inputs], x_smem.dtype, scale_N), x_smem.at[:, inputs].T)
+      plgpu.wgmma(acc, _widened(w_smem.at[outputs, inputs], scale_N), x_smem.at[:, inputs].T)
     plgpu.commit_smem()   # what was read may be overwritten by the next copy
 
   def finish(acc, *refs):
@@ -229,10 +285,9 @@ def _dequantized(x_MK, w: QuantizedMatrix, tiles: GpuTiles):
   if grouped:
     per_step = max(tiles.K // w.group, 1)
     staged.append(Staged(scale_QN, (per_step, tiles.N), lambda m, n, k: (k * tiles.K // w.group // per_step, n), ()))
-  y_MN = _persistent(
-    staged, [] if grouped else [scale_QN[0]], multiply, finish, tiles, acc=plgpu.ACC((half, tiles.M), jnp.float32),
-    y=jax.ShapeDtypeStruct((x_MK.shape[0], N), x_MK.dtype), y_tile=(TURNED, half), steps=K // tiles.K,
-    along=1, in_flight=0)
+  product = Product(staged, multiply, finish, tiles, plgpu.ACC((half, tiles.M), jnp.float32), steps=K // tiles.K, along=1,
+                    in_flight=0)
+  y_MN = product([] if grouped else [scale_QN[0]], jax.ShapeDtypeStruct((x_MK.shape[0], N), x_MK.dtype), (TURNED, half))
   return y_MN[:M]
 
 
@@ -265,80 +320,98 @@ class Staged:
     plgpu.copy_gmem_to_smem(gmem.at[here], smem, barrier, collective_axes='cluster' if self.multicast else None)
 
 
-def _persistent(staged: list, others: list, multiply, finish, tiles: GpuTiles, *, acc, y, y_tile, steps: int, along: int,
-                in_flight: int = 1):
+@dataclasses.dataclass(frozen=True)
+class Product:
   """A product over tiles (m, n) of the result. Two warpgroups multiply and finish; a third copies what they read, and goes
   on to the next tile of the result while these finish the last.
 
-  multiply: (acc, *blocks of a step, warpgroup=). finish: (sums of a tile, *others, y_gmem, y_smem, m, n, warpgroup).
+  staged: operands that each step reads. steps: their number. acc: the sums of one warpgroup.
+  multiply: (acc, *blocks of a step, warpgroup). finish: (sums of a tile, *other operands, y_gmem, y_smem, m, n, warpgroup).
   along: the dim of the result along which the blocks of a cluster are neighbours.
   in_flight: products that may still run when a step's successor begins; its blocks are given back that much later.
   """
-  cluster = [1, 1]
-  cluster[along] = tiles.cluster
-  grid = y.shape[0] // tiles.M // cluster[0], y.shape[1] // tiles.N // cluster[1]   # of clusters
-  num_clusters = min((dispatch.device().num_cores or 132) // tiles.cluster, grid[0] * grid[1])
+  staged: list[Staged]
+  multiply: Callable
+  finish: Callable
+  tiles: GpuTiles
+  acc: plgpu.ACC
+  steps: int
+  along: int
+  in_flight: int = 1
 
-  def kernel(*refs):
-    staged_gmem, others_gmem, (y_gmem, *scratch) = _cut(refs, len(staged), len(others))
-    staged_smem, (y_smem, full, empty) = _cut(scratch, len(staged))
+  def __call__(self, others: list, y, y_tile: tuple[int, int]):
+    """The result, of the shape and dtype of y, stored in pieces of y_tile."""
+    tiles, cluster = self.tiles, [1, 1]
+    cluster[self.along] = self.tiles.cluster
+    grid = y.shape[0] // tiles.M // cluster[0], y.shape[1] // tiles.N // cluster[1]   # of clusters
+    buffers = [plgpu.SMEM((tiles.stages, *operand.block), operand.array.dtype, transforms=operand.transforms)
+               for operand in self.staged]
+    empty = functools.partial(plgpu.ClusterBarrier, collective_axes=('cluster',)) if tiles.cluster > 1 else plgpu.Barrier
+    return plgpu.kernel(
+      functools.partial(self._kernel, grid=grid, cluster=cluster, num_others=len(others)), out_type=y,
+      grid=(min((dispatch.device().num_cores or 132) // tiles.cluster, grid[0] * grid[1]),), grid_names=('block',),
+      cluster=(tiles.cluster,), cluster_names=('cluster',), num_threads=3, thread_name='warpgroup',
+      kernel_name='quantized_matmul', scratch_types=[
+        *buffers, plgpu.SMEM((2, 2, *y_tile), y.dtype, transforms=_swizzled(y_tile[1], y.dtype)),
+        plgpu.Barrier(num_arrivals=len(self.staged), num_barriers=tiles.stages),
+        empty(num_arrivals=2, num_barriers=tiles.stages)],
+    )(*(operand.array for operand in self.staged), *others)
+
+  def _kernel(self, *refs, grid, cluster, num_others: int):
+    staged_gmem, others_gmem, (y_gmem, *scratch) = _cut(refs, len(self.staged), num_others)
+    staged_smem, (y_smem, full, empty) = _cut(scratch, len(self.staged))
     warpgroup, peer = lax.axis_index('warpgroup'), lax.axis_index('cluster')
 
     def walk(visit):
       """Calls visit(m, n, steps before) for each tile of this block; returns the steps of all."""
       @plgpu.nd_loop((grid[0] * grid[1],), collective_axes='block', init_carry=jnp.int32(0))
       def total(loop, carry):
-        m, n = plgpu.planar_snake(loop.index[0], grid, 0, tiles.band)
-        visit(*((m * cluster[0] + peer, n) if along == 0 else (m, n * cluster[1] + peer)), carry)
-        return carry + steps
+        m, n = plgpu.planar_snake(loop.index[0], grid, 0, self.tiles.band)
+        visit(*((m * cluster[0] + peer, n) if self.along == 0 else (m, n * cluster[1] + peer)), carry)
+        return carry + self.steps
       return total
-
-    def copy(m, n, before):
-      @pl.loop(0, steps)
-      def _(k):
-        slot = lax.rem(before + k, tiles.stages)
-        pl.when(before + k >= tiles.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
-        for operand, gmem, smem in zip(staged, staged_gmem, staged_smem):
-          operand.copy(gmem, smem.at[slot], full.at[slot], (m, n, k))
-
-    def product(m, n, before):
-      def accumulate(acc_ref):
-        @pl.loop(0, steps)
-        def _(k):
-          slot = lax.rem(before + k, tiles.stages)
-          plgpu.barrier_wait(full.at[slot])
-          multiply(acc_ref, *[smem.at[slot] for smem in staged_smem], warpgroup=warpgroup)
-          plgpu.wgmma_wait(in_flight)
-          done = k - in_flight
-          pl.when(done >= 0)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(before + done, tiles.stages)]))
-        plgpu.wgmma_wait(0)
-        if in_flight: plgpu.barrier_arrive(empty.at[lax.rem(before + steps - 1, tiles.stages)])
-        return acc_ref[...]
-      finish(pl.run_scoped(accumulate, acc), *others_gmem, y_gmem, y_smem, m, n, warpgroup)
 
     @pl.when(warpgroup == 2)
     def _():
       plgpu.set_max_registers(40, action='decrease')
-      total = walk(copy)
+      total = walk(lambda m, n, before: self._copy(staged_gmem, staged_smem, full, empty, m, n, before))
       # A block must not end while its neighbour may still arrive at its barriers.
-      for last in range(1, tiles.stages + 1):
-        pl.when(total >= last)(lambda: plgpu.barrier_wait(empty.at[lax.rem(total - last, tiles.stages)]))
+      for last in range(1, self.tiles.stages + 1):
+        pl.when(total >= last)(lambda: plgpu.barrier_wait(empty.at[lax.rem(total - last, self.tiles.stages)]))
 
     @pl.when(warpgroup < 2)
     def _():
       plgpu.set_max_registers(232, action='increase')
-      walk(product)
+      def visit(m, n, before):
+        sums = self._sums(staged_smem, full, empty, before, warpgroup)
+        self.finish(sums, *others_gmem, y_gmem, y_smem, m, n, warpgroup)
+      walk(visit)
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-  buffers = [plgpu.SMEM((tiles.stages, *operand.block), operand.array.dtype, transforms=operand.transforms)
-             for operand in staged]
-  empty = functools.partial(plgpu.ClusterBarrier, collective_axes=('cluster',)) if tiles.cluster > 1 else plgpu.Barrier
-  return plgpu.kernel(
-    kernel, out_type=y, grid=(num_clusters,), grid_names=('block',), cluster=(tiles.cluster,), cluster_names=('cluster',),
-    num_threads=3, thread_name='warpgroup', kernel_name='quantized_matmul', scratch_types=[
-      *buffers, plgpu.SMEM((2, 2, *y_tile), y.dtype, transforms=_swizzled(y_tile[1], y.dtype)),
-      plgpu.Barrier(num_arrivals=len(staged), num_barriers=tiles.stages), empty(num_arrivals=2, num_barriers=tiles.stages)],
-  )(*(operand.array for operand in staged), *others)
+  def _copy(self, staged_gmem, staged_smem, full, empty, m, n, before):
+    """Sends for the blocks of each step of a tile, as buffers become free."""
+    @pl.loop(0, self.steps)
+    def _(k):
+      slot = lax.rem(before + k, self.tiles.stages)
+      pl.when(before + k >= self.tiles.stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+      for operand, gmem, smem in zip(self.staged, staged_gmem, staged_smem):
+        operand.copy(gmem, smem.at[slot], full.at[slot], (m, n, k))
+
+  def _sums(self, staged_smem, full, empty, before, warpgroup):
+    """A warpgroup's sums over the steps of a tile."""
+    def accumulate(acc_ref):
+      @pl.loop(0, self.steps)
+      def _(k):
+        slot = lax.rem(before + k, self.tiles.stages)
+        plgpu.barrier_wait(full.at[slot])
+        self.multiply(acc_ref, *[smem.at[slot] for smem in staged_smem], warpgroup)
+        plgpu.wgmma_wait(self.in_flight)
+        done = k - self.in_flight
+        pl.when(done >= 0)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(before + done, self.tiles.stages)]))
+      plgpu.wgmma_wait(0)
+      if self.in_flight: plgpu.barrier_arrive(empty.at[lax.rem(before + self.steps - 1, self.tiles.stages)])
+      return acc_ref[...]
+    return pl.run_scoped(accumulate, self.acc)
 
 
 def _cut(refs, *counts: int) -> tuple:

@@ -72,6 +72,11 @@ class FewTiles:
   parts: int
   stages: int = 4
 
+  def shared(self, rows: int, w: QuantizedMatrix, rounded: bool) -> int:
+    """Bytes of shared memory: stages of both operands and of scales."""
+    scales = 0 if w.group == w.shape[1] else max(self.K // w.group, 1) * 64 * 4
+    return self.stages * (self.K * (64 * w.bits + rows * (8 if rounded else 16)) // 8 + scales)
+
 
 @dataclasses.dataclass(frozen=True)
 class GpuTiles:
@@ -106,7 +111,7 @@ def gpu_tiles(M: int, w: QuantizedMatrix, activations: str | None, num_cores: in
 
 def gpu_candidates(M: int, w: QuantizedMatrix, activations: str | None, num_cores: int = 132) -> list[FewTiles | GpuTiles]:
   """Tiles worth trying on a device, all of which fit; the likeliest first."""
-  if M <= FEW_ROWS: return _few_candidates(w, num_cores)
+  if M <= FEW_ROWS: return _few_candidates(M, w, bool(activations), num_cores)
   N, K = w.shape
   shapes = [(128, 256), (256, 128), (128, 128), (128, 64)] if activations else [(128, 256), (256, 128), (128, 128)]
   every = [GpuTiles(rows, outputs, 128, stages, band, cluster) for rows, outputs in shapes
@@ -119,14 +124,15 @@ def gpu_candidates(M: int, w: QuantizedMatrix, activations: str | None, num_core
   return sorted(fitting, key=idle)   # stable: large tiles come first unless they are too few
 
 
-def _few_candidates(w: QuantizedMatrix, num_cores: int) -> list[FewTiles]:
-  """Steps of about 8 KiB of the weight; as few parts as give each multiprocessor two blocks, or the most there are."""
-  N, K = w.shape
+def _few_candidates(M: int, w: QuantizedMatrix, rounded: bool, num_cores: int) -> list[FewTiles]:
+  """Steps of about 8 KiB of the weight; as few parts as give each multiprocessor two blocks, or the most there are; and two
+  blocks fit one."""
+  (N, K), rows = w.shape, max(8, 1 << (M - 1).bit_length())
   wanted = 2 * num_cores * 64 / N
   found = []
   for step in (256, 512, 128):
-    if K % step: continue
+    if K % step or step * w.bits < 64 * 8: continue   # bytes of a row: the narrowest operand of integers in registers
     parts = [parts for parts in range(1, 33) if K // step % parts == 0]
     enough = [p for p in parts if p >= wanted * .8] or parts[-1:]
-    found += [FewTiles(step, p, stages) for p in enough[:2] for stages in (4, 6, 8)]
-  return found
+    found += [FewTiles(step, p, stages) for p in enough[:2] for stages in (4, 6, 8, 2)]
+  return [tiles for tiles in found if tiles.shared(rows, w, rounded) <= SHARED // 2]
