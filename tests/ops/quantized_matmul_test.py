@@ -36,12 +36,11 @@ def close(got, wanted, tolerance: float):
   np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize('implementation', ['auto', 'xla'])
 @pytest.mark.parametrize('name', CASES)
-def test_equals_the_reference(name, implementation):
+def test_equals_the_reference(name):
   case = CASES[name]
   arguments = jax.jit(case.arguments)()
-  close(jax.jit(case.call(implementation))(*arguments), jax.jit(case.expected)(*arguments), case.tolerance)
+  close(jax.jit(case.call('auto'))(*arguments), jax.jit(case.expected)(*arguments), case.tolerance)
 
 
 @pytest.mark.parametrize('name', ['W8A8', 'float8', 'W4A16'])
@@ -147,7 +146,7 @@ def test_the_gradient_by_x_is_that_of_the_dequantised_matrix_and_w_is_frozen():
 
 @hypothesis.given(strategies.integers(1, 70), strategies.integers(1, 4), strategies.integers(1, 9),
                   strategies.sampled_from([8, 4, 2]), strategies.sampled_from([None, 'int8']), strategies.booleans())
-@hypothesis.settings(max_examples=6, deadline=None)
+@hypothesis.settings(max_examples=4, deadline=None)
 def test_any_size(rows, groups, outputs, bits, activations, symmetric):
   case = Case(rows, groups * 16, outputs, Scheme(bits, 16, activations, symmetric=symmetric))
   got, wanted = jax.jit(lambda arguments: (case.call('xla')(*arguments), case.expected(*arguments)))(case.arguments())
