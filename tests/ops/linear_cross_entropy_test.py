@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from efficient_lm.ops.linear_cross_entropy import BACKWARD, IMPLEMENTATIONS, linear_cross_entropy, vocabulary, xla
+from efficient_lm.ops.linear_cross_entropy import BACKWARD, IMPLEMENTATIONS, limits, linear_cross_entropy, vocabulary, xla
 from efficient_lm.ops.linear_cross_entropy.cases import CASES, Case, bench
 from efficient_lm.ops.linear_cross_entropy.tiles import SHARED_MEMORY, VMEM, GpuTiles, TpuTiles, candidates
 
@@ -102,7 +102,11 @@ def test_no_pass_keeps_all_logits():
 
 def test_a_mesh_in_force_cuts_tokens_and_one_device_the_longer_side(mesh):
   assert xla._cut((2, 8), 100) is xla.BY_VOCABULARY and xla._cut((2, 80), 100) is xla.BY_TOKENS
-  with mesh(2, 2, 1, 2): assert xla._cut((2, 8), 100) is xla.BY_TOKENS
+  arguments = jnp.zeros((1, 128, 128), jnp.bfloat16), jnp.zeros((128, 256), jnp.bfloat16)
+  assert not limits.tpu(*arguments)
+  with mesh(2, 2, 1, 2):
+    assert xla._cut((2, 8), 100) is xla.BY_TOKENS
+    assert 'shard_map' in limits.tpu(*arguments)   # a compiler that places arrays cannot cut a kernel
 
 
 @pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])
@@ -122,7 +126,8 @@ def test_what_tuning_tries_fits(platform, limit):
 @pytest.mark.parametrize('table', [IMPLEMENTATIONS, BACKWARD])
 @pytest.mark.parametrize('name, shape, dtype, said', [
   ('pallas_tpu', (128, 96, 512), jnp.bfloat16, 'multiple of 128, and is 96'),
-  ('pallas_tpu', (4, 128, 512), jnp.float32, 'do not fill'), ('pallas_tpu', (128, 128, 512), jnp.float16, 'bfloat16 or')])
+  ('pallas_tpu', (4, 128, 512), jnp.float32, 'do not fill'), ('pallas_tpu', (128, 128, 512), jnp.float16, 'bfloat16 or'),
+  ('pallas_gpu', (128, 128, 512), jnp.float32, 'needs jax 0.11' if jax.__version_info__ < (0, 11) else 'not float32')])
 def test_kernels_say_what_they_do_not_take(table, name, shape, dtype, said):
   M, D, V = shape
   arguments = jnp.zeros((1, M, D), dtype), jnp.zeros((D, V), dtype), jnp.zeros((1, M), jnp.int32)

@@ -99,12 +99,13 @@ def _logits(hidden_BTD, head_DV, labels_BT):
 
 
 def token_chunks(B: int, T: int, V: int):
-  """Functions that cut (B, T, ...) into (chunks, B, tokens, ...), padded with zeros, and put it together again."""
+  """Functions that cut (B, T, ...) into (chunks, B, tokens, ...), padded with zeros or as `mode` says, and put it
+  together again."""
   count = min(-(-B * T * V // chunk_logits()), T)
   tokens = -(-T // count)
 
-  def split(x):
-    x = jnp.pad(x, ((0, 0), (0, count * tokens - T), *[(0, 0)] * (x.ndim - 2)))
+  def split(x, mode='constant'):
+    x = jnp.pad(x, ((0, 0), (0, count * tokens - T), *[(0, 0)] * (x.ndim - 2)), mode)
     return x.reshape(B, count, tokens, *x.shape[2:]).swapaxes(0, 1)
 
   def join(x):
