@@ -137,7 +137,8 @@ def _product(hidden, head, start, width: int, tiles: GpuTiles, smem, epilogue):
     @plgpu.nd_loop((shape[0] * shape[1],), collective_axes='block')
     def _(loop):
       m, n = plgpu.planar_snake(loop.index[0], shape, 0, tiles.band)
-      first = pl.multiple_of(start + n * tiles.columns, 64)   # chunks begin at multiples of all tiles; 64 is a row of a swizzle
+      # Chunks begin at multiples of every tile; what a copy has to know is that swizzled rows of 64 are whole.
+      first = pl.multiple_of(start + n * tiles.columns, 64)
 
       def tile(run_pipeline):
         @functools.partial(pl.run_scoped, accumulator=plgpu.ACC((tiles.rows, tiles.columns), jnp.float32))

@@ -54,7 +54,7 @@ def _forward(hidden_MD, head_DV, labels_M, tiles):
               pl.BlockSpec((tiles.inner, tiles.columns), lambda m, v, d: (d, v)), per_token],
     out_specs=[per_token] * 2,
     out_shape=[jax.ShapeDtypeStruct((M, LANES), jnp.float32)] * 2,
-    scratch_shapes=[pltpu.VMEM((tiles.rows, tiles.columns), jnp.float32)] + [pltpu.VMEM((tiles.rows, LANES), jnp.float32)] * 2,
+    scratch_shapes=[pltpu.VMEM((tiles.rows, width), jnp.float32) for width in (tiles.columns, LANES, LANES)],
     compiler_params=_parameters('parallel', 'arbitrary', 'arbitrary'),
     name='linear_cross_entropy_forward',
   )(hidden_MD, head_DV, _lanes(labels_M))
