@@ -10,10 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from efficient_lm.ops.linear_divergence import linear_divergence
+
 
 def outputs_of(model, batch):
   """Runs a model on a batch: attention stays within documents."""
   return model(batch['inputs_BT'], batch['positions_BT'], batch['segments_BT'])
+
+
+def last_layer(outputs):
+  """hidden_BTD and head_DV, whose product is the logits."""
+  hidden_BTD = outputs.head.rounded(outputs.hidden_BTD, 'BTD')
+  return hidden_BTD, outputs.head.materialize().astype(hidden_BTD.dtype)
 
 
 def weighted_mean(values_BT, weights_BT):
@@ -60,8 +68,7 @@ class Distilled:
   def __call__(self, outputs, batch):
     loss, metrics = self.inner(outputs, batch)
     if self.weight == 0: return loss, metrics
-    teacher_BTV = jax.lax.stop_gradient(outputs_of(self.teacher, batch).logits_BTV)
-    log_p = jax.nn.log_softmax(teacher_BTV / self.temperature)
-    log_q = jax.nn.log_softmax(outputs.logits_BTV / self.temperature)
-    kl = weighted_mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1), batch['weights_BT'])
+    teacher = last_layer(outputs_of(self.teacher, batch))
+    kl_BT = linear_divergence(*last_layer(outputs), *teacher, kind='forward_kl', temperature=self.temperature)
+    kl = weighted_mean(kl_BT, batch['weights_BT'])
     return (1 - self.weight) * loss + self.weight * self.temperature ** 2 * kl, {**metrics, 'teacher_kl': kl}

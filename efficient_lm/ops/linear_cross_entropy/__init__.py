@@ -1,6 +1,10 @@
 """Cross-entropy of a linear layer's logits, without keeping the logits."""
+from efficient_lm.lazy import lazy
 from efficient_lm.ops import dispatch
-from efficient_lm.ops.linear_cross_entropy import reference, xla
+from efficient_lm.ops.linear_cross_entropy import limits, reference, xla
+
+pallas_gpu = lazy('efficient_lm.ops.linear_cross_entropy.pallas_gpu')
+pallas_tpu = lazy('efficient_lm.ops.linear_cross_entropy.pallas_tpu')
 
 
 def linear_cross_entropy(hidden_BTD, head_DV, labels_BT, *, implementation: str = 'auto'):
@@ -10,15 +14,32 @@ def linear_cross_entropy(hidden_BTD, head_DV, labels_BT, *, implementation: str 
     hidden_BTD: what the last layer reads.
     head_DV: its weight, in the dtype of hidden.
     labels_BT: int32 in [0, V). Tokens that do not count are masked in the result.
-    implementation: 'auto', 'reference' or 'xla'.
+    implementation: 'auto', 'pallas_gpu' (Hopper), 'pallas_tpu', 'xla' or 'reference'.
 
   Returns:
-    nll_BT = logsumexp_BT - logits[label], and logsumexp_BT: nats, float32.
+    nll_BT = logsumexp_BT - logits[label], and logsumexp_BT: nats, float32. The gradient by the logits is rounded to the
+    dtype of hidden before it is multiplied.
   """
   return dispatch.run('linear_cross_entropy', IMPLEMENTATIONS, implementation, hidden_BTD, head_DV, labels_BT)
 
 
-IMPLEMENTATIONS = {
-  'xla': dispatch.Implementation(xla.linear_cross_entropy),
-  'reference': dispatch.Implementation(reference.linear_cross_entropy),
-}
+def backward(hidden_BTD, head_DV, labels_BT, logsumexp_BT, g_nll_BT, g_logsumexp_BT, *, implementation: str = 'auto'):
+  """The backward pass alone, as benchmarks time it: gradients by hidden and head, from those by the two results."""
+  return dispatch.run('linear_cross_entropy', BACKWARD, implementation, hidden_BTD, head_DV, labels_BT, logsumexp_BT,
+                      g_nll_BT, g_logsumexp_BT)
+
+
+def _on(pass_: str):
+  """The table of implementations of one pass."""
+  return {
+    'pallas_gpu': dispatch.Implementation(lambda *arguments, **options: getattr(pallas_gpu, pass_)(*arguments, **options),
+                                          on=('hopper',), refuses=limits.gpu),
+    'pallas_tpu': dispatch.Implementation(lambda *arguments, **options: getattr(pallas_tpu, pass_)(*arguments, **options),
+                                          on=('tpu',), refuses=limits.tpu),
+    'xla': dispatch.Implementation(getattr(xla, pass_)),
+    'reference': dispatch.Implementation(getattr(reference, pass_)),
+  }
+
+
+IMPLEMENTATIONS = _on('linear_cross_entropy')
+BACKWARD = _on('backward')

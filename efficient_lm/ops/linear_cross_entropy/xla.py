@@ -1,27 +1,33 @@
-"""Logits in chunks of tokens, built once in each pass and never kept: memory of one chunk, and one product more.
+"""Logits in chunks, built once in each pass and never kept: memory of one chunk, and one product more.
 
-The gradient by the logits is softmax * (g_nll + g_logsumexp) - onehot * g_nll. Chunks cut T and leave B whole, so that
-devices that share the batch all work on every chunk.
+The gradient by the logits is softmax * (g_nll + g_logsumexp) - onehot * g_nll. What is cut:
+
+- Tokens, where devices share the arrays and the compiler places them (a mesh is in force): chunks cut T and leave B and V
+  whole, so that devices that share the batch or the vocabulary all work on every chunk.
+- The vocabulary (vocabulary.py), on one device or inside `shard_map`, where it is longer than there are tokens: each cut
+  accumulates the gradient of the other side in float32, once a chunk, and the smaller of the two should be that one.
 """
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-CHUNK_LOGITS = 2 ** 23   # 32 MiB of float32
+from efficient_lm.ops import dispatch
+from efficient_lm.ops.linear_cross_entropy import vocabulary
+
+CHUNK_LOGITS = 2 ** 23   # 32 MiB of float32, about what caches hold
+CHUNK_LOGITS_ACCELERATOR = 2 ** 27   # fewer and larger products: 512 MiB
 
 
 @jax.custom_vjp
 def linear_cross_entropy(hidden_BTD, head_DV, labels_BT):
   """See the API."""
-  def chunk(_, hidden_and_labels):
-    hidden_BTD, labels_BT = hidden_and_labels
-    logits_BTV, at_label_BTV = _logits(hidden_BTD, head_DV, labels_BT)
-    logsumexp_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    return None, (logsumexp_BT - jnp.sum(jnp.where(at_label_BTV, logits_BTV, 0), -1), logsumexp_BT)
+  return _cut(labels_BT.shape, head_DV.shape[1])[0](hidden_BTD, head_DV, labels_BT)
 
-  split, join = _chunks(*labels_BT.shape, head_DV.shape[1])
-  _, (nll, logsumexp) = lax.scan(chunk, None, (split(hidden_BTD), split(labels_BT)))
-  return join(nll), join(logsumexp)
+
+def backward(hidden_BTD, head_DV, labels_BT, logsumexp_BT, g_nll_BT, g_logsumexp_BT):
+  """Gradients by hidden and head, from those by the two results and the logsumexp of the forward pass."""
+  way = _cut(labels_BT.shape, head_DV.shape[1])[1]
+  return way(hidden_BTD, head_DV, labels_BT, logsumexp_BT, g_nll_BT, g_logsumexp_BT)
 
 
 def _forward(hidden_BTD, head_DV, labels_BT):
@@ -29,45 +35,77 @@ def _forward(hidden_BTD, head_DV, labels_BT):
   return (nll_BT, logsumexp_BT), (hidden_BTD, head_DV, labels_BT, logsumexp_BT)
 
 
-def _backward(saved, g):
-  hidden_BTD, head_DV, labels_BT, logsumexp_BT = saved
-  g_nll_BT, g_logsumexp_BT = g
+linear_cross_entropy.defvjp(_forward, lambda saved, g: (*backward(*saved, *g), None))
 
+
+def _cut(tokens: tuple[int, int], V: int):
+  """Forward and backward function: by tokens or by vocabulary."""
+  mesh = jax.sharding.get_abstract_mesh()
+  shared = not mesh.empty and mesh.size > 1 and len(mesh.manual_axes) < len(mesh.axis_names)
+  return BY_TOKENS if shared or tokens[0] * tokens[1] >= V else BY_VOCABULARY
+
+
+def chunk_logits() -> int:
+  """How many logits a chunk has, at most."""
+  return CHUNK_LOGITS if dispatch.device().platform == 'cpu' else CHUNK_LOGITS_ACCELERATOR
+
+
+def _forward_by_tokens(hidden_BTD, head_DV, labels_BT):
+  def chunk(_, hidden_and_labels):
+    hidden_BTD, labels_BT = hidden_and_labels
+    logits_BTV, at_label_BTV = _logits(hidden_BTD, head_DV, labels_BT)
+    logsumexp_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    return None, (logsumexp_BT - jnp.sum(jnp.where(at_label_BTV, logits_BTV, 0), -1), logsumexp_BT)
+
+  split, join = token_chunks(*labels_BT.shape, head_DV.shape[1])
+  _, (nll, logsumexp) = lax.scan(chunk, None, (split(hidden_BTD), split(labels_BT)))
+  return join(nll), join(logsumexp)
+
+
+def _backward_by_tokens(hidden_BTD, head_DV, *others_BT):
   def chunk(dhead_DV, inputs):
     hidden_BTD, labels_BT, logsumexp_BT, g_nll_BT, g_logsumexp_BT = inputs
     logits_BTV, at_label_BTV = _logits(hidden_BTD, head_DV, labels_BT)
     p_BTV = jnp.exp(logits_BTV - logsumexp_BT[..., None])
-    g_BTV = p_BTV * (g_nll_BT + g_logsumexp_BT)[..., None] - jnp.where(at_label_BTV, g_nll_BT[..., None], 0)
-    # Two matrices: a product that sums over two dims, B and T, makes XLA:CPU transpose first.
-    g_MV = g_BTV.astype(hidden_BTD.dtype).reshape(-1, g_BTV.shape[-1])
-    hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    dhead_DV += lax.dot_general(hidden_MD, g_MV, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    dhidden_MD = lax.dot_general(g_MV, head_DV, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return dhead_DV, dhidden_MD.astype(hidden_BTD.dtype).reshape(hidden_BTD.shape)
+    d_BTV = p_BTV * (g_nll_BT + g_logsumexp_BT)[..., None] - jnp.where(at_label_BTV, g_nll_BT[..., None], 0)
+    dhidden_BTD, more_DV = gradients_of_product(hidden_BTD, head_DV, d_BTV)
+    return dhead_DV + more_DV, dhidden_BTD.astype(hidden_BTD.dtype)
 
-  split, join = _chunks(*labels_BT.shape, head_DV.shape[1])
-  inputs = tuple(map(split, (hidden_BTD, labels_BT, logsumexp_BT, g_nll_BT, g_logsumexp_BT)))
+  split, join = token_chunks(*others_BT[0].shape, head_DV.shape[1])
+  inputs = tuple(map(split, (hidden_BTD, *others_BT)))
   dhead_DV, dhidden = lax.scan(chunk, jnp.zeros(head_DV.shape, jnp.float32), inputs)
-  return join(dhidden), dhead_DV.astype(head_DV.dtype), None
+  return join(dhidden), dhead_DV.astype(head_DV.dtype)
 
 
-linear_cross_entropy.defvjp(_forward, _backward)
+def gradients_of_product(hidden_BTD, head_DV, d_BTV):
+  """Float32 gradients by hidden and head of their product, whose own is rounded to the dtype of hidden first."""
+  # Two matrices: a product that sums over two dims, B and T, makes XLA:CPU transpose first.
+  d_MV = d_BTV.astype(hidden_BTD.dtype).reshape(-1, d_BTV.shape[-1])
+  hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+  dhead_DV = lax.dot_general(hidden_MD, d_MV, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+  dhidden_MD = lax.dot_general(d_MV, head_DV, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+  return dhidden_MD.reshape(hidden_BTD.shape), dhead_DV
+
+
+def product(hidden_BTD, head_DV):
+  """Float32 logits_BTV."""
+  (B, T, D), V = hidden_BTD.shape, head_DV.shape[1]
+  return jnp.dot(hidden_BTD.reshape(B * T, D), head_DV, preferred_element_type=jnp.float32).reshape(B, T, V)
 
 
 def _logits(hidden_BTD, head_DV, labels_BT):
   """Float32 logits, and where the label is: a comparison, because a gather would need the whole vocabulary."""
-  (B, T, D), V = hidden_BTD.shape, head_DV.shape[1]
-  logits_MV = jnp.dot(hidden_BTD.reshape(B * T, D), head_DV, preferred_element_type=jnp.float32)
-  return logits_MV.reshape(B, T, V), labels_BT[..., None] == jnp.arange(V)
+  return product(hidden_BTD, head_DV), labels_BT[..., None] == jnp.arange(head_DV.shape[1])
 
 
-def _chunks(B: int, T: int, V: int):
-  """Functions that cut (B, T, ...) into (chunks, B, tokens, ...), padded with zeros, and put it together again."""
-  count = min(-(-B * T * V // CHUNK_LOGITS), T)
+def token_chunks(B: int, T: int, V: int):
+  """Functions that cut (B, T, ...) into (chunks, B, tokens, ...), padded with zeros or as `mode` says, and put it
+  together again."""
+  count = min(-(-B * T * V // chunk_logits()), T)
   tokens = -(-T // count)
 
-  def split(x):
-    x = jnp.pad(x, ((0, 0), (0, count * tokens - T), *[(0, 0)] * (x.ndim - 2)))
+  def split(x, mode='constant'):
+    x = jnp.pad(x, ((0, 0), (0, count * tokens - T), *[(0, 0)] * (x.ndim - 2)), mode)
     return x.reshape(B, count, tokens, *x.shape[2:]).swapaxes(0, 1)
 
   def join(x):
@@ -75,3 +113,53 @@ def _chunks(B: int, T: int, V: int):
     return x.reshape(B, count * tokens, *x.shape[3:])[:, :T]
 
   return split, join
+
+
+def _forward_by_vocabulary(hidden_BTD, head_DV, labels_BT):
+  hidden_MD, labels_M, V = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), labels_BT.reshape(-1), head_DV.shape[1]
+  width = _width(labels_M.size, V)
+
+  def chunk(start, width, carry):
+    maximum_M, total_M, label_M = carry
+    logits_MC = _columns(hidden_MD, head_DV, start, width)
+    at_label_MC = labels_M[:, None] - start == jnp.arange(width)
+    label_M += jnp.sum(jnp.where(at_label_MC, logits_MC, 0), -1)
+    return *vocabulary.combine(maximum_M, total_M, jax.nn.logsumexp(logits_MC, axis=-1)), label_M
+
+  zero_M = jnp.zeros(labels_M.shape, jnp.float32)
+  carry = zero_M - jnp.inf, zero_M, zero_M
+  whole, rest = divmod(V, width)
+  carry = lax.fori_loop(0, whole, lambda i, carry: chunk(i * width, width, carry), carry)
+  if rest: carry = chunk(jnp.int32(V - rest), rest, carry)
+  maximum_M, total_M, label_M = carry
+  logsumexp_BT = (maximum_M + jnp.log(total_M)).reshape(labels_BT.shape)
+  return logsumexp_BT - label_M.reshape(labels_BT.shape), logsumexp_BT
+
+
+def _backward_by_vocabulary(hidden_BTD, head_DV, *others_BT):
+  hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+  labels_M, logsumexp_M, g_nll_M, g_logsumexp_M = (x_BT.reshape(-1) for x_BT in others_BT)
+
+  def dlogits(start, width):
+    p_MC = jnp.exp(_columns(hidden_MD, head_DV, start, width) - logsumexp_M[:, None])
+    at_label_MC = labels_M[:, None] - start == jnp.arange(width)
+    d_MC = p_MC * (g_nll_M + g_logsumexp_M)[:, None] - jnp.where(at_label_MC, g_nll_M[:, None], 0)
+    return d_MC.astype(hidden_MD.dtype)
+
+  width = _width(labels_M.size, head_DV.shape[1])
+  dhidden_MD, dhead_DV = vocabulary.gradients(dlogits, hidden_MD, head_DV, width)
+  return dhidden_MD.reshape(hidden_BTD.shape), dhead_DV
+
+
+def _columns(hidden_MD, head_DV, start, width: int):
+  head_DC = lax.dynamic_slice_in_dim(head_DV, start, width, axis=1)
+  return jnp.dot(hidden_MD, head_DC, preferred_element_type=jnp.float32)
+
+
+def _width(M: int, V: int) -> int:
+  """Columns of a chunk: as many as a chunk of logits allows, in multiples of 128."""
+  return min(V, max(128, chunk_logits() // M // 128 * 128))
+
+
+BY_TOKENS = (_forward_by_tokens, _backward_by_tokens)
+BY_VOCABULARY = (_forward_by_vocabulary, _backward_by_vocabulary)

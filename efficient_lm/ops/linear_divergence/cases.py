@@ -1,0 +1,117 @@
+"""Inputs on which every implementation of the divergences must agree, for tests and benchmarks."""
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from efficient_lm.ops import linear_divergence as op
+
+TEMPERATURE = 2.0
+LISTED = 8   # tokens of a teacher that are listed or drawn, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """tokens: (B, T); dims: widths of student and teacher; signal: 'dense', 'top_k' or 'sampled'; logits: their deviation;
+  of: 'forward' or 'backward'."""
+  tokens: tuple[int, int]
+  dims: tuple[int, int]
+  vocab: int
+  signal: str = 'dense'
+  kind: str = 'forward_kl'
+  logits: float = 1.
+  dtype: Any = jnp.float32
+  of: str = 'forward'
+
+  def arguments(self):
+    """hidden_BTD, head_DV and the teacher's two arrays; for the backward pass also the cotangent of the result."""
+    *keys, ids, cotangent = jax.random.split(jax.random.key(self.tokens[1]), 6)
+    draw = lambda key, *shape: jax.random.normal(key, shape)
+    layer = lambda hidden, head, D: (draw(hidden, *self.tokens, D).astype(self.dtype),
+                                     (draw(head, D, self.vocab) * self.logits * D ** -.5).astype(self.dtype))
+    student = layer(*keys[:2], self.dims[0])
+    if self.signal == 'dense': teacher = layer(*keys[2:], self.dims[1])
+    else: teacher = self._sparse(*keys[2:], ids)
+    return *student, *teacher, *((jax.random.uniform(cotangent, self.tokens),) if self.of == 'backward' else ())
+
+  def _sparse(self, values, counts, ids):
+    listed = min(LISTED, self.vocab)
+    shape = *self.tokens, listed
+    if self.signal == 'sampled':
+      return jax.random.randint(ids, shape, 0, self.vocab), jax.random.randint(counts, shape, 0, 5)
+    # Different ids: every listed-th one, from a place of its own for each token.
+    first = jax.random.randint(ids, (*self.tokens, 1), 0, self.vocab)
+    ids_BTA = (first + jnp.arange(listed) * max(self.vocab // listed, 1)) % self.vocab
+    kept = 1. if listed == self.vocab else 0.8
+    return ids_BTA, jax.nn.log_softmax(self.logits * jax.random.normal(values, shape)) + jnp.log(kept)
+
+  def call(self, implementation: str, tiles=None):
+    """arguments -> divergence_BT, or (dhidden_BTD, dhead_DV)."""
+    assert tiles is None, 'there are no kernels of this operation, and so no tiles'
+    options = dict(temperature=TEMPERATURE, implementation=implementation)
+    if self.signal == 'sampled': run = lambda *arrays: op.linear_sampled_cross_entropy(*arrays, **options)
+    else:
+      function = {'dense': op.linear_divergence, 'top_k': op.linear_top_k_divergence}[self.signal]
+      run = lambda *arrays: function(*arrays, kind=self.kind, **options)
+    if self.of == 'forward': return run
+    def backward(hidden_BTD, head_DV, first, second, g_BT):
+      _, pull = jax.vjp(lambda hidden, head: run(hidden, head, first, second), hidden_BTD, head_DV)
+      return pull(g_BT)
+    return backward
+
+  @property
+  def flops(self) -> float:
+    """A product for each set of logits; backward these again, and one for each gradient."""
+    B, T = self.tokens
+    student, teacher = self.dims[0], self.dims[1] if self.signal == 'dense' else 0
+    return 2. * B * T * self.vocab * (student + teacher + (0 if self.of == 'forward' else 2 * student))
+
+  @property
+  def bytes(self) -> float:
+    """Hidden states and heads read once; backward, as much written as the student has."""
+    student, teacher = self.dims[0], self.dims[1] if self.signal == 'dense' else 0
+    width = teacher + student * (1 if self.of == 'forward' else 2)
+    return float((self.tokens[0] * self.tokens[1] + self.vocab) * width * jnp.dtype(self.dtype).itemsize)
+
+  @property
+  def precision(self) -> str: return jnp.dtype(self.dtype).name
+
+  @property
+  def tolerance(self) -> float:
+    """Sums of float32 numbers in another order: 1e-5, and 2e-6 for each deviation of logits, which are known to some
+    2**-24 of the largest before exp makes that relative. In bfloat16 the gradient by the logits and both results of the
+    backward pass are rounded to 8 bits, 2**-8 each."""
+    return 2 ** -7 if self.dtype == jnp.bfloat16 and self.of == 'backward' else max(1e-5, 2e-6 * self.logits)
+
+  def baselines(self):
+    """All logits built, as one would write it."""
+    return {'jnp': self.call('reference')}
+
+
+_FORWARD = {
+  'forward KL': Case((2, 13), (16, 24), 50),
+  'reverse KL': Case((2, 13), (16, 24), 50, kind='reverse_kl'),
+  'Jensen-Shannon': Case((2, 13), (16, 24), 50, kind='jensen_shannon'),
+  'top 8 and the rest': Case((2, 13), (16, 0), 50, 'top_k'),
+  'top 8 and the rest, reverse': Case((2, 13), (16, 0), 50, 'top_k', 'reverse_kl'),
+  'top 8 and the rest, Jensen-Shannon': Case((2, 13), (16, 0), 50, 'top_k', 'jensen_shannon'),
+  'all are listed': Case((1, 9), (8, 0), 5, 'top_k'),
+  'sampled': Case((2, 13), (16, 0), 50, 'sampled'),
+  'one token': Case((1, 1), (8, 8), 5),
+  'certain': Case((2, 5), (16, 8), 40, logits=200.),
+  'certain, Jensen-Shannon': Case((2, 5), (16, 8), 40, kind='jensen_shannon', logits=200.),
+  'certain, top 8': Case((2, 5), (16, 8), 40, 'top_k', logits=200.),
+  'bfloat16': Case((2, 13), (16, 24), 50, dtype=jnp.bfloat16),
+}
+CASES = _FORWARD | {f'{name}, backward': dataclasses.replace(case, of='backward') for name, case in _FORWARD.items()}
+
+
+def bench(platform: str) -> dict[str, Case]:
+  """A student of 1B taught by one of 8B on accelerators (Llama 3.2 by 3.1), and one that takes a moment on a CPU."""
+  case = Case((1, 256), (128, 256), 8192) if platform == 'cpu' else Case(
+    (2, 4096), (2048, 4096), 128256, dtype=jnp.bfloat16)
+  signals = {'forward KL': {}, 'Jensen-Shannon': dict(kind='jensen_shannon'), 'top 8': dict(signal='top_k'),
+             'sampled': dict(signal='sampled')}
+  return {f'{name}, {of}': dataclasses.replace(case, of=of, **options)
+          for name, options in signals.items() for of in ('forward', 'backward')}
