@@ -13,10 +13,10 @@ from efficient_lm.ops.attention.cases import CASES, Case, bench
 
 
 def assert_close(got, wanted, tolerance):
-  for got, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-    assert got.dtype == wanted.dtype and got.shape == wanted.shape
-    got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
-    np.testing.assert_allclose(got, wanted, atol=tolerance * max(1, np.abs(wanted).max()), rtol=0)
+  for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+    np.testing.assert_allclose(ours, theirs, atol=tolerance * max(1, np.abs(theirs).max()), rtol=0)
 
 
 @pytest.mark.parametrize('name', CASES)

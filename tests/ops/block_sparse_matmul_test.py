@@ -1,19 +1,33 @@
 """The block-sparse product is the dense one with a masked matrix, in value and in gradient, by every implementation."""
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
-from efficient_lm.ops.block_sparse_matmul import block_sparse_matmul, from_dense, pattern_of, to_dense
+from efficient_lm.ops import dispatch
+from efficient_lm.ops.block_sparse_matmul import IMPLEMENTATIONS, block_sparse_matmul, from_dense, pattern_of, to_dense
 from efficient_lm.ops.block_sparse_matmul.cases import CASES, Case, bench
+from efficient_lm.ops.block_sparse_matmul.tiles import (
+  PASSES,
+  SHARED,
+  VMEM,
+  GpuTiles,
+  TpuTiles,
+  gpu_candidates,
+  gpu_tiles_for,
+  tpu_candidates,
+  tpu_tiles_for,
+)
 
 
 def assert_close(got, wanted, tolerance):
-  for got, wanted in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-    assert got.dtype == wanted.dtype and got.shape == wanted.shape
-    got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
-    np.testing.assert_allclose(got, wanted, atol=tolerance * np.abs(wanted).max(initial=1e-30), rtol=0)
+  for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+    ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+    np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max(initial=1e-30), rtol=0)
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -42,12 +56,12 @@ def test_equals_the_dense_product_with_a_masked_matrix(name):
 @settings(max_examples=8, deadline=None)
 def test_any_mask_any_size(data):
   draw = lambda low, high: data.draw(strategies.integers(low, high))
-  M, R, C, I, J = draw(1, 9), draw(1, 5), draw(1, 5), draw(1, 4), draw(1, 4)
+  M, R, C, U, V = draw(1, 9), draw(1, 5), draw(1, 5), draw(1, 4), draw(1, 4)
   mask = np.array(data.draw(strategies.lists(strategies.booleans(), min_size=R * C, max_size=R * C))).reshape(R, C)
   # Small integers: every order of summation gives the same float32.
   random = np.random.default_rng(draw(0, 9))
-  x, w, g = (random.integers(-4, 5, shape).astype(np.float32) for shape in ((M, R * I), (R * I, C * J), (M, C * J)))
-  kept = np.kron(mask, np.ones((I, J), bool))
+  x, w, g = (random.integers(-4, 5, shape).astype(np.float32) for shape in ((M, R * U), (R * U, C * V), (M, C * V)))
+  kept = np.kron(mask, np.ones((U, V), bool))
   blocks, pattern = from_dense(w, mask)
   y, pull = jax.vjp(lambda x, blocks: block_sparse_matmul(x, blocks, pattern, implementation='xla'), x, jnp.asarray(blocks))
   dx, dblocks = pull(jnp.asarray(g))
@@ -80,9 +94,93 @@ def test_a_pattern_is_data_so_that_layers_of_a_scan_may_differ():
   layers = [from_dense(jnp.asarray(w_KN), mask) for w_KN, mask in zip(w_LKN, masks)]
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
   x = jnp.ones((2, 12))
-  got, _ = jax.jit(lambda x, stacked: jax.lax.scan(lambda x, layer: (block_sparse_matmul(x, *layer), None), x, stacked))(x, stacked)
+  through = lambda x, layers: jax.lax.scan(lambda x, layer: (block_sparse_matmul(x, *layer), None), x, layers)[0]
+  got = jax.jit(through)(x, stacked)
   for layer in layers: x = x @ to_dense(*layer)
   np.testing.assert_allclose(got, x, rtol=1e-5)
+
+
+# Interpreted: memory starts as NaN and races are looked for. Tiles are small, so that there are several of each.
+TPU = {
+  'rows left over, an empty column': (Case(40, (3, 2), (128, 128), 0.3, balanced=False), TpuTiles(16, 16, 32, 3, 2)),
+  'wide blocks in bfloat16, two cores': (Case(64, (2, 3), (128, 256), 0.4, False, 'bfloat16'), TpuTiles(32, 16, 64, 2, 2)),
+  'fewer blocks than stages': (Case(20, (2, 2), (128, 128), 1 / 4, False), None),
+}
+
+
+@pytest.mark.parametrize('name', TPU)
+def test_the_tpu_kernels_equal_the_reference(name):
+  from jax.experimental.pallas import tpu as pltpu
+
+  from efficient_lm.ops.block_sparse_matmul import pallas_tpu
+  interpreter = importlib.import_module('jax._src.pallas.mosaic.interpret.interpret_pallas_call')
+  case, tiles = TPU[name]
+  x, blocks, pattern, g, _ = arguments = case.arguments()
+  run = lambda x, blocks: pallas_tpu.block_sparse_matmul(x, blocks, pattern, tiles=tiles)
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(
+      detect_races=True, uninitialized_memory='nan', out_of_bounds_reads='raise', dma_execution_mode='on_wait')):
+    got = jax.tree.map(np.asarray, case._passes(run, x, blocks, g))
+  assert_close(got, case.call('reference')(*arguments), case.tolerance)
+  assert not interpreter.races.races_found
+
+
+GPU = {
+  'rows left over, an empty column': (Case(70, (2, 3), (64, 64), 1 / 3, False, 'bfloat16'), GpuTiles(128, 64, 2, 2)),
+  'wide blocks': (Case(128, (2, 1), (64, 128), 0.5, dtype='bfloat16'), GpuTiles(128, 64, 3, 2)),
+}
+
+
+@pytest.mark.parametrize('name', GPU)
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason='jax interprets GPU kernels from 0.11 on')
+def test_the_gpu_kernels_equal_the_reference(name, monkeypatch):
+  from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
+  from efficient_lm.ops.block_sparse_matmul import pallas_gpu
+  monkeypatch.setattr(pallas_gpu, 'H200_CORES', 2)
+  case, tiles = GPU[name]
+  x, blocks, pattern, g, _ = arguments = case.arguments()
+  run = lambda x, blocks: pallas_gpu.block_sparse_matmul(x, blocks, pattern, tiles=tiles)
+  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    got = jax.tree.map(np.asarray, case._passes(run, x, blocks, g))
+  assert_close(got, case.call('reference')(*arguments), case.tolerance)
+  assert not gpu_callbacks.get_races().races_found
+
+
+def test_blocks_are_paired_within_their_column():
+  """Each block is the first or the second of exactly one pair."""
+  from efficient_lm.ops.block_sparse_matmul.pallas_gpu import pairs
+  mask = np.random.default_rng(0).random((5, 7)) < 0.4
+  mask[:, 2] = False
+  pattern = pattern_of(mask)
+  first, column, count = (np.asarray(a) for a in pairs(jnp.asarray(pattern.column_starts), int(mask.sum())))
+  seen = [q for p in range(count[0]) for q in (first[p], first[p] + 1) if q < pattern.column_starts[column[p] + 1]]
+  assert seen == list(range(mask.sum()))
+  assert all(pattern.columns_Q[first[p]] == column[p] for p in range(count[0])) and len(first) >= count[0]
+
+
+def test_tiles_fit_their_memory():
+  for case in bench('tpu').values():
+    (R, C), (U, V) = case.grid, case.block
+    sizes = R * U, C * V, U, V
+    assert gpu_tiles_for(case.M, *sizes).shared(U, V) <= SHARED and gpu_candidates(U, V)
+    if U < 128: continue
+    assert all(tpu_tiles_for(case.M, *sizes, 2).vmem(of, *sizes, 2) <= VMEM for of in PASSES) and tpu_candidates(*sizes, 2)
+
+
+def test_auto_takes_the_kernels_where_they_are_for(monkeypatch):
+  def auto(kind, platform, case):
+    monkeypatch.setattr(dispatch, 'device', lambda: dispatch.Device(platform, kind))
+    arguments = jax.eval_shape(case.arguments)[:3]
+    return next(name for name, one in IMPLEMENTATIONS.items()
+                if set(one.on if one.auto is None else one.auto) & set(dispatch.device().families)
+                and not one.refuses(*arguments))
+  small, large = Case(8, (2, 2)), Case(512, (4, 4), (128, 128), dtype='bfloat16')
+  kernel = 'pallas_gpu' if jax.__version_info__ >= (0, 11) else 'dense'
+  assert auto('cpu', 'cpu', large) == 'xla'
+  assert auto('NVIDIA H200', 'gpu', large) == kernel and auto('TPU v6 lite', 'tpu', large) == 'pallas_tpu'
+  for device in (('NVIDIA H200', 'gpu'), ('TPU v6 lite', 'tpu')): assert auto(*device, small) == 'dense'
+  assert auto('NVIDIA A100', 'gpu', large) == 'dense'
 
 
 @pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])

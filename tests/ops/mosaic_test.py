@@ -6,8 +6,8 @@ from jax.sharding import AbstractMesh, AxisType
 from efficient_lm.ops import mosaic
 
 
-@pytest.mark.parametrize('size, kind, fits', [(1, AxisType.Auto, True), (2, AxisType.Auto, False), (2, AxisType.Manual, True),
-                                              (2, AxisType.Explicit, False)])
+@pytest.mark.parametrize(('size', 'kind', 'fits'), [
+  (1, AxisType.Auto, True), (2, AxisType.Auto, False), (2, AxisType.Manual, True), (2, AxisType.Explicit, False)])
 def test_only_axes_of_several_devices_that_nobody_cut_yet_are_in_the_way(size, kind, fits):
   assert not mosaic.cut_by_compiler()
   with jax.sharding.use_abstract_mesh(AbstractMesh((size,), ('fsdp',), axis_types=(kind,))):

@@ -28,7 +28,7 @@ class Case:
   @functools.cached_property
   def segments_BS(self) -> np.ndarray:
     """int32 document ids."""
-    (B, T, S), random = self.tokens, np.random.default_rng(self.documents)
+    (B, _, S), random = self.tokens, np.random.default_rng(self.documents)
     ends = np.sort(np.stack([random.permutation(S - 1)[:max(self.documents - 1, 0)] + 1 for _ in range(B)]), axis=1)
     return (np.arange(S) >= ends[..., None]).sum(1).astype(np.int32)
 
@@ -60,12 +60,11 @@ class Case:
   @property
   def flops(self) -> float:
     """Of the pairs that see each other; the backward pass has two products for one, what it builds again not counted."""
-    (B, T, S), N = self.tokens, self.heads[0]
-    query = self.start + np.arange(T)
+    query = self.start + np.arange(self.tokens[1])
     begin = np.stack([np.searchsorted(ids, ids[query]) for ids in self.segments_BS])
     if self.window is not None: begin = np.maximum(begin, query - self.window + 1)
     pairs = int((query - begin + 1).sum())
-    return 2.0 * pairs * N * sum(self.dims) * {'forward': 1, 'backward': 2, 'all': 3}[self.of]
+    return 2.0 * pairs * self.heads[0] * sum(self.dims) * {'forward': 1, 'backward': 2, 'all': 3}[self.of]
 
   @property
   def bytes(self) -> float:
@@ -80,8 +79,8 @@ class Case:
 
   @property
   def tolerance(self) -> float:
-    # Softmax-weighted means of unit normals, and their gradients summed over at most 400 queries in another order. In 16 bits
-    # results, probabilities and what flows back are rounded to 8 bits (bfloat16) or 11, and each sum meets all three.
+    # Softmax-weighted means of unit normals, and their gradients summed over at most 400 queries in another order. In
+    # 16 bits results, probabilities and what flows back are rounded to 8 bits (bfloat16) or 11, and sums meet all three.
     return {'float32': 2e-5, 'bfloat16': 2e-2, 'float16': 3e-3}[self.dtype]
 
 
@@ -106,7 +105,7 @@ CASES = {
 
 
 def bench(platform: str) -> dict[str, Case]:
-  """On CPU, small models; elsewhere the heads of Llama-3 8B, with a window those of Mistral 7B, and DeepSeek-V2's latent ones."""
+  """On CPU small models; elsewhere the heads of Llama-3 8B, with Mistral 7B's window too, and those of DeepSeek-V2-Lite."""
   if platform == 'cpu':
     return {f'8 x 256 tokens, 6 heads of 64, {of}': Case((8, 256, 256), (6, 6), (64, 64), of=of)
             for of in ('forward', 'all')} | {

@@ -18,7 +18,8 @@ from efficient_lm.ops import dispatch
 from efficient_lm.ops.attention import reference
 
 
-def attention(q_BTNH, k_BTKH, v_BTKH, *, start=0, segments_BS=None, window=None, scale: float, implementation: str = 'cudnn'):
+def attention(q_BTNH, k_BTKH, v_BTKH, *, start=0, segments_BS=None, window=None, scale: float,
+              implementation: str = 'cudnn'):
   """See the API. implementation: of `jax.nn.dot_product_attention`."""
   T, H, value = q_BTNH.shape[1], q_BTNH.shape[-1], v_BTKH.shape[-1]
   q, k, v = (_filled(x, _width(H, value)) for x in (q_BTNH, k_BTKH, v_BTKH))
@@ -38,7 +39,7 @@ def refuses(q_BTNH, k_BSKH, v_BSKH, *, start, segments_BS, window, scale) -> str
   if not here.kind.startswith('NVIDIA'): return f'{here.kind} has no cuDNN'
   if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16): return f'queries are {q_BTNH.dtype}, neither bfloat16 nor float16'
   if width > limit: return f'head dims are {width} where cuDNN takes {limit} at most'
-  if not (isinstance(start, int) and start == 0 and T == k_BSKH.shape[1]): return 'it is for training, without a cache'
+  if not (isinstance(start, int) and start == 0) or k_BSKH.shape[1] != T: return 'it is for training, without a cache'
   if segments_BS is not None and T % 2: return f'with documents it needs an even number of tokens, not {T}'
   # Before, the gradient by the mask was computed as well.
   if segments_BS is not None and jax.__version_info__ < (0, 11): return 'with documents it needs jax 0.11'

@@ -11,7 +11,7 @@ from efficient_lm.ops import block_sparse_matmul as op
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """M rows times R x C blocks of I x J, of which a share `density` is kept.
+  """M rows times R x C blocks of U x V, of which a share `density` is kept.
 
   balanced: each column keeps equally many; otherwise the places are drawn from the whole matrix.
   of: 'forward'; or 'dgrad' or 'wgrad', the gradients of rows and of blocks; or 'all' three.
@@ -32,28 +32,28 @@ class Case:
     return order < round(self.density * (R if self.balanced else R * C))
 
   def arguments(self):
-    """x_MK, blocks_QIJ, their pattern, a cotangent g_MN, and the dense w_KN for baselines."""
-    (R, C), (I, J) = self.grid, self.block
+    """x_MK, blocks_QUV, their pattern, a cotangent g_MN, and the dense w_KN for baselines."""
+    (R, C), (U, V) = self.grid, self.block
     x, w, g = jax.random.split(jax.random.key(self.M), 3)
-    w_KN = (R * I) ** -0.5 * jax.random.normal(w, (R * I, C * J), self.dtype)
-    blocks_QIJ, pattern = op.from_dense(w_KN, self.mask)
+    w_KN = (R * U) ** -0.5 * jax.random.normal(w, (R * U, C * V), self.dtype)
+    blocks_QUV, pattern = op.from_dense(w_KN, self.mask)
     pattern = jax.tree.map(jnp.asarray, pattern)
-    return (jax.random.normal(x, (self.M, R * I), self.dtype), blocks_QIJ, pattern,
-            jax.random.normal(g, (self.M, C * J), self.dtype), op.to_dense(blocks_QIJ, pattern))
+    return (jax.random.normal(x, (self.M, R * U), self.dtype), blocks_QUV, pattern,
+            jax.random.normal(g, (self.M, C * V), self.dtype), op.to_dense(blocks_QUV, pattern))
 
   def call(self, implementation: str, tiles=None):
     """function(*arguments) -> what `of` names."""
     run = functools.partial(op.block_sparse_matmul, implementation=implementation)
     if tiles is not None: run = functools.partial(op.IMPLEMENTATIONS[implementation].run, tiles=tiles)
 
-    def function(x_MK, blocks_QIJ, pattern, g_MN, w_KN):
-      return self._passes(lambda x, blocks: run(x, blocks, pattern), x_MK, blocks_QIJ, g_MN)
+    def function(x_MK, blocks_QUV, pattern, g_MN, w_KN):
+      return self._passes(lambda x, blocks: run(x, blocks, pattern), x_MK, blocks_QUV, g_MN)
     return function
 
   def baselines(self):
     """The dense product of the same sizes."""
-    def dense(x_MK, blocks_QIJ, pattern, g_MN, w_KN):
-      return self._passes(lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype), x_MK, w_KN, g_MN)
+    def product(x, w): return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+    def dense(x_MK, blocks_QUV, pattern, g_MN, w_KN): return self._passes(product, x_MK, w_KN, g_MN)
     return {'dense': dense}
 
   def _passes(self, run, x, w, g):
@@ -65,14 +65,14 @@ class Case:
   @property
   def flops(self) -> float:
     """Of the kept blocks."""
-    I, J = self.block
-    return 2.0 * self.M * int(self.mask.sum()) * I * J * (3 if self.of == 'all' else 1)
+    U, V = self.block
+    return 2.0 * self.M * int(self.mask.sum()) * U * V * (3 if self.of == 'all' else 1)
 
   @property
   def bytes(self) -> float:
     """Each operand and each result once."""
-    (R, C), (I, J) = self.grid, self.block
-    once = self.M * R * I + self.M * C * J + int(self.mask.sum()) * I * J
+    (R, C), (U, V) = self.grid, self.block
+    once = self.M * R * U + self.M * C * V + int(self.mask.sum()) * U * V
     return float(once * jnp.dtype(self.dtype).itemsize * (3 if self.of == 'all' else 1))
 
   @property
@@ -100,13 +100,13 @@ CASES = {
 
 
 def bench(platform: str) -> dict[str, Case]:
-  """Realistic products: of one square matrix on CPU; of a 4096 -> 14336 projection (Llama-3 8B) and a square one elsewhere."""
+  """One square matrix of 1024 on CPU; elsewhere a projection from 4096 to 14336 (Llama-3 8B), and a square one of 4096."""
   if platform == 'cpu':
-    return {f'{I}x{I} blocks, density {density}, {of}': Case(512, (1024 // I, 1024 // I), (I, I), density, of=of)
-            for I, density in ((64, 0.5), (128, 0.5), (128, 0.25), (128, 0.125)) for of in ('forward', 'all')}
+    return {f'{U}x{U} blocks, density {density}, {of}': Case(512, (1024 // U, 1024 // U), (U, U), density, of=of)
+            for U, density in ((64, 0.5), (128, 0.5), (128, 0.25), (128, 0.125)) for of in ('forward', 'all')}
   cases = {f'8192 x 4096 x 14336, 128x128, density {density}, {of}':
              Case(8192, (32, 112), (128, 128), density, dtype='bfloat16', of=of)
            for density in (0.5, 0.25, 0.125) for of in ('forward', 'dgrad', 'wgrad')}
-  for I in (64, 256):
-    cases[f'8192 x 4096 x 4096, {I}x{I}, density 0.5, all'] = Case(8192, (4096 // I, 4096 // I), (I, I), dtype='bfloat16')
+  for U in (64, 256):
+    cases[f'8192 x 4096 x 4096, {U}x{U}, density 0.5, all'] = Case(8192, (4096 // U, 4096 // U), (U, U), dtype='bfloat16')
   return cases

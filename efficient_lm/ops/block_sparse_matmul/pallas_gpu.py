@@ -30,35 +30,35 @@ PRODUCER, CONSUMERS = 2, 2
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _product(x_MK, blocks_QIJ, pattern: Pattern, tiles):
-  return rows(x_MK, blocks_QIJ, pattern.by_column(), tiles=tiles)
+def _product(x_MK, blocks_QUV, pattern: Pattern, tiles):
+  return rows(x_MK, blocks_QUV, pattern.by_column(), tiles=tiles)
 
 
-def _forward(x_MK, blocks_QIJ, pattern, tiles):
-  return _product(x_MK, blocks_QIJ, pattern, tiles), (x_MK, blocks_QIJ, pattern)
+def _forward(x_MK, blocks_QUV, pattern, tiles):
+  return _product(x_MK, blocks_QUV, pattern, tiles), (x_MK, blocks_QUV, pattern)
 
 
 def _backward(tiles, saved, g_MN):
-  x_MK, blocks_QIJ, pattern = saved
-  return (rows(g_MN, blocks_QIJ, pattern.by_row(), transposed=True, tiles=tiles),
-          weights(x_MK, g_MN, blocks_QIJ, pattern, tiles=tiles), None)
+  x_MK, blocks_QUV, pattern = saved
+  return (rows(g_MN, blocks_QUV, pattern.by_row(), transposed=True, tiles=tiles),
+          weights(x_MK, g_MN, blocks_QUV, pattern, tiles=tiles), None)
 
 
 _product.defvjp(_forward, _backward)
 
 
-def block_sparse_matmul(x_MK, blocks_QIJ, pattern: Pattern, *, tiles: GpuTiles | None = None):
+def block_sparse_matmul(x_MK, blocks_QUV, pattern: Pattern, *, tiles: GpuTiles | None = None):
   """See the API."""
-  return _product(x_MK, blocks_QIJ, pattern, tiles)
+  return _product(x_MK, blocks_QUV, pattern, tiles)
 
 
-def refuses(x_MK, blocks_QIJ, pattern: Pattern) -> str:
+def refuses(x_MK, blocks_QUV, pattern: Pattern) -> str:
   """Why these kernels cannot take such arguments, '' if they can."""
-  (M, K), (_, I, J), C = x_MK.shape, blocks_QIJ.shape, pattern.shape[1]
+  (M, K), (_, U, V), C = x_MK.shape, blocks_QUV.shape, pattern.shape[1]
   if jax.__version_info__ < (0, 11): return 'it needs jax 0.11'
   if x_MK.dtype not in (jnp.bfloat16, jnp.float16): return f'rows are {x_MK.dtype}, neither bfloat16 nor float16'
-  if I % 64 or J % 64: return f'blocks are {I} x {J}, not multiples of 64 x 64'
-  if gpu_tiles_for(M, K, C * J, I, J).shared(I, J) > SHARED: return f'blocks of {I} x {J} do not fit into shared memory'
+  if U % 64 or V % 64: return f'blocks are {U} x {V}, not multiples of 64 x 64'
+  if gpu_tiles_for(M, K, C * V, U, V).shared(U, V) > SHARED: return f'blocks of {U} x {V} do not fit into shared memory'
   return ''
 
 
@@ -67,11 +67,11 @@ def width_of(size: int) -> int:
   return 128 if size % 128 == 0 else 64
 
 
-def rows(x_MK, blocks_QIJ, sweep: Sweep, transposed: bool = False, *, tiles: GpuTiles | None = None):
+def rows(x_MK, blocks_QUV, sweep: Sweep, transposed: bool = False, *, tiles: GpuTiles | None = None):
   """y_o = the sum of x_i w_q over the sweep's blocks of each output block o, or of x_i w_q^T if `transposed`."""
-  (M, K), (Q, I, J), num_outputs = x_MK.shape, blocks_QIJ.shape, sweep.starts.shape[0] - 1
-  read, write = (J, I) if transposed else (I, J)
-  tiles = tiles or gpu_tiles_for(M, *((num_outputs * I, K) if transposed else (K, num_outputs * J)), I, J)
+  (M, K), (_, U, V), num_outputs = x_MK.shape, blocks_QUV.shape, sweep.starts.shape[0] - 1
+  read, write = (V, U) if transposed else (U, V)
+  tiles = tiles or gpu_tiles_for(M, *((num_outputs * U, K) if transposed else (K, num_outputs * V)), U, V)
   width, half, dtype = width_of(write), tiles.rows // CONSUMERS, x_MK.dtype
   parts, steps, grid = write // width, read // tiles.inner, (pl.cdiv(M, tiles.rows), num_outputs * (write // width))
 
@@ -114,7 +114,7 @@ def rows(x_MK, blocks_QIJ, sweep: Sweep, transposed: bool = False, *, tiles: Gpu
   return _kernel(body, jax.ShapeDtypeStruct((M, num_outputs * write), dtype),
                  'block_sparse_matmul_' + ('dgrad' if transposed else 'forward'), tiles, dtype,
                  x=(tiles.rows, tiles.inner), w=(width, tiles.inner) if transposed else (tiles.inner, width))(
-    *(jnp.asarray(numbers, jnp.int32) for numbers in sweep), x_MK, blocks_QIJ)
+    *(jnp.asarray(numbers, jnp.int32) for numbers in sweep), x_MK, blocks_QUV)
 
 
 def pairs(column_starts, num_blocks: int):
@@ -128,33 +128,33 @@ def pairs(column_starts, num_blocks: int):
   return jnp.clip(first, 0, num_blocks - 1).astype(jnp.int32), column, ends[-1:].astype(jnp.int32)
 
 
-def weights(x_MK, g_MN, blocks_QIJ, pattern: Pattern, *, tiles: GpuTiles | None = None):
+def weights(x_MK, g_MN, blocks_QUV, pattern: Pattern, *, tiles: GpuTiles | None = None):
   """dw_q = x_r^T g_c for the row r and the column c of each kept block."""
-  (M, K), N, (Q, I, J), dtype = x_MK.shape, g_MN.shape[1], blocks_QIJ.shape, blocks_QIJ.dtype
-  tiles = tiles or gpu_tiles_for(M, K, N, I, J)
-  height, width, steps = width_of(I), width_of(J), pl.cdiv(M, tiles.inner)
-  parts = I // height, J // width
+  (M, K), N, (Q, U, V), dtype = x_MK.shape, g_MN.shape[1], blocks_QUV.shape, blocks_QUV.dtype
+  tiles = tiles or gpu_tiles_for(M, K, N, U, V)
+  height, width, steps = width_of(U), width_of(V), pl.cdiv(M, tiles.inner)
+  parts = U // height, V // width
   starts = jnp.asarray(pattern.column_starts, jnp.int32)
   first_P, column_P, count = pairs(starts, Q)
 
   def body(rows_Q, first_P, column_P, count, starts, x, g, dw, x_smem, g_smem, dw_smem, full, empty):
     def place(loop):
       """First block of a pair, the last one of its column, the column, and where in blocks the tile begins."""
-      p, part = lax.div(loop.index[0], jnp.int32(parts[0] * parts[1])), lax.rem(loop.index[0], jnp.int32(parts[0] * parts[1]))
+      p, part = (over(loop.index[0], jnp.int32(parts[0] * parts[1])) for over in (lax.div, lax.rem))
       i, j = lax.div(part, jnp.int32(parts[1])) * height, lax.rem(part, jnp.int32(parts[1])) * width
       column = column_P[p]
       return first_P[p], starts[column + 1] - 1, column, i, j
 
     def produce(loop, carry):
       first, last, column, i, j = place(loop)
-      places = [rows_Q[jnp.minimum(first + number, last)] * I + i for number in range(CONSUMERS)]
+      places = [rows_Q[jnp.minimum(first + number, last)] * U + i for number in range(CONSUMERS)]
 
       def step(m, step):
         slot, inner = lax.rem(step, jnp.int32(tiles.stages)), pl.ds(m * tiles.inner, tiles.inner)
         plgpu.barrier_wait(empty.at[slot])
         for number, place in enumerate(places):
           plgpu.copy_gmem_to_smem(x.at[inner, pl.ds(place, height)], x_smem.at[slot, number], full.at[slot])
-        plgpu.copy_gmem_to_smem(g.at[inner, pl.ds(column * J + j, width)], g_smem.at[slot], full.at[slot])
+        plgpu.copy_gmem_to_smem(g.at[inner, pl.ds(column * V + j, width)], g_smem.at[slot], full.at[slot])
         return step + 1
       return lax.fori_loop(0, steps, step, carry)
 
@@ -170,7 +170,7 @@ def weights(x_MK, g_MN, blocks_QIJ, pattern: Pattern, *, tiles: GpuTiles | None 
 
     _specialise(produce, consume, count[0] * (parts[0] * parts[1]), empty, tiles.stages)
 
-  return _kernel(body, jax.ShapeDtypeStruct((Q, I, J), dtype), 'block_sparse_matmul_wgrad', tiles, dtype,
+  return _kernel(body, jax.ShapeDtypeStruct((Q, U, V), dtype), 'block_sparse_matmul_wgrad', tiles, dtype,
                  x=(CONSUMERS, tiles.inner, height), w=(tiles.inner, width))(
     jnp.asarray(pattern.rows_Q, jnp.int32), first_P, column_P, count, starts, x_MK, g_MN)
 

@@ -61,7 +61,7 @@ def pattern_of(mask_RC) -> Pattern:
 
 
 def from_dense(w_KN, mask_RC):
-  """blocks_QIJ and the pattern: the kept blocks of a matrix that is cut evenly into R x C blocks.
+  """blocks_QUV and the pattern: the kept blocks of a matrix that is cut evenly into R x C blocks.
 
   Raises:
     ValueError: the mask does not cut the matrix evenly.
@@ -69,13 +69,13 @@ def from_dense(w_KN, mask_RC):
   (K, N), (R, C) = w_KN.shape, mask_RC.shape
   if K % R or N % C: raise ValueError(f'a mask of {R} x {C} blocks does not cut a {K} x {N} matrix evenly')
   pattern = pattern_of(mask_RC)
-  w_RCIJ = w_KN.reshape(R, K // R, C, N // C).swapaxes(1, 2)
-  return w_RCIJ[pattern.rows_Q, pattern.columns_Q], pattern
+  w_RCUV = w_KN.reshape(R, K // R, C, N // C).swapaxes(1, 2)
+  return w_RCUV[pattern.rows_Q, pattern.columns_Q], pattern
 
 
-def to_dense(blocks_QIJ, pattern: Pattern):
+def to_dense(blocks_QUV, pattern: Pattern):
   """w_KN with zeros where no block is kept; differentiable in the blocks."""
-  (R, C), (_, I, J) = pattern.shape, blocks_QIJ.shape
-  w_RCIJ = jnp.zeros((R, C, I, J), blocks_QIJ.dtype)
-  w_RCIJ = w_RCIJ.at[pattern.rows_Q, pattern.columns_Q].set(blocks_QIJ, unique_indices=True)
-  return w_RCIJ.swapaxes(1, 2).reshape(R * I, C * J)
+  (R, C), (_, U, V) = pattern.shape, blocks_QUV.shape
+  w_RCUV = jnp.zeros((R, C, U, V), blocks_QUV.dtype)
+  w_RCUV = w_RCUV.at[pattern.rows_Q, pattern.columns_Q].set(blocks_QUV, unique_indices=True)
+  return w_RCUV.swapaxes(1, 2).reshape(R * U, C * V)
