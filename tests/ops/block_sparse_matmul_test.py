@@ -30,13 +30,12 @@ def assert_close(got, wanted, tolerance):
     np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max(initial=1e-30), rtol=0)
 
 
-@pytest.mark.parametrize('name', CASES)
-def test_equals_the_reference(name):
+@pytest.mark.parametrize(('implementation', 'name'), [
+  *(('xla', name) for name in CASES), *(('dense', name) for name in ('half', 'unequal columns', 'bfloat16'))])
+def test_equals_the_reference(implementation, name):
   case = CASES[name]
   arguments = case.arguments()
-  wanted = case.call('reference')(*arguments)
-  for implementation in ('xla', 'dense'):
-    assert_close(jax.jit(case.call(implementation))(*arguments), wanted, case.tolerance)
+  assert_close(jax.jit(case.call(implementation))(*arguments), case.call('reference')(*arguments), case.tolerance)
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -53,7 +52,7 @@ def test_equals_the_dense_product_with_a_masked_matrix(name):
 
 
 @given(strategies.data())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_any_mask_any_size(data):
   draw = lambda low, high: data.draw(strategies.integers(low, high))
   M, R, C, U, V = draw(1, 9), draw(1, 5), draw(1, 5), draw(1, 4), draw(1, 4)
@@ -103,8 +102,7 @@ def test_a_pattern_is_data_so_that_layers_of_a_scan_may_differ():
 # Interpreted: memory starts as NaN and races are looked for. Tiles are small, so that there are several of each.
 TPU = {
   'rows left over, an empty column': (Case(40, (3, 2), (128, 128), 0.3, balanced=False), TpuTiles(16, 16, 32, 3, 2)),
-  'wide blocks in bfloat16, two cores': (Case(64, (2, 3), (128, 256), 0.4, False, 'bfloat16'), TpuTiles(32, 16, 64, 2, 2)),
-  'fewer blocks than stages': (Case(20, (2, 2), (128, 128), 1 / 4, False), None),
+  'two cores, fewer blocks than stages': (Case(64, (2, 3), (128, 256), 0.4, False, 'bfloat16'), TpuTiles(32, 16, 64, 4, 2)),
 }
 
 

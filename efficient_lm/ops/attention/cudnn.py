@@ -5,9 +5,9 @@ and window masks are cuDNN's own, and skip what they rule out. Documents are a b
 `dot_product_attention` adds as a bias in 16 bits: B * T * T * 2 bytes, read once a head. cuDNN then still skips what is
 after a query, but not other documents; and as it takes no window beside a bias, the window is in the mask too.
 
-cuDNN also knows packed sequences (offsets of documents). JAX reaches them through a private function alone, and a static
-number of documents a row is asked for, which what is read back from forward to backward is multiplied by; in JAX 0.10.2
-the offsets of grouped keys are wrong. So the mask it is.
+cuDNN also knows packed sequences, by the offsets of their documents. JAX reaches that through a private function alone; it
+wants a static bound on the documents of a row, by which the log-normalisers kept for the backward pass are multiplied, and
+in JAX 0.10.2 takes wrong offsets for grouped heads. So documents are a mask.
 
 What was run: this preparation of arguments, with XLA's attention in place of cuDNN's, in the tests. cuDNN itself never was.
 """
