@@ -80,6 +80,7 @@ def arrays(T=128, S=None, H=64, dtype=jnp.bfloat16):
 def test_auto_trains_with_cudnn_on_gpu_with_splash_on_tpu_and_with_ours_elsewhere(monkeypatch):
   def auto(kind, platform, qkv, **some):
     monkeypatch.setattr(dispatch, 'device', lambda: dispatch.Device(platform, kind))
+    monkeypatch.setattr(jax, 'default_backend', lambda: platform)
     here = dispatch.device().families
     return next(name for name, one in IMPLEMENTATIONS.items()
                 if set(one.on if one.auto is None else one.auto) & set(here) and not one.refuses(*qkv, **options(**some)))
@@ -94,6 +95,9 @@ def test_auto_trains_with_cudnn_on_gpu_with_splash_on_tpu_and_with_ours_elsewher
   assert auto('NVIDIA H200', 'gpu', arrays(dtype=jnp.float32)) == auto('NVIDIA A100', 'gpu', arrays(H=200)) == 'xla'
   assert auto('NVIDIA H200', 'gpu', arrays(T=127), segments_BS=ids) == auto('AMD MI300X', 'gpu', arrays()) == 'xla'
   assert auto('TPU v5e', 'tpu', arrays(T=64)) == 'xla'
+  assert auto('NVIDIA H200', 'gpu', arrays()) == 'cudnn'
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')   # compiled for that GPU on a machine without one
+  assert 'traced' in IMPLEMENTATIONS['cudnn'].refuses(*arrays(), **options())
 
 
 # In the interpreter that looks for races a kernel cannot be mapped over a batch; the other one can.

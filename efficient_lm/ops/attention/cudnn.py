@@ -9,7 +9,8 @@ cuDNN also knows packed sequences, by the offsets of their documents. JAX reache
 wants a static bound on the documents of a row, by which the log-normalisers kept for the backward pass are multiplied, and
 in JAX 0.10.2 takes wrong offsets for grouped heads. So documents are a mask.
 
-What was run: this preparation of arguments, with XLA's attention in place of cuDNN's, in the tests. cuDNN itself never was.
+What was run: this preparation of arguments, with XLA's attention in place of cuDNN's, in the tests; and the calls of cuDNN
+were compiled for an H200, which is no proof that cuDNN takes them. cuDNN itself never ran.
 """
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ def refuses(q_BTNH, k_BSKH, v_BSKH, *, start, segments_BS, window, scale) -> str
   here, width, T = dispatch.device(), _width(q_BTNH.shape[-1], v_BSKH.shape[-1]), q_BTNH.shape[1]
   limit = 256 if {'hopper', 'blackwell'} & set(here.families) else 128
   if not here.kind.startswith('NVIDIA'): return f'{here.kind} has no cuDNN'
+  # JAX asks cuDNN and the GPU what they can do while it traces, not when it compiles for a mesh's devices.
+  if jax.default_backend() != 'gpu': return 'it is traced on a machine with a GPU only'
   if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16): return f'queries are {q_BTNH.dtype}, neither bfloat16 nor float16'
   if width > limit: return f'head dims are {width} where cuDNN takes {limit} at most'
   if not (isinstance(start, int) and start == 0) or k_BSKH.shape[1] != T: return 'it is for training, without a cache'
