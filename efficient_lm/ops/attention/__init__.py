@@ -1,8 +1,11 @@
 """Causal attention with grouped key-value heads, sliding windows, packed documents and a cache offset."""
 import jax
 
+from efficient_lm.lazy import lazy
 from efficient_lm.ops import dispatch
-from efficient_lm.ops.attention import reference, xla
+from efficient_lm.ops.attention import cudnn, reference, xla
+
+splash = lazy('efficient_lm.ops.attention.splash')
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window: int | None = None,
@@ -20,7 +23,8 @@ def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window: int 
     segments_BS: int32 document ids, for packed sequences.
     window: the number of keys a query sees at most, itself included.
     scale: of the scores; H ** -0.5 by default.
-    implementation: 'auto', 'reference', 'xla', or 'jax' for jax.nn.dot_product_attention.
+    implementation: 'auto', 'reference', 'xla', 'cudnn' (NVIDIA GPUs) or 'splash' (TPU) for training, or 'jax' for
+      jax.nn.dot_product_attention.
   """
   (T, N, H), (S, K) = q_BTNH.shape[1:], k_BSKH.shape[1:3]
   if N % K or T > S:
@@ -41,6 +45,10 @@ def _dims_differ(q_BTNH, k_BSKH, v_BSKH, **_) -> str:
 
 
 IMPLEMENTATIONS = {
+  # Training attention is taken, not written. With a cache, or for what these refuse, our own plain path.
+  'cudnn': dispatch.Implementation(cudnn.attention, on=('gpu',), refuses=cudnn.refuses),
+  'splash': dispatch.Implementation(lambda *arguments, **options: splash.attention(*arguments, **options), on=('tpu',),
+                                    refuses=lambda *arguments, **options: splash.refuses(*arguments, **options)),
   'xla': dispatch.Implementation(xla.attention),
   'jax': dispatch.Implementation(_jax, refuses=_dims_differ),
   'reference': dispatch.Implementation(reference.attention),

@@ -1,0 +1,246 @@
+"""The block-sparse product on Hopper GPUs: Mosaic GPU kernels that multiply (wgmma) nothing but kept blocks.
+
+Each multiprocessor runs one block of three warpgroups over its share of the result's tiles (a persistent grid). The third
+warpgroup copies (TMA) operands into shared memory, `stages` steps ahead and over the ends of tiles, looking up from the
+pattern which inputs and which block come next; the other two multiply, and store what is done while copies go on. That a
+tile has as many steps as its column has blocks is known to both sides from the pattern alone.
+
+Rows and their gradient: a tile is `rows` x 128 or 64 of the result, half of the rows for each warpgroup. Transposed blocks
+are read as they lie. The gradient of the blocks: a tile is two blocks of one column, which share the copied tile of g, one
+for each warpgroup. Where columns keep an odd number, the last one is multiplied twice and stored once.
+
+Copies give zeros past the end of an array and write nothing there, so M need not be a multiple of anything.
+"""
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from efficient_lm.ops import dispatch
+from efficient_lm.ops.block_sparse_matmul.pattern import Pattern, Sweep
+from efficient_lm.ops.block_sparse_matmul.tiles import SHARED, GpuTiles, gpu_tiles_for
+
+H200_CORES = 132   # where nobody knows the device
+STORE = 64         # rows and columns of the result stored at a time: a row of them fills the 128 bytes of a swizzle
+PRODUCER, CONSUMERS = 2, 2
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _product(x_MK, blocks_QUV, pattern: Pattern, tiles):
+  return rows(x_MK, blocks_QUV, pattern.by_column(), tiles=tiles)
+
+
+def _forward(x_MK, blocks_QUV, pattern, tiles):
+  return _product(x_MK, blocks_QUV, pattern, tiles), (x_MK, blocks_QUV, pattern)
+
+
+def _backward(tiles, saved, g_MN):
+  x_MK, blocks_QUV, pattern = saved
+  return (rows(g_MN, blocks_QUV, pattern.by_row(), transposed=True, tiles=tiles),
+          weights(x_MK, g_MN, blocks_QUV, pattern, tiles=tiles), None)
+
+
+_product.defvjp(_forward, _backward)
+
+
+def block_sparse_matmul(x_MK, blocks_QUV, pattern: Pattern, *, tiles: GpuTiles | None = None):
+  """See the API."""
+  return _product(x_MK, blocks_QUV, pattern, tiles)
+
+
+def refuses(x_MK, blocks_QUV, pattern: Pattern) -> str:
+  """Why these kernels cannot take such arguments, '' if they can."""
+  (M, K), (_, U, V), C = x_MK.shape, blocks_QUV.shape, pattern.shape[1]
+  if jax.__version_info__ < (0, 11): return 'it needs jax 0.11'
+  if x_MK.dtype not in (jnp.bfloat16, jnp.float16): return f'rows are {x_MK.dtype}, neither bfloat16 nor float16'
+  if U % 64 or V % 64: return f'blocks are {U} x {V}, not multiples of 64 x 64'
+  if gpu_tiles_for(M, K, C * V, U, V).shared(U, V) > SHARED: return f'blocks of {U} x {V} do not fit into shared memory'
+  return ''
+
+
+def width_of(size: int) -> int:
+  """Of the tiles that cut one side of a block: what a warpgroup has registers for."""
+  return 128 if size % 128 == 0 else 64
+
+
+def rows(x_MK, blocks_QUV, sweep: Sweep, transposed: bool = False, *, tiles: GpuTiles | None = None):
+  """y_o = the sum of x_i w_q over the sweep's blocks of each output block o, or of x_i w_q^T if `transposed`."""
+  (M, K), (_, U, V), num_outputs = x_MK.shape, blocks_QUV.shape, sweep.starts.shape[0] - 1
+  read, write = (V, U) if transposed else (U, V)
+  tiles = tiles or gpu_tiles_for(M, *((num_outputs * U, K) if transposed else (K, num_outputs * V)), U, V)
+  width, half, dtype = width_of(write), tiles.rows // CONSUMERS, x_MK.dtype
+  parts, steps, grid = write // width, read // tiles.inner, (pl.cdiv(M, tiles.rows), num_outputs * (write // width))
+
+  def place(loop):
+    """First row, number of the output block and first column in it, of a tile."""
+    m, n = plgpu.planar_snake(loop.index[0], grid, 0, tiles.band)
+    return m * tiles.rows, lax.div(n, jnp.int32(parts)), lax.rem(n, jnp.int32(parts)) * width
+
+  def body(starts, inputs_Q, blocks_Q, x, w, y, x_smem, w_smem, y_smem, full, empty):
+    def produce(loop, carry):
+      row, o, column = place(loop)
+
+      def block(q, step):
+        first, number = inputs_Q[q] * read, blocks_Q[q]
+        for i in range(steps):
+          slot, inner = lax.rem(step, jnp.int32(tiles.stages)), pl.ds(i * tiles.inner, tiles.inner)
+          outer = pl.ds(column, width)
+          plgpu.barrier_wait(empty.at[slot])
+          plgpu.copy_gmem_to_smem(x.at[pl.ds(row, tiles.rows), pl.ds(first + i * tiles.inner, tiles.inner)],
+                                  x_smem.at[slot], full.at[slot])
+          plgpu.copy_gmem_to_smem(w.at[(number, outer, inner) if transposed else (number, inner, outer)],
+                                  w_smem.at[slot], full.at[slot])
+          step += 1
+        return step
+      return lax.fori_loop(starts[o], starts[o + 1], block, carry)
+
+    def consume(half_number, loop, carry):
+      row, o, column = place(loop)
+      mine = pl.ds(half_number * half, half)
+
+      def operands(slot): return x_smem.at[slot, mine], w_smem.at[slot].T if transposed else w_smem.at[slot]
+      count = (starts[o + 1] - starts[o]) * steps
+      sums, carry = _multiply((half, width), carry, count, operands, full, empty, tiles.stages)
+      _store(sums.astype(dtype), y_smem.at[half_number], y.at[pl.ds(row + half_number * half, half),
+                                                            pl.ds(o * write + column, width)])
+      return carry
+
+    _specialise(produce, consume, grid[0] * grid[1], empty, tiles.stages)
+
+  return _kernel(body, jax.ShapeDtypeStruct((M, num_outputs * write), dtype),
+                 'block_sparse_matmul_' + ('dgrad' if transposed else 'forward'), tiles, dtype,
+                 x=(tiles.rows, tiles.inner), w=(width, tiles.inner) if transposed else (tiles.inner, width))(
+    *(jnp.asarray(numbers, jnp.int32) for numbers in sweep), x_MK, blocks_QUV)
+
+
+def pairs(column_starts, num_blocks: int):
+  """The blocks of each column two by two: (first block, column) of each pair, and how many pairs there are, int32."""
+  counts = (column_starts[1:] - column_starts[:-1] + 1) // 2
+  ends = jnp.cumsum(counts)
+  most = max(1, (num_blocks + counts.shape[0]) // 2)
+  pair = jnp.arange(most, dtype=jnp.int32)
+  column = jnp.minimum(jnp.sum(pair[:, None] >= ends, axis=1, dtype=jnp.int32), counts.shape[0] - 1)
+  first = column_starts[column] + 2 * (pair - (ends - counts)[column])
+  return jnp.clip(first, 0, num_blocks - 1).astype(jnp.int32), column, ends[-1:].astype(jnp.int32)
+
+
+def weights(x_MK, g_MN, blocks_QUV, pattern: Pattern, *, tiles: GpuTiles | None = None):
+  """dw_q = x_r^T g_c for the row r and the column c of each kept block."""
+  (M, K), N, (Q, U, V), dtype = x_MK.shape, g_MN.shape[1], blocks_QUV.shape, blocks_QUV.dtype
+  tiles = tiles or gpu_tiles_for(M, K, N, U, V)
+  height, width, steps = width_of(U), width_of(V), pl.cdiv(M, tiles.inner)
+  parts = U // height, V // width
+  starts = jnp.asarray(pattern.column_starts, jnp.int32)
+  first_P, column_P, count = pairs(starts, Q)
+
+  def body(rows_Q, first_P, column_P, count, starts, x, g, dw, x_smem, g_smem, dw_smem, full, empty):
+    def place(loop):
+      """First block of a pair, the last one of its column, the column, and where in blocks the tile begins."""
+      p, part = (over(loop.index[0], jnp.int32(parts[0] * parts[1])) for over in (lax.div, lax.rem))
+      i, j = lax.div(part, jnp.int32(parts[1])) * height, lax.rem(part, jnp.int32(parts[1])) * width
+      column = column_P[p]
+      return first_P[p], starts[column + 1] - 1, column, i, j
+
+    def produce(loop, carry):
+      first, last, column, i, j = place(loop)
+      places = [rows_Q[jnp.minimum(first + number, last)] * U + i for number in range(CONSUMERS)]
+
+      def step(m, step):
+        slot, inner = lax.rem(step, jnp.int32(tiles.stages)), pl.ds(m * tiles.inner, tiles.inner)
+        plgpu.barrier_wait(empty.at[slot])
+        for number, place in enumerate(places):
+          plgpu.copy_gmem_to_smem(x.at[inner, pl.ds(place, height)], x_smem.at[slot, number], full.at[slot])
+        plgpu.copy_gmem_to_smem(g.at[inner, pl.ds(column * V + j, width)], g_smem.at[slot], full.at[slot])
+        return step + 1
+      return lax.fori_loop(0, steps, step, carry)
+
+    def consume(number, loop, carry):
+      first, last, _, i, j = place(loop)
+      operands = lambda slot: (x_smem.at[slot, number].T, g_smem.at[slot])
+      sums, carry = _multiply((height, width), carry, steps, operands, full, empty, tiles.stages)
+
+      @pl.when(first + number <= last)
+      def _():
+        _store(sums.astype(dtype), dw_smem.at[number], dw.at[first + number, pl.ds(i, height), pl.ds(j, width)])
+      return carry
+
+    _specialise(produce, consume, count[0] * (parts[0] * parts[1]), empty, tiles.stages)
+
+  return _kernel(body, jax.ShapeDtypeStruct((Q, U, V), dtype), 'block_sparse_matmul_wgrad', tiles, dtype,
+                 x=(CONSUMERS, tiles.inner, height), w=(tiles.inner, width))(
+    jnp.asarray(pattern.rows_Q, jnp.int32), first_P, column_P, count, starts, x_MK, g_MN)
+
+
+def _kernel(body, out_type, name: str, tiles: GpuTiles, dtype, *, x, w):
+  """x, w: shapes of the operands of one step."""
+  def smem(*shape):
+    swizzle = plgpu.find_swizzle(shape[-1] * dtype.itemsize * 8)
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // dtype.itemsize)),
+                                               plgpu.SwizzleTransform(swizzle)))
+  num_copies = 2 if len(x) == 2 else 1 + x[0]
+  return plgpu.kernel(
+    body, out_type=out_type, kernel_name=name, grid=(dispatch.device().num_cores or H200_CORES,), grid_names=('block',),
+    num_threads=CONSUMERS + 1, thread_name='warpgroup', scratch_types=[
+      smem(tiles.stages, *x), smem(tiles.stages, *w), smem(CONSUMERS, 2, STORE, STORE),
+      plgpu.Barrier(num_arrivals=num_copies, num_barriers=tiles.stages),
+      plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tiles.stages)])
+
+
+def _specialise(produce, consume, num_tiles, empty, stages: int):
+  """Runs the producer and the consumers over the same tiles; both carry the number of steps done so far."""
+  warpgroup = lax.axis_index('warpgroup')
+
+  def over_tiles(tile):
+    @plgpu.nd_loop((num_tiles,), collective_axes='block', init_carry=jnp.int32(0))
+    def _(loop, carry): return tile(loop, carry)
+
+  @pl.when(warpgroup == PRODUCER)
+  def _():
+    plgpu.set_max_registers(40, action='decrease')
+    over_tiles(produce)
+
+  @pl.when(warpgroup < PRODUCER)
+  def _():
+    plgpu.set_max_registers(232, action='increase')
+    for slot in range(stages): plgpu.barrier_arrive(empty.at[slot])   # nothing is in the way of the first copies
+    over_tiles(functools.partial(consume, warpgroup))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _multiply(shape: tuple[int, int], step, count, operands, full, empty, stages: int):
+  """The sum over `count` steps of the products of both operands, and the number of the step that comes next."""
+  slot_of = lambda step: lax.rem(step, jnp.int32(stages))
+
+  def scope(sums_ref):
+    def one(i, step):
+      slot = slot_of(step)
+      plgpu.barrier_wait(full.at[slot])
+      plgpu.wgmma(sums_ref, *operands(slot))
+      plgpu.wgmma_wait(1)   # of the step before, whose shared memory is given back
+
+      @pl.when(i > 0)
+      def _(): plgpu.barrier_arrive(empty.at[slot_of(step - 1)])
+      return step + 1
+
+    last = lax.fori_loop(0, count, one, step)
+    sums = sums_ref[...]
+
+    @pl.when(count > 0)
+    def _(): plgpu.barrier_arrive(empty.at[slot_of(last - 1)])
+    return sums, last
+
+  return pl.run_scoped(scope, plgpu.ACC(shape, jnp.float32))
+
+
+def _store(sums, smem, gmem):
+  """Stores a warpgroup's result piece by piece, by way of two slots of shared memory."""
+  height, width = sums.shape
+  for i, (row, column) in enumerate(itertools.product(range(0, height, STORE), range(0, width, STORE))):
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)   # the store before the last one: its slot is free
+    smem[i % 2] = sums[row:row + STORE, column:column + STORE]
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(smem.at[i % 2], gmem.at[pl.ds(row, STORE), pl.ds(column, STORE)])

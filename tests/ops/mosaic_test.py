@@ -1,0 +1,15 @@
+"""Kernels are refused where the compiler would have to cut them."""
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from efficient_lm.ops import mosaic
+
+
+@pytest.mark.parametrize(('size', 'kind', 'fits'), [
+  (1, AxisType.Auto, True), (2, AxisType.Auto, False), (2, AxisType.Manual, True), (2, AxisType.Explicit, False)])
+def test_only_axes_of_several_devices_that_nobody_cut_yet_are_in_the_way(size, kind, fits):
+  assert not mosaic.cut_by_compiler()
+  with jax.sharding.use_abstract_mesh(AbstractMesh((size,), ('fsdp',), axis_types=(kind,))):
+    assert (not mosaic.cut_by_compiler()) == fits
+    assert fits or 'fsdp' in mosaic.cut_by_compiler()
