@@ -20,7 +20,7 @@ class GpuTiles:
   """
   split: int
   slots: int = 64
-  stages: int = 4
+  stages: int = 3
   registers: bool = True
 
 
@@ -37,9 +37,10 @@ def tpu_tiles_for(heads: int, S: int, H: int, bits: int, page: int | None) -> Tp
 
 
 def gpu_tiles_for(heads: int, S: int, H: int, bits: int, num_cores: int) -> GpuTiles:
-  """The longest split that still gives every multiprocessor four blocks of threads; a long one has fewer partial results."""
+  """The longest split, of those that let three blocks of threads share a multiprocessor, that still gives each four of them:
+  long ones have fewer partial results."""
   if tuned := TUNED.get(('gpu', heads, S, H, bits)): return tuned
-  split = 1024
+  split = 512
   while split > 256 and heads * -(-S // split) < 4 * num_cores: split //= 2
   return GpuTiles(split)
 
@@ -57,6 +58,6 @@ def candidates(platform: str, S: int, H: int, bits: int, page: int | None = None
   if platform == 'tpu':
     return [TpuTiles(slots) for slots in (512, 1024, 2048, 4096)
             if slots <= S and not slots % (page or 1) and 4 * slots * max(H * bits // 8, 128) <= VMEM]
-  every = (GpuTiles(split, slots, stages) for split in (256, 512, 1024) for slots in (64, 128) for stages in (3, 4, 6))
+  every = (GpuTiles(split, slots, stages) for split in (256, 512, 1024) for slots in (64, 128) for stages in (2, 3, 4, 6))
   # Two blocks of threads to a multiprocessor at least: one waits for memory while the other computes.
   return [tiles for tiles in every if 2 * shared_memory(tiles, H, bits) <= SHARED_MEMORY and not (page or 0) % tiles.slots]
