@@ -1,0 +1,116 @@
+"""Attention of one token a sequence in plain JAX: whole, or block by block of the cache.
+
+Scales multiply scores and probabilities, never the cache: (q . k_int) * scale, and p * scale before v_int. So the
+cache is converted, which a product can do as it reads, and not multiplied out.
+"""
+import jax.numpy as jnp
+from jax import lax
+
+from efficient_lm.ops.decode_attention.cache import combine, contiguous, first_slots, num_slots, per_token
+from efficient_lm.ops.quantize.grid import halves
+
+# Slots of a block. Its converted keys and values, for all heads of a sequence, should stay in a core's cache.
+BLOCK = 512
+
+
+def whole(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=None, page_table_BS=None, window=None,
+          scale: float):
+  """All slots at once, masked: two products and a softmax, for devices that have enough bandwidth to read them all."""
+  q_BKGH = _heads(q_BNH, k_BKSH.shape[1])
+  k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS = _gathered(k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, page_table_BS)
+  slot_S = jnp.arange(k_BKSH.shape[2])
+  seen_BS = (slot_S >= first_slots(lengths_B, window)[:, None]) & (slot_S < lengths_B[:, None])
+  o_BKGH, m_BKG1, l_BKG1 = _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale)
+  return combine(o_BKGH[..., None, :], m_BKG1, l_BKG1).reshape(*q_BNH.shape[:2], -1).astype(q_BNH.dtype)
+
+
+def blocks(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=None, page_table_BS=None, window=None,
+           scale: float):
+  """A block of slots at a time, up to the longest sequence and no further: for CPUs, where converted keys and values stay
+  in the core's cache and what is not read is time saved."""
+  q_BKGH, S = _heads(q_BNH, k_BKSH.shape[1]), num_slots(k_BKSH, page_table_BS)
+  k_scale_BKS, v_scale_BKS = (scales if scales is None else per_token(scales, k_BKSH.shape[2])
+                              for scales in (k_scale_BKS, v_scale_BKS))
+  size = _block(k_BKSH.shape[2], page_table_BS is not None)
+  first_B = first_slots(lengths_B, window)
+
+  def step(i, carry):
+    o_BKGH, m_BKG1, l_BKG1 = carry
+    # The last block is moved back to fit, and the slots that it then shares with the one before are masked.
+    start = jnp.minimum(i * size, S - size)
+    cut = lambda x: None if x is None else _slots(x, page_table_BS, start, size)
+    slot_S = start + jnp.arange(size)
+    seen_BS = (slot_S >= jnp.maximum(first_B, i * size)[:, None]) & (slot_S < lengths_B[:, None])
+    o, m, total = _partial(q_BKGH, cut(k_BKSH), cut(v_BKSH), cut(k_scale_BKS), cut(v_scale_BKS), seen_BS, scale)
+    new_m = jnp.maximum(m_BKG1, m)
+    old, now = jnp.exp(m_BKG1 - new_m), jnp.exp(m - new_m)
+    return o_BKGH * old + o * now, new_m, l_BKG1 * old + total * now
+
+  B, K, G, _ = q_BKGH.shape
+  width = v_BKSH.shape[3] * (2 if v_BKSH.dtype == jnp.uint8 else 1)
+  empty = (jnp.zeros((B, K, G, width), jnp.float32), jnp.full((B, K, G, 1), LOWEST), jnp.zeros((B, K, G, 1), jnp.float32))
+  o_BKGH, _, l_BKG1 = lax.fori_loop(jnp.min(first_B) // size, -(-jnp.max(lengths_B) // size), step, empty)
+  return (o_BKGH / jnp.where(l_BKG1 > 0, l_BKG1, 1)).reshape(*q_BNH.shape[:2], -1).astype(q_BNH.dtype)
+
+
+# Below any score, and still finite: the difference of two such is 0, that of two infinities NaN.
+LOWEST = -1e30
+
+
+def _heads(q_BNH, K: int):
+  B, N, H = q_BNH.shape
+  return q_BNH.reshape(B, K, N // K, H)
+
+
+def _gathered(k, v, k_scale, v_scale, page_table_BS):
+  scales = (None if scale is None else contiguous(per_token(scale, x.shape[2]), page_table_BS)
+            for x, scale in ((k, k_scale), (v, v_scale)))
+  return contiguous(k, page_table_BS), contiguous(v, page_table_BS), *scales
+
+
+def _block(slots: int, paged: bool) -> int:
+  """Slots of a block: of a page, or as near to BLOCK as a contiguous cache allows."""
+  return slots if paged else min(slots, BLOCK)
+
+
+def _slots(x, page_table_BS, start, size: int):
+  """Slots start … start + size - 1 of a cache, or of its scales."""
+  if page_table_BS is None: return lax.dynamic_slice_in_dim(x, start, size, axis=2)
+  return x[lax.dynamic_index_in_dim(page_table_BS, start // size, axis=1, keepdims=False)]
+
+
+def _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale: float):
+  """Over the slots seen: sum of e^(s - m) v, m = max s, and sum of e^(s - m)."""
+  dtype = q_BKGH.dtype
+  seen_B11S = seen_BS[:, None, None]
+  s_BKGS = scale * _against_keys(q_BKGH, k_BKSH)
+  if k_scale_BKS is not None: s_BKGS *= k_scale_BKS[:, :, None]
+  s_BKGS = jnp.where(seen_B11S, s_BKGS, LOWEST)
+  m_BKG1 = jnp.max(s_BKGS, axis=-1, keepdims=True)
+  p_BKGS = jnp.where(seen_B11S, jnp.exp(s_BKGS - m_BKG1), 0)
+  l_BKG1 = jnp.sum(p_BKGS, axis=-1, keepdims=True)
+  # A slot that is not seen may hold NaN, and 0 * NaN is NaN: select, then multiply. Integers need none of that.
+  if v_scale_BKS is not None: p_BKGS = jnp.where(seen_B11S, p_BKGS * v_scale_BKS[:, :, None], 0)
+  if jnp.issubdtype(v_BKSH.dtype, jnp.floating): v_BKSH = jnp.where(seen_BS[:, None, :, None], v_BKSH, 0)
+  return _times_values(p_BKGS.astype(dtype), v_BKSH), m_BKG1, l_BKG1
+
+
+def _parts(x_BKSH, dtype):
+  """Numbers of a cache in `dtype`: one array, or two of half the head dim where two share a byte. Put side by side first,
+  the halves took four times as long on a CPU."""
+  parts = halves(x_BKSH) if x_BKSH.dtype == jnp.uint8 else (x_BKSH,)
+  return [part.astype(dtype) for part in parts]
+
+
+def _against_keys(q_BKGH, k_BKSH):
+  parts = _parts(k_BKSH, q_BKGH.dtype)
+  return sum(_product(q, k, 3) for q, k in zip(jnp.split(q_BKGH, len(parts), axis=-1), parts))
+
+
+def _times_values(p_BKGS, v_BKSH):
+  return jnp.concatenate([_product(p_BKGS, v, 2) for v in _parts(v_BKSH, p_BKGS.dtype)], axis=-1)
+
+
+def _product(a, b, b_axis: int):
+  """Sums over the last axis of a and one of b, for every sequence and key head (axes 0 and 1), in float32."""
+  return lax.dot_general(a, b, (((3,), (b_axis,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
