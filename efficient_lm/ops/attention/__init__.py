@@ -2,7 +2,7 @@
 import jax
 
 from efficient_lm.lazy import lazy
-from efficient_lm.ops import dispatch
+from efficient_lm.ops import dispatch, mosaic
 from efficient_lm.ops.attention import cudnn, reference, xla
 
 splash = lazy('efficient_lm.ops.attention.splash')
@@ -47,8 +47,7 @@ def _dims_differ(q_BTNH, k_BSKH, v_BSKH, **_) -> str:
 IMPLEMENTATIONS = {
   # Training attention is taken, not written. With a cache, or for what these refuse, our own plain path.
   'cudnn': dispatch.Implementation(cudnn.attention, on=('gpu',), refuses=cudnn.refuses),
-  'splash': dispatch.Implementation(lambda *arguments, **options: splash.attention(*arguments, **options), on=('tpu',),
-                                    refuses=lambda *arguments, **options: splash.refuses(*arguments, **options)),
+  'splash': mosaic.kernel(splash, 'attention', 'tpu'),
   'xla': dispatch.Implementation(xla.attention),
   'jax': dispatch.Implementation(_jax, refuses=_dims_differ),
   'reference': dispatch.Implementation(reference.attention),

@@ -38,16 +38,9 @@ def block_sparse_matmul(x_MK, blocks_QUV, pattern: Pattern, *, implementation: s
   return dispatch.run('block_sparse_matmul', IMPLEMENTATIONS, implementation, x_MK, blocks_QUV, pattern)
 
 
-def _kernel(module, family: str) -> dispatch.Implementation:
-  # The module is imported where it is called.
-  def run(*arguments, **options): return module.block_sparse_matmul(*arguments, **options)
-  def refuses(*arguments): return module.refuses(*arguments) or mosaic.cut_by_compiler()
-  return dispatch.Implementation(run, on=(family,), refuses=refuses)
-
-
 IMPLEMENTATIONS = {
-  'pallas_gpu': _kernel(pallas_gpu, 'hopper'),
-  'pallas_tpu': _kernel(pallas_tpu, 'tpu'),
+  'pallas_gpu': mosaic.kernel(pallas_gpu, 'block_sparse_matmul', 'hopper'),
+  'pallas_tpu': mosaic.kernel(pallas_tpu, 'block_sparse_matmul', 'tpu'),
   # A loop of small products: right for a CPU, launch after launch for an accelerator.
   'xla': dispatch.Implementation(xla.block_sparse_matmul, auto=('cpu',)),
   'dense': dispatch.Implementation(xla.dense),

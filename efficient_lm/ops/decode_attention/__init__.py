@@ -2,7 +2,7 @@
 import jax
 
 from efficient_lm.lazy import lazy
-from efficient_lm.ops import dispatch
+from efficient_lm.ops import dispatch, mosaic
 from efficient_lm.ops.decode_attention import reference, xla
 
 pallas_tpu = lazy('efficient_lm.ops.decode_attention.pallas_tpu')
@@ -61,14 +61,9 @@ def _raise(primals, tangents):
   raise NotImplementedError('decode_attention has no gradient: train with ops.attention')
 
 
-def _kernel(module, device: str) -> dispatch.Implementation:
-  return dispatch.Implementation(lambda *arguments, **options: module.decode_attention(*arguments, **options), on=(device,),
-                                 refuses=lambda *arguments, **options: module.refuses(*arguments, **options))
-
-
 IMPLEMENTATIONS = {
-  'pallas_tpu': _kernel(pallas_tpu, 'tpu'),
-  'pallas_gpu': _kernel(pallas_gpu, 'hopper'),
+  'pallas_tpu': mosaic.kernel(pallas_tpu, 'decode_attention', 'tpu'),
+  'pallas_gpu': mosaic.kernel(pallas_gpu, 'decode_attention', 'hopper'),
   'blocks': dispatch.Implementation(xla.blocks, auto=('cpu',)),
   'xla': dispatch.Implementation(xla.whole),
   'reference': dispatch.Implementation(reference.decode_attention),

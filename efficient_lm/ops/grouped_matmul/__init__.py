@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from efficient_lm.lazy import lazy
-from efficient_lm.ops import dispatch
+from efficient_lm.ops import dispatch, mosaic
 from efficient_lm.ops.grouped_matmul import reference, xla, xla_scaled
 
 pallas_gpu = lazy('efficient_lm.ops.grouped_matmul.pallas_gpu')
@@ -57,12 +57,8 @@ def _without_scale(x_MK, w_EKN, sizes_E, scale_EN, tiles=None) -> str:
 # The kernels lead where they run because they move least: rows past the groups cost them no pass of their own. Nothing has
 # been measured on those devices yet.
 IMPLEMENTATIONS = {
-  'pallas_gpu': dispatch.Implementation(
-    lambda *arguments, **options: pallas_gpu.grouped_matmul(*arguments, **options), on=('hopper',),
-    refuses=lambda *arguments, **options: pallas_gpu.refuses(*arguments, **options)),
-  'pallas_tpu': dispatch.Implementation(
-    lambda *arguments, **options: pallas_tpu.grouped_matmul(*arguments, **options), on=('tpu',),
-    refuses=lambda *arguments, **options: pallas_tpu.refuses(*arguments, **options)),
+  'pallas_gpu': mosaic.kernel(pallas_gpu, 'grouped_matmul', 'hopper'),
+  'pallas_tpu': mosaic.kernel(pallas_tpu, 'grouped_matmul', 'tpu'),
   # XLA has such a product on TPU only; elsewhere it expands ragged_dot to a dense product, E times the work.
   'ragged_dot': dispatch.Implementation(_ragged_dot, auto=('tpu',), refuses=_without_scale),
   'xla': dispatch.Implementation(_xla, refuses=_without_tiles),

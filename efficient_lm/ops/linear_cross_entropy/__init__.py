@@ -1,6 +1,6 @@
 """Cross-entropy of a linear layer's logits, without keeping the logits."""
 from efficient_lm.lazy import lazy
-from efficient_lm.ops import dispatch
+from efficient_lm.ops import dispatch, mosaic
 from efficient_lm.ops.linear_cross_entropy import limits, reference, xla
 
 pallas_gpu = lazy('efficient_lm.ops.linear_cross_entropy.pallas_gpu')
@@ -32,10 +32,8 @@ def backward(hidden_BTD, head_DV, labels_BT, logsumexp_BT, g_nll_BT, g_logsumexp
 def _on(pass_: str):
   """The table of implementations of one pass."""
   return {
-    'pallas_gpu': dispatch.Implementation(lambda *arguments, **options: getattr(pallas_gpu, pass_)(*arguments, **options),
-                                          on=('hopper',), refuses=limits.gpu),
-    'pallas_tpu': dispatch.Implementation(lambda *arguments, **options: getattr(pallas_tpu, pass_)(*arguments, **options),
-                                          on=('tpu',), refuses=limits.tpu),
+    'pallas_gpu': mosaic.kernel(pallas_gpu, pass_, 'hopper', limits.gpu),
+    'pallas_tpu': mosaic.kernel(pallas_tpu, pass_, 'tpu', limits.tpu),
     'xla': dispatch.Implementation(getattr(xla, pass_)),
     'reference': dispatch.Implementation(getattr(reference, pass_)),
   }

@@ -5,7 +5,7 @@ Also what a key-value cache needs: heads and tokens to eight or four bits.
 import jax.numpy as jnp
 
 from efficient_lm.lazy import lazy
-from efficient_lm.ops import dispatch
+from efficient_lm.ops import dispatch, mosaic
 from efficient_lm.ops.quantize import reference, xla
 from efficient_lm.ops.quantize.grid import SMALLEST, pack_halves
 
@@ -66,14 +66,9 @@ def quantize_cache(x_BKSH, *, bits: int = 8, group: int = 1):
   return values if bits == 8 else pack_halves(values), scale_BKC1[..., 0]
 
 
-def _kernel(module, device: str) -> dispatch.Implementation:
-  return dispatch.Implementation(lambda *arguments, **options: module.quantize(*arguments, **options), on=(device,),
-                                 refuses=lambda *arguments, **options: module.refuses(*arguments, **options))
-
-
 IMPLEMENTATIONS = {
-  'pallas_tpu': _kernel(pallas_tpu, 'tpu'),
-  'pallas_gpu': _kernel(pallas_gpu, 'hopper'),
+  'pallas_tpu': mosaic.kernel(pallas_tpu, 'quantize', 'tpu'),
+  'pallas_gpu': mosaic.kernel(pallas_gpu, 'quantize', 'hopper'),
   'xla': dispatch.Implementation(xla.quantize),
   'reference': dispatch.Implementation(reference.quantize),
 }

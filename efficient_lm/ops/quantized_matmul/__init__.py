@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_lm.lazy import lazy
-from efficient_lm.ops import dispatch
+from efficient_lm.ops import dispatch, mosaic
 from efficient_lm.ops.quantized_matmul import reference, xla
 from efficient_lm.ops.quantized_matmul.storage import (
   QuantizedMatrix,
@@ -33,7 +33,7 @@ def quantized_matmul(x_MK, w: QuantizedMatrix, *, activations: str | None = None
     w: the matrix, outputs first; see `QuantizedMatrix` for its storage and `quantize` to make one.
     activations: None multiplies x as it is (W8A16, W4A16). 'int8' (W8A8, W4A8, W2A8) or, for a float8 matrix,
       'float8_e4m3fn' first rounds each row of x to a grid that just holds its largest magnitude. The gradient by x is g @ w
-      in each case.
+      in each case, and that of the plain path beside any kernel.
     implementation: 'auto' or a name of IMPLEMENTATIONS.
 
   Returns:
@@ -67,12 +67,8 @@ def _backward(activations, implementation, w, g_MN):
 _product.defvjp(_forward, _backward)
 
 IMPLEMENTATIONS = {
-  'pallas_gpu': dispatch.Implementation(
-    lambda *arguments, **options: pallas_gpu.quantized_matmul(*arguments, **options), on=('hopper',),
-    refuses=lambda *arguments, **options: pallas_gpu.refuses(*arguments, **options)),
-  'pallas_tpu': dispatch.Implementation(
-    lambda *arguments, **options: pallas_tpu.quantized_matmul(*arguments, **options), on=('tpu',),
-    refuses=lambda *arguments, **options: pallas_tpu.refuses(*arguments, **options)),
+  'pallas_gpu': mosaic.kernel(pallas_gpu, 'quantized_matmul', 'hopper'),
+  'pallas_tpu': mosaic.kernel(pallas_tpu, 'quantized_matmul', 'tpu'),
   'xla': dispatch.Implementation(xla.quantized_matmul),
   'reference': dispatch.Implementation(reference.quantized_matmul),
 }

@@ -63,6 +63,7 @@ class Case:
         return op.IMPLEMENTATIONS[implementation].run(x_MK, w, self.scheme.activations, tiles=tiles)
       return op.quantized_matmul(x_MK, w, activations=self.scheme.activations, implementation=implementation)
     def dgrad(g_MN, *arrays):
+      if 'pallas' in implementation: raise ValueError(f'{implementation} cannot take this: the gradient is that of xla')
       x_MK = jnp.zeros((self.rows, self.inputs), g_MN.dtype)
       return jax.vjp(lambda x_MK: forward(x_MK, *arrays), x_MK)[1](g_MN)[0]
     return dgrad if self.of == 'dgrad' else forward
