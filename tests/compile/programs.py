@@ -70,7 +70,7 @@ def compiled(target: str, op: ops.Op, case) -> Iterator:
 
 
 def unused_kernels(target: str, op: ops.Op) -> set[str]:
-  """Kernels for the target that refuse every case: nothing would be known of them. Not cuDNN, which must have a GPU to ask."""
+  """Kernels for the target that refuse every case: nothing would be known of them. Not cuDNN, which needs a GPU to ask."""
   mesh, cases = targets.mesh(target), op.bench(targets.TARGETS[target].platform).values()
   return {name for name, one in running(op, mesh).items()
           if ops.is_kernel(one) and name != 'cudnn' and all(lower(case, name, mesh) is None for case in cases)}
@@ -79,8 +79,8 @@ def unused_kernels(target: str, op: ops.Op) -> set[str]:
 def kernel_names(program, platform: str) -> list[str]:
   """The name of each kernel of ours that a compiled program calls, from XLA's record of where an operation is from."""
   calls = [line for line in program.as_text().splitlines() if f'custom_call_target="{CUSTOM_CALLS[platform]}' in line]
-  return [re.search(r'op_name="([^"]*)"', line)[1].removesuffix('/pallas_call').removesuffix('/mpmd_map').rpartition('/')[2]
-          for line in calls]
+  names = [re.search(r'op_name="([^"]*)"', line) for line in calls]   # XLA's own kernels have none
+  return [name[1].removesuffix('/pallas_call').removesuffix('/mpmd_map').rpartition('/')[2] for name in names if name]
 
 
 def check_memory(program, arguments, target: str):

@@ -70,11 +70,11 @@ def test_compiles_and_fits(target, count):
   assert memory.argument_size_in_bytes + memory.temp_size_in_bytes <= targets.TARGETS[target].memory
 
 
-@pytest.mark.parametrize('target', ['v5e', 'H200'])
+@pytest.mark.parametrize(('target', 'count'), [('v5e', 1), ('v5e', 8), ('H200', 1)])
 @pytest.mark.parametrize('name', IMPLEMENTATIONS)
-def test_the_kernel_of_the_device_is_called(name, target):
-  """With XLA's path in its place the program has fewer kernels."""
-  mesh, platform = there(target, 1), targets.TARGETS[target].platform
+def test_the_kernel_of_the_device_is_called(name, target, count):
+  """With XLA's path in its place the program has fewer kernels. On several devices each runs them on its own shards."""
+  mesh, platform = there(target, count), targets.TARGETS[target].platform
   with jax.set_mesh(mesh): here = dispatch.device()
   if not any(ops.is_kernel(one) and ops.suits(one, here, auto=True) for one in IMPLEMENTATIONS[name].values()):
     pytest.skip(f'{name} has no kernel for the {target}')
