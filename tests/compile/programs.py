@@ -77,10 +77,11 @@ def unused_kernels(target: str, op: ops.Op) -> set[str]:
 
 
 def kernel_names(program, platform: str) -> list[str]:
-  """The name of each kernel of ours that a compiled program calls, from XLA's record of where an operation is from."""
+  """The name of each kernel that a compiled program calls, from XLA's record of where an operation is from; '' where it has
+  none, as for what XLA put in and for some that are mapped over a batch."""
   calls = [line for line in program.as_text().splitlines() if f'custom_call_target="{CUSTOM_CALLS[platform]}' in line]
-  names = [re.search(r'op_name="([^"]*)"', line) for line in calls]   # XLA's own kernels have none
-  return [name[1].removesuffix('/pallas_call').removesuffix('/mpmd_map').rpartition('/')[2] for name in names if name]
+  names = [re.search(r'op_name="([^"]*)"|$', line)[1] or '' for line in calls]
+  return [name.removesuffix('/pallas_call').removesuffix('/mpmd_map').rpartition('/')[2] for name in names]
 
 
 def check_memory(program, arguments, target: str):
