@@ -43,7 +43,11 @@ def test_equals_the_dense_product_with_a_masked_matrix(name):
   """Value, and gradient of the matrix: that of the dense one where a block is kept, none elsewhere."""
   case = CASES[name]
   arguments = case.arguments()
-  (y, dx, dblocks), (y_dense, dx_dense, dw_dense) = case.call('reference')(*arguments), case.baselines()['dense'](*arguments)
+  y, dx, dblocks = case.call('reference')(*arguments)
+  x_MK, _, _, g_MN, w_KN = arguments
+  product = lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+  y_dense, pull = jax.vjp(product, x_MK, w_KN)
+  dx_dense, dw_dense = pull(g_MN)
   assert_close((y, dx), (y_dense, dx_dense), case.tolerance)
   kept = np.kron(case.mask, np.ones(case.block, bool))
   dw = to_dense(dblocks, pattern_of(case.mask))

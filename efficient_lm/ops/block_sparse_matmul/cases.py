@@ -51,9 +51,15 @@ class Case:
     return function
 
   def baselines(self):
-    """The dense product of the same sizes."""
+    """The dense product of the same sizes; of its gradient by the weight, the blocks that are kept, to be compared."""
     def product(x, w): return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
-    def dense(x_MK, blocks_QUV, pattern, g_MN, w_KN): return self._passes(product, x_MK, w_KN, g_MN)
+    def kept(w_KN, pattern):
+      (R, C), (U, V) = self.grid, self.block
+      return w_KN.reshape(R, U, C, V).swapaxes(1, 2)[pattern.rows_Q, pattern.columns_Q]
+    def dense(x_MK, blocks_QUV, pattern, g_MN, w_KN):
+      result = self._passes(product, x_MK, w_KN, g_MN)
+      if self.of == 'wgrad': return kept(result, pattern)
+      return (*result[:2], kept(result[2], pattern)) if self.of == 'all' else result
     return {'dense': dense}
 
   def _passes(self, run, x, w, g):

@@ -133,7 +133,7 @@ def skewed(E: int, rows: int, skew: float) -> tuple[int, ...]:
 def bench(platform: str) -> dict[str, Case]:
   """Realistic shapes: experts of Mixtral 8x7B, OLMoE and Qwen3-30B-A3B, equal and skewed; quantized ones too."""
   if platform == 'cpu':
-    return {f'{name} {of}': Case(skewed(16, 1024, skew), 1024, (128, 256), of=of)
+    return {f'64 experts, {name} {of}': Case(skewed(64, 4096, skew), 4096, (256, 512), of=of)
             for name, skew in (('equal', 0.0), ('skewed', 1.2)) for of in PASSES} | {
             'int8 forward': Case(skewed(16, 1024, 0.0), 1024, (128, 256), weight='int8')}
   models = {'Mixtral up': (8, 8192, (4096, 14336), 0.0), 'Mixtral down': (8, 8192, (14336, 4096), 0.0),
