@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from efficient_lm.ops import dispatch
+from efficient_lm.ops.block_sparse_matmul.gradient import differentiable
 from efficient_lm.ops.block_sparse_matmul.pattern import Pattern, Sweep
 from efficient_lm.ops.block_sparse_matmul.tiles import SHARED, GpuTiles, gpu_tiles_for
 
@@ -29,27 +30,10 @@ STORE = 64         # rows and columns of the result stored at a time: a row of t
 PRODUCER, CONSUMERS = 2, 2
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _product(x_MK, blocks_QUV, pattern: Pattern, tiles):
-  return rows(x_MK, blocks_QUV, pattern.by_column(), tiles=tiles)
-
-
-def _forward(x_MK, blocks_QUV, pattern, tiles):
-  return _product(x_MK, blocks_QUV, pattern, tiles), (x_MK, blocks_QUV, pattern)
-
-
-def _backward(tiles, saved, g_MN):
-  x_MK, blocks_QUV, pattern = saved
-  return (rows(g_MN, blocks_QUV, pattern.by_row(), transposed=True, tiles=tiles),
-          weights(x_MK, g_MN, blocks_QUV, pattern, tiles=tiles), None)
-
-
-_product.defvjp(_forward, _backward)
-
-
 def block_sparse_matmul(x_MK, blocks_QUV, pattern: Pattern, *, tiles: GpuTiles | None = None):
   """See the API."""
-  return _product(x_MK, blocks_QUV, pattern, tiles)
+  product = differentiable(functools.partial(rows, tiles=tiles), functools.partial(weights, tiles=tiles))
+  return product(x_MK, blocks_QUV, pattern)
 
 
 def refuses(x_MK, blocks_QUV, pattern: Pattern) -> str:
