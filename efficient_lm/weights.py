@@ -23,6 +23,13 @@ class Weight(nnx.Module):
   axes: str
   inputs: str
 
+  product = 'float'   # what its products multiply: for tables, as `kind` is
+
+  @property
+  def kind(self) -> str:
+    """What the weight is stored as, in a few words."""
+    return type(self).__name__
+
   def materialize(self) -> jax.Array:
     """The weight as one float array whose last dimensions are `axes`."""
     raise NotImplementedError
@@ -63,6 +70,9 @@ class Dense(Weight):
   def __init__(self, array, axes: str, inputs: str):
     self.array, self.axes, self.inputs = nnx.Param(array, axes=axes, inputs=inputs), axes, inputs
 
+  @property
+  def kind(self): return jnp.dtype(self.array.get_value().dtype).name
+
   def materialize(self):
     return self.array.get_value()
 
@@ -81,6 +91,9 @@ class Transposed(Weight):
 
   @property
   def inputs(self): return self.inner.inputs
+
+  @property
+  def kind(self): return self.inner.kind
 
   def materialize(self):
     return self.inner.materialize().T
@@ -132,35 +145,3 @@ def initial(key, sizes: dict[str, int], axes: str, inputs: str, scale: float = 1
   fan_in = 1
   for letter in inputs: fan_in *= sizes[letter]
   return Dense(jax.random.normal(key, [sizes[letter] for letter in axes]) * (scale * fan_in ** -.5), axes, inputs)
-
-
-def absmax_scale(values, axes: str, inputs: str, bits: int):
-  """Step of the symmetric grid that just holds the largest magnitude along `inputs`; never zero."""
-  largest = alphabet.max_over(jnp.abs(lax.stop_gradient(values)), axes, inputs)
-  return jnp.maximum(largest / (2 ** (bits - 1) - 1), jnp.finfo(jnp.float32).tiny)
-
-
-def fake_quantize(values, axes: str, inputs: str, bits: int):
-  """Rounds to `bits` (error at most half a step); the gradient passes straight through (Bengio et al. 2013)."""
-  scale = absmax_scale(values, axes, inputs, bits).astype(values.dtype)
-  return values + lax.stop_gradient(jnp.round(values / scale) * scale - values)
-
-
-class FakeQuantized(Weight):
-  """Trains as `inner`, multiplies as its rounding: one scale an output channel, one a token for activations."""
-
-  def __init__(self, inner: Weight, bits: int, activation_bits: int | None = None):
-    self.inner, self.bits, self.activation_bits = inner, bits, activation_bits
-
-  @property
-  def axes(self): return self.inner.axes
-
-  @property
-  def inputs(self): return self.inner.inputs
-
-  def materialize(self):
-    return fake_quantize(self.inner.materialize(), self.axes, self.inputs, self.bits)
-
-  def rounded(self, x, axes: str):
-    if self.activation_bits is None: return x
-    return fake_quantize(x, axes, ''.join(letter for letter in axes if letter in self.inputs), self.activation_bits)

@@ -17,9 +17,10 @@ TECHNIQUES = [name for name in PACKAGE if name.startswith('efficient_lm/techniqu
 # the commands, and what they share.
 FLOORS = (
   'axes tree lazy errors fields',
-  'ops',
+  'ops formats',
   'weights',
-  'models parallel coverage',
+  'quantized',
+  'models parallel coverage rules',
   'losses optim learner',
   'techniques',
   'data checkpoint measure tracking decode interop ledger charts train',

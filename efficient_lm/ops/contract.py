@@ -41,7 +41,8 @@ def _split(equation: str) -> tuple[str, str, str, str, str]:
   return x_axes, w_axes, result, summed, ''.join(letter for letter in w_axes if letter not in x_axes)
 
 
-def _is_matrix_product(equation: str) -> bool:
+def is_matrix_product(equation: str) -> bool:
+  """Whether einsum(equation, x, w) is one product of matrices, x's last letters being those summed over."""
   x_axes, w_axes, result, summed, new = _split(equation)
   rows = x_axes.removesuffix(summed)
   return (summed != '' and x_axes == rows + summed and result == rows + new and not set(rows) & set(w_axes)
@@ -94,7 +95,7 @@ def _dot(a, b, a_axis: int, b_axis: int, dtype):
 
 
 def _no_matrix_product(equation, *_) -> str:
-  return '' if _is_matrix_product(equation) else f'{equation!r} is no product of matrices'
+  return '' if is_matrix_product(equation) else f'{equation!r} is no product of matrices'
 
 
 IMPLEMENTATIONS = {

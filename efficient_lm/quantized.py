@@ -1,0 +1,276 @@
+"""Weights in few bits: `FakeQuantized` trains as floats and multiplies as their rounding, `Quantized` is stored so.
+
+Both see a weight as a matrix (..., N, K) with its outputs first, its letters merged: 'DNH' with inputs 'D' is N * H outputs
+by D inputs, and experts and layers stand in front. `converted` makes a Quantized of a FakeQuantized, worth the same numbers
+bit for bit, unless their scale is a mean, whose sum depends on its order. Their products differ by the order of sums:
+Quantized multiplies integers where it can, whose sum is exact, and scales the result; FakeQuantized multiplies floats, K of
+them, each sum off by at most K * 2^-24 of the sum of magnitudes.
+"""
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from efficient_lm.axes import WEIGHT
+from efficient_lm.formats import MXFP8, Channel, Encoded, Float8, Format, Int
+from efficient_lm.formats.format import Scales
+from efficient_lm.formats.ranges import Reduce
+from efficient_lm.ops.contract import is_matrix_product
+from efficient_lm.ops.grouped_matmul import grouped_matmul
+from efficient_lm.ops.quantized_matmul import QuantizedMatrix, quantized_matmul
+from efficient_lm.weights import Frozen, Weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How an array with the letters `axes`, summed over `inputs`, is a matrix. `inner`: the sizes of letters that are merged
+  into the ones before them, by letter."""
+  axes: str
+  inputs: str
+  inner: tuple[tuple[str, int], ...] = ()
+
+  @classmethod
+  def of(cls, weight: Weight):
+    shape = jax.eval_shape(lambda weight: weight.materialize(), weight).shape[-len(weight.axes):]
+    first = 'E' + _outputs(weight.axes, weight.inputs)[:1] + weight.inputs[:1]
+    inner = ((letter, size) for letter, size in zip(weight.axes, shape) if letter not in first)
+    return cls(weight.axes, weight.inputs, tuple(inner))
+
+  @property
+  def outputs(self) -> str: return _outputs(self.axes, self.inputs)
+
+  @property
+  def experts(self) -> str: return 'E' if self.axes.startswith('E') else ''
+
+  @property
+  def letters(self) -> str:
+    """Those by which the matrix lies on a mesh: a merged dimension is cut as its first letter is."""
+    return self.experts + self.outputs[0] + self.inputs[0]
+
+  def matrix(self, array):
+    """(..., axes) -> (..., N, K)."""
+    array = _transposed(array, self.axes, self.experts + self.outputs + self.inputs)
+    K = math.prod(array.shape[-len(self.inputs):])
+    lead = array.shape[:array.ndim - len(self.outputs + self.inputs)]
+    return array.reshape(*lead, array.size // (K * math.prod(lead)), K)
+
+  def array(self, matrix):
+    """The inverse of `matrix`."""
+    N, K = matrix.shape[-2:]
+    array = matrix.reshape(*matrix.shape[:-2], *self.split(self.outputs, N), *self.split(self.inputs, K))
+    return _transposed(array, self.experts + self.outputs + self.inputs, self.axes)
+
+  def split(self, letters: str, size: int) -> list[int]:
+    """Sizes of merged letters; the first, which a mesh may have cut, is what is left."""
+    rest = [dict(self.inner)[letter] for letter in letters[1:]]
+    return [size // math.prod(rest), *rest]
+
+  def reduce(self, scales) -> Reduce:
+    """Reductions over a tile of this granularity, over devices too where `shard_map` has cut it."""
+    spanned = {'NK': self.outputs + self.inputs, 'K': self.inputs, '': ''}[scales.spans]
+    return reduction(spanned)
+
+
+def reduction(letters: str) -> Reduce:
+  """Over dimensions of which 'tensor' may have cut one into local shards."""
+  manual = jax.sharding.get_abstract_mesh().manual_axes
+  cut = any(WEIGHT.get(letter) == 'tensor' for letter in letters) and 'tensor' in manual
+  return Reduce(('tensor',) if cut else ())
+
+
+def _outputs(axes: str, inputs: str) -> str:
+  return ''.join(letter for letter in axes.removeprefix('E') if letter not in inputs)
+
+
+def _transposed(array, old: str, new: str):
+  lead = array.ndim - len(old)
+  return array.transpose(*range(lead), *(lead + old.index(letter) for letter in new))
+
+
+@jax.custom_jvp
+def straight_through(values, rounded):
+  """`rounded`, exactly; its derivative by `values` is that of the identity (Bengio et al. 2013, arXiv 1308.3432)."""
+  return rounded
+
+
+@straight_through.defjvp
+def _(primals, tangents):
+  return primals[1], tangents[0]
+
+
+class Quantizer(nnx.Module):
+  """Rounds matrices (..., N, K) while training, and knows the scales with which they would be stored.
+
+  A module because some learn: their parameters are the model's, and move as all others. `format` is a static `Format`.
+  """
+  format: Format
+
+  def scales(self, matrix, reduce: Reduce) -> Scales:
+    """Those of `matrix` now."""
+    raise NotImplementedError
+
+  def __call__(self, matrix, reduce: Reduce):
+    """`matrix` on the grid, in its own dtype: format.rounded(matrix, scales), with a gradient."""
+    raise NotImplementedError
+
+
+class Rounding(Quantizer):
+  """Fits scales anew at each use, by the format's own range (for most, absmax); the gradient passes straight through."""
+
+  def __init__(self, format: Format):
+    self.format = dataclasses.replace(format)   # a copy: static parts must not change with a config
+
+  def scales(self, matrix, reduce: Reduce) -> Scales:
+    return self.format.scales_for(lax.stop_gradient(matrix), reduce=reduce)
+
+  def __call__(self, matrix, reduce: Reduce):
+    rounded = self.format.rounded(lax.stop_gradient(matrix), self.scales(matrix, reduce))
+    return straight_through(matrix, rounded.astype(matrix.dtype))
+
+
+def rounded_rows(quantizer: Quantizer | None, x, axes: str, inputs: str):
+  """Activations as a product over `inputs` reads them: each token's numbers are a row. x itself without a quantizer, and for
+  a product over other dims than those (queries taken into a latent space, say)."""
+  if quantizer is None or not axes.endswith(inputs): return x
+  rows = x.reshape(*x.shape[:x.ndim - len(inputs)], -1)
+  # A row of one token (T = 1) is a matrix with one output.
+  spanned = {'NK': axes, 'K': inputs, '': ''}[quantizer.format.scales.spans]
+  return quantizer(rows, reduction(spanned)).reshape(x.shape)
+
+
+class FakeQuantized(Weight):
+  """Trains as `inner`, multiplies as its rounding. `weights` and `activations` are Quantizers, or None for floats."""
+
+  def __init__(self, inner: Weight, weights: Quantizer | None, activations: Quantizer | None = None):
+    self.inner, self.weights, self.activations = inner, weights, activations
+
+  @property
+  def axes(self): return self.inner.axes
+
+  @property
+  def inputs(self): return self.inner.inputs
+
+  @property
+  def kind(self):
+    return self.inner.kind if self.weights is None else f'{self.inner.kind}, rounded to {self.weights.format.name}'
+
+  def materialize(self):
+    if self.weights is None: return self.inner.materialize()
+    layout = Layout.of(self.inner)
+    return layout.array(self.weights(layout.matrix(self.inner.materialize()), layout.reduce(self.weights.format.scales)))
+
+  def rounded(self, x, axes: str):
+    return rounded_rows(self.activations, x, axes, self.inputs)
+
+  def converted(self) -> Weight:
+    """The same numbers, stored in few bits."""
+    if self.weights is None: return self
+    layout = Layout.of(self.inner)
+    matrix = layout.matrix(self.inner.materialize())
+    scales = self.weights.scales(matrix, layout.reduce(self.weights.format.scales))
+    return Quantized(self.weights.format.encode(matrix, scales), self.weights.format, layout, self.activations)
+
+
+def quantized(weight: Weight, format: Format, activations: Quantizer | None = None, range=None) -> 'Quantized':
+  """`weight` rounded to nearest with scales fitted by `range` (default: the format's own)."""
+  layout = Layout.of(weight)
+  matrix = layout.matrix(weight.materialize())
+  return Quantized(format.encode(matrix, format.scales_for(matrix, range)), format, layout, activations)
+
+
+class Quantized(Weight):
+  """A frozen weight in few bits.
+
+  values, scale, zero, outer: those of `formats.Encoded`, as Variables that lie on a mesh as the matrix does. Experts with 8
+  bits are kept inputs first, (..., E, K, N), as the grouped product reads them.
+  """
+
+  def __init__(self, encoded: Encoded, format: Format, layout: Layout, activations: Quantizer | None = None):
+    self.format, self.layout, self.activations = dataclasses.replace(format), layout, activations
+    experts, (output, input) = layout.experts, layout.letters[-2:]
+    by_rows, by_groups = experts + output + input, experts + input + output
+    if self.inputs_first: values, axes = jnp.swapaxes(encoded.values, -1, -2), by_groups
+    else: values, axes = encoded.values, by_rows
+    self.values, self.scale = Frozen(values, axes=axes), Frozen(encoded.scales.scale, axes=by_groups)
+    self.zero = None if encoded.scales.zero is None else Frozen(encoded.scales.zero, axes=by_groups)
+    self.outer = None if encoded.scales.outer is None else Frozen(encoded.scales.outer, axes=experts + '11')
+
+  @property
+  def axes(self): return self.layout.axes
+
+  @property
+  def inputs(self): return self.layout.inputs
+
+  @property
+  def kind(self): return self.format.name
+
+  @property
+  def product(self):
+    """'int8 x int4', where integers are multiplied as they are stored; 'float', where they are widened first."""
+    if not self.direct: return 'float, multiplied out'
+    activations = None if self.layout.experts else self.integer_activations
+    return f'{activations or "float"} x {self.format.element}'
+
+  @property
+  def direct(self) -> bool:
+    """Whether there is a product that reads the weight as it is stored."""
+    codes_count = self.format.offset is not None and self.values.get_value().dtype != jnp.float8_e5m2
+    if not self.layout.experts: return codes_count and self.format.bits != 3
+    return codes_count and self.format.bits == 8 and self.zero is None and self.format.scales == Channel()
+
+  @property
+  def inputs_first(self) -> bool: return bool(self.layout.experts) and self.format.bits == 8
+
+  @property
+  def encoded(self) -> Encoded:
+    values = self.values.get_value()
+    optional = (None if variable is None else variable.get_value() for variable in (self.zero, self.outer))
+    return Encoded(jnp.swapaxes(values, -1, -2) if self.inputs_first else values, Scales(self.scale.get_value(), *optional))
+
+  def materialize(self):
+    return self.layout.array(self.format.decode(self.encoded))
+
+  def rounded(self, x, axes: str):
+    return rounded_rows(self.activations, x, axes, self.inputs)
+
+  def contract(self, equation: str, x, dtype=None):
+    x_axes = equation.split(',')[0]
+    if self.layout.experts or not (self.direct and is_matrix_product(equation) and x_axes.endswith(self.inputs)):
+      return super().contract(equation, x, dtype)
+    rows, integer = x.shape[:x.ndim - len(self.inputs)], self.integer_activations
+    if integer is None: x = self.rounded(x, x_axes)
+    y_MN = quantized_matmul(x.reshape(math.prod(rows), -1), self.matrix(), activations=integer)
+    return y_MN.reshape(*rows, *self.layout.split(self.layout.outputs, y_MN.shape[1])).astype(dtype or x.dtype)
+
+  def contract_grouped(self, x_MD, sizes_E):
+    if not self.direct: return super().contract_grouped(x_MD, sizes_E)
+    x_MD = self.rounded(x_MD, 'M' + self.inputs)
+    return grouped_matmul(x_MD, self.values.get_value(), sizes_E, self.scale.get_value()[:, 0])
+
+  def take(self, ids):
+    """Rows of an embedding: only those are decoded."""
+    values, scales = self.encoded
+    M, per_scale = ids.size, values.shape[0] // scales.scale.shape[-1]
+    rows = ids.reshape(M)
+    chosen = lambda x: None if x is None else x[:, rows // per_scale]
+    one = Scales(chosen(scales.scale), chosen(scales.zero), scales.outer)
+    w_MK = self.format.decode_rows(values[rows], one)
+    return w_MK.reshape(*ids.shape, -1)
+
+  def matrix(self) -> QuantizedMatrix:
+    """As `quantized_matmul` reads it, if `direct`."""
+    values, scales = self.encoded
+    step, zero = (None if x is None else jnp.swapaxes(x, -1, -2) for x in self.format.steps(scales))
+    if self.format.offset: zero = jnp.full_like(step, -self.format.offset)
+    whole = lambda x_QN: None if x_QN is None else jnp.repeat(x_QN, values.shape[-2] // x_QN.shape[1], axis=1)
+    return QuantizedMatrix(values, whole(step), whole(zero), self.format.bits)
+
+  @property
+  def integer_activations(self) -> str | None:
+    """The dtype that the product itself rounds tokens to, if that is just what the quantizer does."""
+    if not isinstance(self.activations, Rounding): return None
+    pairs = {(True, Float8()): 'float8_e4m3fn', (False, Int()): 'int8'}
+    return pairs.get((isinstance(self.format, Float8), self.activations.format)) if self.format != MXFP8() else None
