@@ -8,8 +8,8 @@ with one scale, and perhaps one zero point, for each of the tiles that `scales` 
 things (`format.Format`): how to fit scales to a tile's extremes, which code is nearest, and what a code is worth. All else
 follows, for every format alike: rounding while training, packing, error, bytes.
 """
-from efficient_lm.formats.format import Encoded, Format
 from efficient_lm.formats.floating import MXFP4, MXFP8, NF4, NVFP4, Float8
+from efficient_lm.formats.format import Encoded, Format
 from efficient_lm.formats.granularity import Block, Channel, Group, Tensor
 from efficient_lm.formats.integer import Int, MidRise, Ternary
 from efficient_lm.formats.ranges import AbsMax, AbsMean, MeanSquaredError, Percentile
