@@ -36,7 +36,7 @@ def gradients(dlogits: Callable, hidden_MD, head_DV, width: int):
 
   Args:
     dlogits: (first column, int32 scalar; number of columns, int) -> d_MC, the gradient by those logits.
-    width: columns of a chunk. What is left over by whole chunks is a narrower one.
+    width: columns of a chunk: see `fold`.
   """
   V = head_DV.shape[1]
 
@@ -49,10 +49,16 @@ def gradients(dlogits: Callable, hidden_MD, head_DV, width: int):
     return dhidden_MD, lax.dynamic_update_slice_in_dim(dhead_DV, dhead_DC.astype(dhead_DV.dtype), start, axis=1)
 
   carry = jnp.zeros(hidden_MD.shape, jnp.float32), jnp.zeros_like(head_DV)
+  dhidden_MD, dhead_DV = fold(V, width, chunk, carry)
+  return dhidden_MD.astype(hidden_MD.dtype), dhead_DV
+
+
+def fold(V: int, width: int, chunk: Callable, carry):
+  """Takes `carry` through chunk(first column, int32 scalar; number of columns, int; carry) for the whole vocabulary; what
+  chunks of that width leave over is a narrower one."""
   whole, rest = divmod(V, width)
   carry = lax.fori_loop(0, whole, lambda i, carry: chunk(i * width, width, carry), carry)
-  if rest: carry = chunk(jnp.int32(V - rest), rest, carry)
-  return carry[0].astype(hidden_MD.dtype), carry[1]
+  return chunk(jnp.int32(V - rest), rest, carry) if rest else carry
 
 
 def combine(maximum_M, total_M, logsumexp_M):
