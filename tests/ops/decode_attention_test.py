@@ -11,7 +11,7 @@ from hypothesis import strategies
 from jax.experimental.pallas import tpu as pltpu
 
 from efficient_lm.ops.attention import attention
-from efficient_lm.ops.decode_attention import decode_attention, pallas_gpu, pallas_tpu, tiles
+from efficient_lm.ops.decode_attention import decode_attention, pallas_gpu, pallas_tpu, tiles, xla
 from efficient_lm.ops.decode_attention.cache import combine
 from efficient_lm.ops.decode_attention.cases import CASES, Case, bench
 from efficient_lm.ops.decode_attention.tiles import GpuTiles, TpuTiles, candidates
@@ -30,6 +30,19 @@ def test_equals_the_reference(name, implementation):
   case = CASES[name]
   arguments = case.arguments()
   agree(*(jax.jit(case.call(name))(*arguments) for name in (implementation, 'reference')), case.tolerance)
+
+
+@pytest.mark.parametrize('filled', [1.0, 0.2])
+@pytest.mark.parametrize('name', [name for name, case in CASES.items() if not case.page and case.slots >= 130])
+def test_blocks_of_a_cache_that_is_larger_than_one(name, filled, monkeypatch):
+  """A float cache is taken in blocks where little of it is seen, and holds NaN where nobody looks."""
+  monkeypatch.setattr(xla, 'BLOCK', 1)
+  case = CASES[name]
+  q, k, v, lengths, *scales = case.arguments()
+  lengths, slot = (lengths * filled).astype(jnp.int32), jnp.arange(case.slots)
+  unseen = ((slot >= lengths[:, None]) | (slot < lengths[:, None] - (case.window or case.slots)))[:, None, :, None]
+  if not scales: k, v = (jnp.where(unseen, jnp.nan, x).astype(x.dtype) for x in (k, v))
+  agree(*(jax.jit(case.call(name))(q, k, v, lengths, *scales) for name in ('blocks', 'reference')), case.tolerance)
 
 
 def test_equals_attention_with_a_cache():
