@@ -27,8 +27,8 @@ def last_layer(outputs):
 
 
 def divergence(student, teacher, **options):
-  """linear_divergence_BT of two last layers, each device on its own tokens: sums over shards of the vocabulary would have to
-  meet in both passes. Devices that share the vocabulary share the tokens of a sequence instead, and have both heads whole."""
+  """linear_divergence_BT of two last layers, each device on its own tokens: sums over shards of the vocabulary would have
+  to meet in both passes. Devices that share the vocabulary share a sequence's tokens instead, and have both heads whole."""
   function = functools.partial(linear_divergence, **options)
   # T by the mesh axis of V.
   return alphabet.by_shard(function, ('BVD', 'DD', 'BVD', 'DD'), 'BV')(*student, *teacher)

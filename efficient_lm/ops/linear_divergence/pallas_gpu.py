@@ -2,9 +2,9 @@
 another array's where they lie, in memory. See vocabulary.py for what becomes of both, and the cross-entropy's kernels for
 how tiles are made.
 
-An epilogue goes over 32 columns at a time, so that beside the logits of a tile, 128 registers of a thread, there is room for
-what is computed of these: with 64 the compiler spills. Forward, a tile leaves up to three values a token, [V / columns, 3, M]
-float32 in all, which XLA combines.
+An epilogue goes over 32 columns at a time, so that beside the logits of a tile, 128 registers of a thread, there is room
+for what is computed of these: with 64 the compiler spills. Forward, a tile leaves up to three values a token,
+[V / columns, 3, M] float32 in all, which XLA combines.
 """
 import functools
 

@@ -1,27 +1,27 @@
 """The divergences in chunks of the vocabulary: what is left to an implementation is one chunk forward and one backward.
 
-A chunk is a tile of the student's logits after the other, never in memory, which meet an array of the chunk's size that
-is: the teacher's logits, float32, or what rules listed tokens out. Products of M tokens, D wide for a student and E for its
-teacher, by V:
+In a kernel the student's logits exist a tile at a time, never in memory, and meet an array of M tokens by a chunk's columns
+that is there: the teacher's logits, float32, or what rules listed tokens out. Products of M tokens by the whole vocabulary,
+student's and teacher's alike:
 
-  forward KL, reverse KL   forward 2   student's and teacher's logits
-  Jensen-Shannon           forward 2   the same, but in chunks of tokens (tokens.py), not in these
-  any of them              backward 4  both again, and a gradient of the student's product each
-  listed or drawn tokens   forward 1, backward 3   as those, without a teacher
+  forward KL, reverse KL      forward 2: both logits
+  Jensen-Shannon              forward 2: both logits, in chunks of tokens (tokens.py) of plain JAX
+  any of these                backward 4: both logits again, and one for each gradient
+  listed or drawn tokens      forward 1, backward 3: as these, without a teacher
 
-For a KL sums over the vocabulary go on as chunks come: D(a, b) = mean of (a - b) under softmax(a) - logsumexp(a) +
-logsumexp(b), and means of parts are weighted by exp of their logsumexp. Jensen-Shannon cannot: a term of it needs both of
-the whole normalisers. Two sweeps of this kind would be four products, where to keep the logits of a chunk of tokens costs
-their traffic, some 32 bytes a logit; on every device that there are kernels for, that takes less time than two products
-with D + E of several thousand. The gradient knows the normalisers, and is the same for all.
+For a KL, sums go on as chunks come: KL(a || b) = logsumexp(b) - logsumexp(a) + the mean of a - b under softmax(a), and means
+of parts are weighted by exp of their logsumexp. Jensen-Shannon cannot: a term of it needs both normalisers of the whole. Two
+sweeps of chunks would be four products. Keeping the logits of a chunk of tokens is two, and traffic, some 32 bytes a logit:
+with student and teacher 2048 and 4096 wide that is by arithmetic half of what two more products take on an H200, two thirds
+on a v5e, but half as much again on a v6e. Its gradient knows the normalisers, and is a kernel's as the others.
 
-The teacher's logits go through memory, 8 bytes a logit, because then its product is the library's, at its speed, for any
-width and dtype, and a kernel's tile is as large as that of the cross-entropy. With both logits in a kernel's registers, on
-Hopper tiles would be 128 x 128: each block would read 64 bytes a cycle from the L2 cache to keep its tensor cores busy,
-twice of what it gets.
+The teacher's logits of a chunk go through memory, 8 bytes each, because then their product is the library's, for any width
+and dtype, and a kernel's tile is that of the cross-entropy, 128 x 256 on Hopper. With both logits in registers it would be
+128 x 128: 64 bytes of operands a cycle for a block at full speed, a third more than now, where L2 caches give some 30.
 
 Backward, the gradient by the student's logits, d_MC, is written in the dtype of hidden, and two dense products follow, as
-for the cross-entropy: see its vocabulary.py.
+for the cross-entropy: see its vocabulary.py. Beside that memory is the other array's, M x C float32, and for listed tokens
+the transpose of a head that is not one already.
 """
 import dataclasses
 import functools
@@ -49,6 +49,7 @@ class Kernels:
   dlogits: (measure, hidden_MD, head_DV, other_MC, per_token, start, tiles) -> d_MC: see `equations.slope`.
   tiles: (pass, M, D, V, bytes of an element) -> what to use where nothing was given.
   rows: tiles -> the multiple to which tokens are padded.
+  width: (M, V) -> columns of a chunk, C.
   """
   sweep: Callable | None
   dlogits: Callable
@@ -84,7 +85,7 @@ class Way:
     return vocabulary.fold(V, self.kernels.width(M, V), chunk, values)
 
   def gradients(self, tiles, hidden_MD, head_DV, other: Callable, per_token, finish=lambda d_MC, start: d_MC):
-    """dhidden_MD and dhead_DV. finish: d_MC, first column -> what is added to it, done."""
+    """dhidden_MD and dhead_DV. finish: (d_MC, first column) -> d_MC with what is not a kernel's part of it."""
     def dlogits(start, width):
       d_MC = self.kernels.dlogits(self.measure, hidden_MD, head_DV, other(start, width), per_token, start, tiles)
       return finish(d_MC, start)
@@ -187,8 +188,7 @@ def _listed(way: Way, hidden_BTD, head_DV, ids_BTA):
   """Logits / temperature of listed tokens, one a token at a time, so that their columns of head are never an array."""
   # Rows of the transpose: an embedding read as a head is transposed already, any other one is once, not for each.
   head_VD = head_DV.T
-  def one(ids_BT):
-    return jnp.einsum('BTD,BTD->BT', hidden_BTD, head_VD[ids_BT], preferred_element_type=jnp.float32)
+  def one(ids_BT): return jnp.sum(hidden_BTD.astype(jnp.float32) * head_VD[ids_BT].astype(jnp.float32), axis=-1)
   return way.measure.tempered(jnp.moveaxis(lax.map(one, jnp.moveaxis(ids_BTA, -1, 0)), 0, -1))
 
 
