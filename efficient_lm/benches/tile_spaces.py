@@ -47,10 +47,11 @@ def quantized_matmul(case, platform: str):
 
 
 def decode_attention(case, platform: str):
-  """By queries a key head, head dim and storage."""
-  N, K, H = case.heads
+  """By heads of all sequences, slots, head dim and bits."""
+  H, heads = case.heads[2], case.batch * case.heads[1]
   bits = jnp.finfo(case.storage).bits if 'float' in case.storage else int(case.storage.removeprefix('int'))
-  return 'TUNED', (N // K, H, case.storage), attention.candidates(platform, case.slots, H, bits)
+  key = platform, heads, case.slots, H, bits
+  return 'TUNED', key, attention.candidates(platform, case.slots, H, bits, case.page, heads)
 
 
 def block_sparse_matmul(case, platform: str):

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from efficient_lm.ops import dispatch
 from efficient_lm.ops.linear_cross_entropy import vocabulary
 from efficient_lm.ops.linear_cross_entropy.tiles import VMEM, TpuTiles, tpu_tiles_for
 
@@ -136,4 +137,19 @@ def _dlogits_kernel(first_ref, hidden_ref, head_ref, labels_ref, logsumexp_ref, 
     d_ref[...] = d.astype(d_ref.dtype)   # what is past the end of the array is not written
 
 
-KERNELS = vocabulary.Kernels(_forward, _dlogits, _rows)
+def _head_columns(head_DV, start, width: int):
+  """head_DC, copied by a kernel on tpu7x: for the products of a slice all of the head would be laid out as they want it, and
+  laid out back for each call of the kernel above: twice D x V of memory. Other TPUs have one layout for both."""
+  if 'TPU7x' not in dispatch.device().kind or width % LANES: return vocabulary.columns_of(head_DV, start, width)
+
+  def kernel(start_ref, head_ref, out_ref):
+    pltpu.sync_copy(head_ref.at[:, pl.ds(pl.multiple_of(start_ref[0], LANES), width)], out_ref)
+
+  anywhere = pl.BlockSpec(memory_space=pl.ANY)
+  return pl.pallas_call(
+    kernel, in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), anywhere], out_specs=anywhere,
+    out_shape=jax.ShapeDtypeStruct((head_DV.shape[0], width), head_DV.dtype), name='linear_cross_entropy_columns',
+  )(jnp.reshape(start, 1).astype(jnp.int32), head_DV)
+
+
+KERNELS = vocabulary.Kernels(_forward, _dlogits, _rows, _head_columns)
