@@ -18,9 +18,9 @@ TECHNIQUES = [name for name in PACKAGE if name.startswith('efficient_lm/techniqu
 FLOORS = (
   'axes tree lazy errors fields',
   'ops',
-  'weights',
+  'weights clock low_precision',
   'models parallel coverage',
-  'losses optim learner',
+  'losses moments optim learner',
   'techniques',
   'data checkpoint measure tracking decode interop ledger charts train',
 )
