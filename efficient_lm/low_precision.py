@@ -42,14 +42,20 @@ class LowPrecision(Weight):
     return LowPrecision(self.inner.narrowed(dtype), dict(self.formats), self.clock, self.seed)
 
   def contract(self, equation: str, x, dtype=None):
-    x = self._ticking(self.rounded(x, equation.split(',')[0]))
-    return low_precision_contract(equation, x, self.materialize().astype(x.dtype), dtype=dtype, key=self._key(),
-                                  **dict(self.formats))
+    x = self.rounded(x, equation.split(',')[0])
+    return self.multiply(equation, x, self.materialize().astype(x.dtype), dtype)
 
   def contract_grouped(self, x_MD, sizes_E):
-    x_MD = self._ticking(self.rounded(x_MD, 'M' + self.inputs))
-    return low_precision_grouped_matmul(x_MD, self.materialize().astype(x_MD.dtype), sizes_E, key=self._key(),
-                                        **dict(self.formats))
+    x_MD = self.rounded(x_MD, 'M' + self.inputs)
+    return self.multiply_grouped(x_MD, self.materialize().astype(x_MD.dtype), sizes_E)
+
+  def multiply(self, equation: str, x, array, dtype=None):
+    """einsum(equation, x, array) as this weight multiplies."""
+    return low_precision_contract(equation, self._ticking(x), array, dtype=dtype, key=self._key(), **dict(self.formats))
+
+  def multiply_grouped(self, x_MD, array, sizes_E):
+    """As `multiply`, for rows sorted by expert."""
+    return low_precision_grouped_matmul(self._ticking(x_MD), array, sizes_E, key=self._key(), **dict(self.formats))
 
   def nll(self, hidden_BTD, labels_BT):
     """As Weight, by logits of about ROWS tokens at a time, which the backward pass computes again."""

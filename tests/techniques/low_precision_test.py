@@ -14,6 +14,7 @@ from efficient_lm.learner import Learner, assemble, initial_state
 from efficient_lm.low_precision import LowPrecision
 from efficient_lm.models import spec
 from efficient_lm.optim import Muon, WarmupStableDecay
+from efficient_lm.parallel.mesh import Mesh
 from efficient_lm.techniques.low_precision import LowPrecisionTraining
 from efficient_lm.tree import select
 from efficient_lm.weights import Weight
@@ -137,3 +138,15 @@ def test_a_wrong_field_is_named():
   assert [name for name, _, _ in complaints] == ['forward', 'dgrad']
   assert complaints[0][2] == 'must be one of int8, float8_e4m3fn, float8_e5m2, or None for no rounding'
   assert list(LowPrecisionTraining(**FLOAT8).check()) == []
+
+
+@pytest.mark.skipif('jax.device_count() != 8', reason='needs eight devices: run the tests on CPU')
+def test_experts_on_a_mesh_multiply_what_they_do_on_one_device():
+  """Over devices that split tokens and experts: rows, and so their scales, stay whole. Each clock ticks once."""
+  made, step = compiled((), 'experts')
+  _, metrics = step(initial_state(made), made.loss, batch())
+  mesh = Mesh(data=1, fsdp=2, expert=2).build(jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    state, spread = train.compiled_step(made)(initial_state(made, mesh), made.loss, train.place(batch(), mesh))
+  assert float(spread['loss']) == pytest.approx(float(metrics['loss']), rel=1e-5)
+  assert {step for _, clock in select(state.model, Clock) for step in np.asarray(clock.get_value()).tolist()} == {1.0}

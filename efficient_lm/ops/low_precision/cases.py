@@ -31,27 +31,28 @@ class Case:
   of: str = 'all'
 
   def arguments(self) -> tuple:
-    """x_MK, w_KN or w_EKN, and a cotangent g_MN; columns differ in size, a thousandfold."""
+    """x_MK, w_KN or w_EKN, a cotangent g_MN, and sizes_E or None; columns differ in size, a thousandfold."""
     (M, K, N), keys = self.shape, jax.random.split(jax.random.key(sum(self.shape)), 3)
     draw = lambda key, *shape: jax.random.normal(key, shape) * 10. ** -(jnp.arange(shape[-1]) % 4)
     past_M1 = jnp.arange(M)[:, None] >= (M if self.sizes is None else sum(self.sizes))
     x_MK, g_MN = (jnp.where(past_M1, jnp.nan, draw(key, M, width)) for key, width in ((keys[0], K), (keys[1], N)))
     w = draw(keys[2], *(() if self.sizes is None else (len(self.sizes),)), K, N)
-    return tuple(a.astype(self.dtype) for a in (x_MK, w, g_MN))
+    sizes_E = None if self.sizes is None else jnp.array(self.sizes, jnp.int32)
+    return *(a.astype(self.dtype) for a in (x_MK, w, g_MN)), sizes_E
 
   def call(self, implementation: str, tiles=None):
     """A function of the arguments. What only other passes need is dead code in it."""
     options = dict(zip(PASSES, self.formats), implementation=implementation)
-    if self.stochastic: options['key'] = jax.random.key(1)
-    def product(x, w):
-      if self.sizes is None: return low_precision_matmul(x, w, **options)
-      return low_precision_grouped_matmul(x, w, jnp.array(self.sizes, jnp.int32), **options)
+    def product(x, w, sizes_E):
+      key = jax.random.key(1) if self.stochastic else None
+      if self.sizes is None: return low_precision_matmul(x, w, key=key, **options)
+      return low_precision_grouped_matmul(x, w, sizes_E, key=key, **options)
     return self._passes(product)
 
   def _passes(self, product):
-    def run(x, w, g):
-      if self.of == 'forward': return product(x, w)
-      y, pull = jax.vjp(product, x, w)
+    def run(x, w, g, sizes_E):
+      if self.of == 'forward': return product(x, w, sizes_E)
+      y, pull = jax.vjp(lambda x, w: product(x, w, sizes_E), x, w)
       dx, dw = pull(g)
       return {'dgrad': dx, 'wgrad': dw, 'all': (y, dx, dw)}[self.of]
     return run
@@ -83,9 +84,8 @@ class Case:
 
   def baselines(self) -> dict:
     """The product that is not rounded, in the dtype of x."""
-    def product(x, w):
-      if self.sizes is None: return contract('MK,KN->MN', x, w)
-      return grouped_matmul(x, w, jnp.array(self.sizes, jnp.int32))
+    def product(x, w, sizes_E):
+      return contract('MK,KN->MN', x, w) if self.sizes is None else grouped_matmul(x, w, sizes_E)
     return {f'in {self.dtype}': self._passes(product)}
 
 
