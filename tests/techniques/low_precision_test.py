@@ -13,7 +13,7 @@ from efficient_lm.clock import Clock
 from efficient_lm.learner import Learner, assemble, initial_state
 from efficient_lm.low_precision import LowPrecision
 from efficient_lm.models import spec
-from efficient_lm.optim import Muon, WarmupStableDecay
+from efficient_lm.optim import AdamW, WarmupStableDecay
 from efficient_lm.parallel.mesh import Mesh
 from efficient_lm.techniques.low_precision import LowPrecisionTraining
 from efficient_lm.tree import select
@@ -49,7 +49,7 @@ def batch(seed=0):
 def compiled(technique_fields=(), mlp='dense', accumulate=1):
   """A learner that trains, and its step as a program."""
   techniques = (LowPrecisionTraining(**dict(technique_fields)),) if technique_fields is not None else ()
-  optimizer = Muon(schedule=WarmupStableDecay(peak=1e-2, warmup=0, decay=0)).build(100)
+  optimizer = AdamW(schedule=WarmupStableDecay(peak=1e-2, warmup=0, decay=0)).build(100)
   made = assemble(learner(mlp).model, optimizer, techniques, jax.random.key(1))
   shapes = jax.eval_shape(lambda: initial_state(made)), made.loss, batch()
   return made, train.compiled_step(made, accumulate).lower(*shapes).compile()
@@ -66,10 +66,9 @@ def test_every_matrix_of_the_layers_but_routers_is_lowered(mlp):
 
 # Seven products in the layers of a dense model, three passes each; a mixture has three for its experts and three for the
 # shared one beside four of attention. Layers are one loop, so that each stands in the program once, forward and backward.
-@pytest.mark.parametrize('mlp, fields, integers', [
-  ('dense', (), 7 * 3), ('dense', (('dgrad', None), ('wgrad', None)), 7), ('experts', (), 10 * 3)], ids=str)
-def test_the_train_step_multiplies_integers(mlp, fields, integers):
-  program = compiled(fields, mlp)[1].as_text()
+@pytest.mark.parametrize('mlp, integers', [('dense', 7 * 3), ('experts', 10 * 3)])
+def test_the_train_step_multiplies_integers(mlp, integers):
+  program = compiled((), mlp)[1].as_text()
   assert len(re.findall(r'= s32\[[^ ]* dot\(', program)) >= integers
 
 
@@ -112,7 +111,7 @@ def test_without_noise_there_is_no_clock(technique):
 
 
 def test_switched_off_it_is_the_float_model_itself():
-  assert lowered(LowPrecisionTraining(forward=None, dgrad=None, wgrad=None)) is learner()
+  assert lowered(LowPrecisionTraining(forward=None, dgrad=None, wgrad=None)) is learner('dense')
 
 
 def test_the_note_says_what_is_computed_in_what_and_what_is_left():
