@@ -18,10 +18,10 @@ TECHNIQUES = [name for name in PACKAGE if name.startswith('efficient_lm/techniqu
 FLOORS = (
   'axes tree lazy errors fields',
   'ops formats',
-  'weights',
-  'quantized',
+  'weights clock',
+  'quantized low_precision',
   'models parallel coverage rules',
-  'losses optim learner stages',
+  'losses moments optim learner stages',
   'techniques',
   'data checkpoint measure tracking decode interop ledger charts train',
 )

@@ -137,7 +137,7 @@ def _dlogits_kernel(first_ref, hidden_ref, head_ref, labels_ref, logsumexp_ref, 
     d_ref[...] = d.astype(d_ref.dtype)   # what is past the end of the array is not written
 
 
-def _head_columns(head_DV, start, width: int):
+def head_columns(head_DV, start, width: int):
   """head_DC, copied by a kernel on tpu7x: for the products of a slice all of the head would be laid out as they want it, and
   laid out back for each call of the kernel above: twice D x V of memory. Other TPUs have one layout for both."""
   if 'TPU7x' not in dispatch.device().kind or width % LANES: return vocabulary.columns_of(head_DV, start, width)
@@ -152,4 +152,4 @@ def _head_columns(head_DV, start, width: int):
   )(jnp.reshape(start, 1).astype(jnp.int32), head_DV)
 
 
-KERNELS = vocabulary.Kernels(_forward, _dlogits, _rows, _head_columns)
+KERNELS = vocabulary.Kernels(_forward, _dlogits, _rows, head_columns)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from efficient_lm.ops.linear_cross_entropy.pallas_tpu import LANES, accumulate, columns, lanes, parameters
+from efficient_lm.ops.linear_cross_entropy.pallas_tpu import LANES, accumulate, columns, head_columns, lanes, parameters
 from efficient_lm.ops.linear_divergence import equations, vocabulary
 from efficient_lm.ops.linear_divergence.equations import NONE, Measure
 from efficient_lm.ops.linear_divergence.tiles import TpuTiles, tpu_tiles_for
@@ -104,7 +104,7 @@ def _dlogits_kernel(first_ref, hidden_ref, head_ref, other_ref, *refs, measure):
     d_ref[...] = d.astype(d_ref.dtype)   # what is past the end of the array is not written
 
 
-KERNELS = vocabulary.Kernels(_sweep, _dlogits, tpu_tiles_for, lambda tiles: tiles.rows)
+KERNELS = vocabulary.Kernels(_sweep, _dlogits, tpu_tiles_for, lambda tiles: tiles.rows, head_columns)
 linear_divergence = functools.partial(vocabulary.linear_divergence, KERNELS)
 linear_top_k_divergence = functools.partial(vocabulary.linear_top_k_divergence, KERNELS)
 linear_sampled_cross_entropy = functools.partial(vocabulary.linear_sampled_cross_entropy, KERNELS)

@@ -49,12 +49,14 @@ class Kernels:
   dlogits: (measure, hidden_MD, head_DV, other_MC, per_token, start, tiles) -> d_MC: see `equations.slope`.
   tiles: (pass, M, D, V, bytes of an element) -> what to use where nothing was given.
   rows: tiles -> the multiple to which tokens are padded.
+  columns: see `vocabulary.gradients` of the cross-entropy.
   width: (M, V) -> columns of a chunk, C.
   """
   sweep: Callable | None
   dlogits: Callable
   tiles: Callable[..., Any] = lambda *_: None
   rows: Callable[[Any], int] = lambda _: 1
+  columns: Callable = vocabulary.columns_of
   width: Callable[[int, int], int] = lambda M, V: vocabulary.width_for(V)
 
 
@@ -89,7 +91,8 @@ class Way:
     def dlogits(start, width):
       d_MC = self.kernels.dlogits(self.measure, hidden_MD, head_DV, other(start, width), per_token, start, tiles)
       return finish(d_MC, start)
-    return vocabulary.gradients(dlogits, hidden_MD, head_DV, self.kernels.width(hidden_MD.shape[0], head_DV.shape[1]))
+    width = self.kernels.width(hidden_MD.shape[0], head_DV.shape[1])
+    return vocabulary.gradients(dlogits, hidden_MD, head_DV, width, self.kernels.columns)
 
 
 def linear_divergence(kernels: Kernels, *arrays, kind: str, beta: float, temperature: float, tiles=None):
