@@ -108,6 +108,11 @@ class Quantizer(nnx.Module):
   """
   format: Format
 
+  @staticmethod
+  def copied(format: Format) -> Format:
+    """A copy, to be kept: static parts of a model must not change with a config."""
+    return dataclasses.replace(format)
+
   def scales(self, matrix, reduce: Reduce) -> Scales:
     """Those of `matrix` now."""
     raise NotImplementedError
@@ -121,7 +126,7 @@ class Rounding(Quantizer):
   """Fits scales anew at each use, by the format's own range (for most, absmax); the gradient passes straight through."""
 
   def __init__(self, format: Format):
-    self.format = dataclasses.replace(format)   # a copy: static parts must not change with a config
+    self.format = self.copied(format)
 
   def scales(self, matrix, reduce: Reduce) -> Scales:
     return self.format.scales_for(lax.stop_gradient(matrix), reduce=reduce)

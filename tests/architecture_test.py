@@ -19,7 +19,7 @@ FLOORS = (
   'axes tree lazy errors fields',
   'ops formats',
   'weights',
-  'quantized',
+  'quantized learned',
   'models parallel coverage rules',
   'losses optim learner',
   'techniques',
