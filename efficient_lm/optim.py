@@ -64,21 +64,25 @@ def _check_optimizer(spec, *betas):
 
 @dataclasses.dataclass(kw_only=True)
 class AdamW:
-  """Adam with decoupled weight decay on matrices (Loshchilov and Hutter 2019) after clipping to global norm `clip`."""
+  """Adam with decoupled weight decay on matrices (Loshchilov and Hutter 2019) after clipping to global norm `clip`. Weights
+  decay during the first `decay_until` share of the steps."""
   schedule: Any = dataclasses.field(default_factory=WarmupCosine)
   weight_decay: float = 0.1
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
   clip: float = 1.0
+  decay_until: float = 1.0
 
   def check(self):
     yield from _check_optimizer(self, 'b1', 'b2')
     if not self.eps > 0: yield 'eps', self.eps, 'must be positive'
+    if not 0 <= self.decay_until <= 1: yield 'decay_until', self.decay_until, 'must be a share between 0 and 1'
 
   def build(self, steps: int):
-    adam = optax.adamw(self.schedule.build(steps), self.b1, self.b2, self.eps,
-                       weight_decay=self.weight_decay, mask=matrices)
+    last = round(steps * self.decay_until)
+    decay = self.weight_decay if self.decay_until == 1 else lambda step: self.weight_decay * (step < last)
+    adam = optax.adamw(self.schedule.build(steps), self.b1, self.b2, self.eps, weight_decay=decay, mask=matrices)
     return optax.chain(optax.clip_by_global_norm(self.clip), adam)
 
 
