@@ -75,12 +75,18 @@ def decoding(quick: bool) -> result.Case:
   return models.decoding(models.ten_million(), 32, 128, target=3.0)
 
 
+def prefill_int8(quick: bool) -> result.Case:
+  """Reading a prompt in 8 bits against floats."""
+  return models.prefill(models.wide(quick), 64 if quick else 512, target=1.0)
+
+
 # Name -> the case, at full or small size.
 CASES = {
   'dense_train': dense_train,
   'dense_train_packed': lambda quick: dense_train(quick, document=20 if quick else 100),
   'moe_train': moe_train,
   'decode': decoding,
+  'prefill_int8': prefill_int8,
 }
 
 

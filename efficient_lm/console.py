@@ -10,6 +10,7 @@ measure = lazy('efficient_lm.measure')
 experiments = lazy('efficient_lm.experiment')
 rich_console = lazy('rich.console')
 rich_progress = lazy('rich.progress')
+rich_table = lazy('rich.table')
 rich_text = lazy('rich.text')
 
 CPU_FLOPS = 1e11          # what two cores of a laptop reach on float32 products: to say how long a run would take there
@@ -106,6 +107,17 @@ class Progress:
     """A line above the bar: an evaluation."""
     self.console.print(f'step {step}: held-out [bold]{result["bits_per_byte"]:.4f} bits per byte[/], '
                        f'perplexity {result["perplexity"]:.2f} a token')
+
+
+def stage(name: str, notes, lines):
+  """What a stage has done: its notes, and every weight with its format, what multiplies it, and its bytes."""
+  console = terminal()
+  console.print(f'[bold]stage {name}[/]')
+  for note in notes: console.print(f'  {note}', soft_wrap=True)
+  table = rich_table.Table('weight', 'stored as', 'multiplied', 'bytes', 'of float32', box=None)
+  for line in lines:
+    table.add_row(line.path, line.kind, line.product, human(line.num_bytes, 'B'), f'{line.num_bytes / line.float_bytes:.3f}')
+  console.print(table)
 
 
 def finish(run, page):

@@ -1,5 +1,6 @@
 """From an experiment to a trained model in a folder, and back: what `main`, `generate` and `evaluate` have in common."""
 import contextlib
+import itertools
 import math
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from efficient_lm import axes, console, decode, fields, ledger, measure, train, tree
+from efficient_lm import axes, console, decode, fields, ledger, measure, rules, stages, train, tree
 from efficient_lm import experiment as experiments
 from efficient_lm.checkpoint import Checkpoints, lock
 from efficient_lm.data import tokenizers
@@ -31,7 +32,7 @@ def starting_model(experiment, key, mesh=None):
 def abstract_model(experiment):
   """Shapes of the model that a run of `experiment` trains, without drawing or reading a single number."""
   def build(key):
-    if experiment.start is not None: model = blank(abstract_model(experiment.start.read()))
+    if experiment.start is not None: model = blank(abstract_result(experiment.start.read()))
     else: model = experiment.model.build(rngs=nnx.Rngs(params=key))
     learner = Learner(model, None, None)
     # The keys of techniques count every technique, as in `assemble`; shapes do not depend on them.
@@ -39,6 +40,13 @@ def abstract_model(experiment):
       if technique.touches == 'model': learner = technique(learner, key)
     return learner.model
   return jax.eval_shape(build, jax.random.key(0))
+
+
+def abstract_result(experiment):
+  """Shapes of the model that a run of `experiment` leaves behind: after its stages."""
+  model = abstract_model(experiment)
+  for stage in experiment.stages: model = jax.eval_shape(stage.abstract, model)
+  return model
 
 
 def blank(abstract):
@@ -59,10 +67,26 @@ def single_device_mesh():
 
 
 def load_model(folder, mesh=None):
-  """The newest saved model of a run, on `mesh` (default: one device), whatever mesh it was trained on."""
-  abstract = placed(abstract_model(experiments.read(str(folder))), mesh or single_device_mesh())
-  with contextlib.closing(Checkpoints(Path(folder) / 'checkpoints')) as checkpoints:
-    return checkpoints.restore_model(abstract)
+  """The newest saved model of a run, that of its last stage if it has some, on `mesh` (default: one device), whatever mesh
+  it was trained on."""
+  experiment = experiments.read(str(folder))
+  where = Path(folder) / 'checkpoints'
+  if experiment.stages:
+    where = stage_folder(folder, experiment, len(experiment.stages) - 1)
+    if not where.is_dir(): raise CheckpointError(f'no {where}: the run has not come to its last stage; run it again')
+  abstract = placed(abstract_result(experiment), mesh or single_device_mesh())
+  with contextlib.closing(Checkpoints(where)) as checkpoints: return checkpoints.restore_model(abstract)
+
+
+def stage_folder(workdir, experiment, index: int) -> Path:
+  """Where the model of a stage is kept."""
+  return Path(workdir) / 'stages' / stages.folder_name(index, experiment.stages[index])
+
+
+def bytes_on_disk(checkpoints) -> int:
+  """Of the newest model saved in a folder of checkpoints, as it is stored, without the optimizer's state."""
+  newest = max((entry for entry in Path(checkpoints).iterdir() if entry.name.isdecimal()), key=lambda entry: int(entry.name))
+  return sum(file.stat().st_size for file in (newest / 'model').rglob('*') if file.is_file())
 
 
 def load_tokenizer(folder):
@@ -113,9 +137,11 @@ class Run:
         callbacks = train.Callbacks(self._log, self._evaluate, self._save, self.progress.advance)
         next_batch = lambda step: train.place(next(batches), self.mesh)
         self.state = train.fit(self.state, self.learner, next_batch, self.training, callbacks)
+      if self.training.steps == 0 and resumed is None: self._measure_start()
       self.checkpoints.wait()
       steps = self.training.steps - (resumed or 0)
-      self._enter('train', self.state.model, steps, time.perf_counter() - clock, energy)
+      self._enter('train', self.state.model, steps, time.perf_counter() - clock, energy, self.workdir / 'checkpoints',
+                  self.learner.notes)
       self._stages()
       if jax.process_index() == 0: console.finish(self, write_report(self.workdir))
 
@@ -142,14 +168,18 @@ class Run:
     if 'load' in numbers: self.load = np.array(numbers['load'])
 
   def _evaluate(self, step: int, model):
-    self.result = train.evaluate(model, self.corpus.eval_batches(), self.mesh)
-    self.tracker.scalars(step, {f'eval/{name}': value for name, value in self.result.items()})
+    self._measure(step, model, 'eval', f'{step:08d}')
     if self.load is not None: self.tracker.image(step, 'expert_load', load_heatmap(self.load))
     for name, array in measure.histogram_arrays(model): self.tracker.histogram(step, name, array)
-    self._sample(step, model)
     self.progress.note(step, self.result)
 
-  def _sample(self, step: int, model):
+  def _measure(self, step: int, model, name: str, sample: str):
+    """Quality on held-out text, and a sample, under these names."""
+    self.result = train.evaluate(model, self.corpus.eval_batches(), self.mesh)
+    self.tracker.scalars(step, {f'{name}/{figure}': value for figure, value in self.result.items()})
+    self._sample(step, model, sample)
+
+  def _sample(self, step: int, model, name: str):
     """Continues the beginning of the held-out text, and times it: one row a batch shard, so on one device this is the
     latency of a single reader."""
     tokenizer = self.corpus.tokenizer
@@ -162,41 +192,55 @@ class Run:
     self.latency = (time.perf_counter() - clock) / (SAMPLE_TOKENS - drawn[0].shape[1])
     self.sample = tokenizer.decode(prompt_BT[0]), tokenizer.decode(np.concatenate(drawn, 1)[0])
     if jax.process_index() == 0:
-      (self.workdir / 'samples' / f'{step:08d}.txt').write_text(''.join(self.sample), encoding='utf-8')
+      (self.workdir / 'samples' / f'{name}.txt').write_text(''.join(self.sample), encoding='utf-8')
     self.tracker.text(step, 'sample', ''.join(self.sample))
 
   def _save(self, step: int, state, wait: bool):
     self.checkpoints.save(step, state, wait=wait)
 
-  def _bytes_on_disk(self) -> int:
-    """Of the newest saved model, as its checkpoint stores it, without the optimizer's state."""
-    folder = self.workdir / 'checkpoints' / str(self.checkpoints.steps()[-1]) / 'model'
-    return sum(file.stat().st_size for file in folder.rglob('*') if file.is_file())
+  def _measure_start(self):
+    """Of a run that trains no step: what it starts from is what its stages are compared with."""
+    self._evaluate(0, self.state.model)
+    self._save(0, self.state, True)
 
   def _stages(self):
-    """What follows training: each stage maps the model to another and gets its own row."""
-    model = self.state.model
+    """What follows training: each stage maps the model to another, which is saved, measured and gets its own row."""
+    model, settled = self.state.model, self.learner.notes
     for i, stage in enumerate(self.experiment.stages):
-      energy, clock = measure.Energy(), time.perf_counter()
-      model = stage(model, jax.random.fold_in(jax.random.key(self.experiment.seed), i))
-      self.result = train.evaluate(model, self.corpus.eval_batches(), self.mesh)
-      self._enter(f'{i + 1} {type(stage).__name__}', model, 0, time.perf_counter() - clock, energy)
+      energy, clock, name = measure.Energy(), time.perf_counter(), f'{i + 1} {type(stage).__name__}'
+      folder = stage_folder(self.workdir, self.experiment, i)
+      with contextlib.closing(Checkpoints(folder)) as saved:
+        if saved.steps():   # of a run that was taken up again
+          model = saved.restore_model(placed(jax.eval_shape(stage.abstract, model), self.mesh))
+          continue
+        key = jax.random.fold_in(jax.random.key(self.experiment.seed), i)
+        model, notes = stage(model, stages.Context(key, self._calibration))
+        seconds = time.perf_counter() - clock
+        saved.save(self.training.steps, {'model': model}, wait=True)
+      settled = (*settled, *notes)
+      console.stage(name, notes, rules.table(model))
+      self._measure(self.training.steps, model, f'stage/{i + 1}', f'stage_{i + 1}')
+      self._enter(name, model, 0, seconds, energy, folder, settled)
 
-  def _enter(self, stage: str, model, steps: int, seconds: float, energy):
-    """Adds the ledger's row of a stage. A run resumed at its end keeps the row that it had."""
+  def _calibration(self, count: int):
+    """Batches of training text that follow those trained on."""
+    for batch in itertools.islice(self.corpus.iterate(self.training.steps), count): yield train.place(batch, self.mesh)
+
+  def _enter(self, stage: str, model, steps: int, seconds: float, energy, folder, notes):
+    """Adds the ledger's row of a stage, whose model lies in `folder`. A run resumed at its end keeps the row that it had."""
     if jax.process_index() or not self.result: return
     tokens = steps * console.tokens_per_step(self.training)
     parameters, (peak, peak_source), joules = measure.parameters(model), measure.peak_memory(), energy.joules()
     floor = self.corpus.entropy_nats_per_token
     known = {'entropy': floor / math.log(2)} if floor is not None else yardsticks(self.corpus)
     row = ledger.Row(
-      stage=stage, notes=self.learner.notes,
+      stage=stage, notes=notes,
       quality=ledger.Quality(bits_per_byte=self.result['bits_per_byte'], perplexity=self.result['perplexity'],
                              yardsticks=known),
       size=ledger.Size(parameters=parameters.total, active_parameters=parameters.active,
-                       bytes_on_disk=self._bytes_on_disk(), bytes_in_memory=tree.num_bytes(model),
+                       bytes_on_disk=bytes_on_disk(folder), bytes_in_memory=tree.num_bytes(model),
                        flops_per_token=self.flops.forward),
-      speed=ledger.Speed(tokens_per_second=float(np.median(self.speeds)) if self.speeds else None,
+      speed=ledger.Speed(tokens_per_second=float(np.median(self.speeds)) if steps and self.speeds else None,
                          latency_seconds=self.latency, peak_memory_bytes=peak, memory_source=peak_source),
       effort=ledger.Effort(steps=steps, tokens=tokens, wall_seconds=seconds, energy_source=energy.source,
                            joules_per_token=joules / tokens if joules is not None and tokens else None),

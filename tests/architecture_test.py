@@ -21,7 +21,7 @@ FLOORS = (
   'weights',
   'quantized learned',
   'models parallel coverage rules',
-  'losses optim learner',
+  'losses optim learner stages',
   'techniques',
   'data checkpoint measure tracking decode interop ledger charts train',
 )

@@ -10,15 +10,18 @@ import pytest
 from flax import nnx
 
 from efficient_lm import learner, optim, train
+from efficient_lm.formats import Int
 from efficient_lm.models import spec
 from efficient_lm.models.moe import MoE
 from efficient_lm.models.routing import SoftmaxTopK
+from efficient_lm.quantized import FakeQuantized
+from efficient_lm.rules import Rule
 from efficient_lm.techniques.distill import Distill
 from efficient_lm.techniques.prune import Prune
 from efficient_lm.techniques.quant_aware import QuantAware
 from efficient_lm.techniques.upcycle import Upcycle
 from efficient_lm.tree import select
-from efficient_lm.weights import FakeQuantized, Weight
+from efficient_lm.weights import Weight
 
 V, D, B, T = 12, 8, 2, 8
 REACHED = r'(query|key|value|output|gate|up|down)$'
@@ -49,7 +52,8 @@ class Teacher:
   def load(self): return model(7)
 
 
-TECHNIQUES = {'quant': QuantAware(bits=4, activation_bits=8), 'distill': Distill(teacher=Teacher()),
+TECHNIQUES = {'quant': QuantAware(rules=(Rule(weights=Int(bits=4), activations=Int()),)),
+              'distill': Distill(teacher=Teacher()),
               'prune': Prune(sparsity=0.5, start=0, end=2, every=2, where=PRUNED), 'upcycle': Upcycle(num_experts=2)}
 ORDERS = [*itertools.permutations(TECHNIQUES, 2), tuple(TECHNIQUES), tuple(reversed(TECHNIQUES))]
 
@@ -129,7 +133,7 @@ def test_what_composes_is_known_by_its_shapes_alone(names):
 
 
 @pytest.mark.parametrize('neutral', [
-  QuantAware(bits=16), Prune(sparsity=0.0, start=0, end=1), Distill(teacher=Teacher(), weight=0.0),
+  QuantAware(rules=(Rule(),)), Prune(sparsity=0.0, start=0, end=1), Distill(teacher=Teacher(), weight=0.0),
   Upcycle(num_experts=1, router=SoftmaxTopK(top_k=1)),
 ], ids=lambda technique: type(technique).__name__)
 def test_a_neutral_setting_changes_nothing_bit_for_bit(neutral):

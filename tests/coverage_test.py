@@ -4,9 +4,11 @@ import pytest
 from flax import nnx
 
 from efficient_lm.coverage import LARGE, active_share, coverage
+from efficient_lm.formats import Int
 from efficient_lm.models import routing, spec
+from efficient_lm.quantized import FakeQuantized, Rounding
 from efficient_lm.tree import rewrite
-from efficient_lm.weights import FakeQuantized, Weight
+from efficient_lm.weights import Weight
 
 V, D, F, H, E, A = 32, 16, 24, 4, 4, 1
 ATTENTION, MLP, EXPERT = 2 * D * 2 * H + 2 * D * H, 3 * D * F, 3 * D * 8
@@ -67,5 +69,6 @@ def test_the_line_for_the_report_says_who_how_much_and_what_is_left():
 
 
 def test_it_counts_wrapped_weights_as_it_counts_plain_ones():
-  wrapped = jax.eval_shape(lambda model: rewrite(model, Weight, lambda _, w: FakeQuantized(w, 4)), abstract(mixture()))
+  rounded = lambda _, weight: FakeQuantized(weight, Rounding(Int(bits=4)))
+  wrapped = jax.eval_shape(lambda model: rewrite(model, Weight, rounded), abstract(mixture()))
   assert coverage(wrapped, 'mlp/') == coverage(abstract(mixture()), 'mlp/')

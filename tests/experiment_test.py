@@ -11,7 +11,9 @@ from efficient_lm import fields
 from efficient_lm.data import BPE, Corpus
 from efficient_lm.errors import ConfigError
 from efficient_lm.experiment import Experiment, FromRun, Mesh, Training
+from efficient_lm.formats import Int
 from efficient_lm.models import zoo
+from efficient_lm.rules import Rule
 from efficient_lm.techniques.distill import Distill
 from efficient_lm.techniques.quant_aware import QuantAware
 from efficient_lm.techniques.upcycle import Upcycle
@@ -24,6 +26,10 @@ def tiny(mlp=None, **more):
 
 def moe(**more):
   return tiny(zoo.experts(8, 2, 64), **more)
+
+
+def quantized(weights, activations=None):
+  return QuantAware(rules=(Rule(weights=weights, activations=activations),))
 
 
 def training(**changes):
@@ -68,7 +74,7 @@ def test_valid_experiments_pass():
   (dict(model=None), 'config.model'),
   (dict(techniques=QuantAware()), 'config.techniques'),
   (dict(techniques=(QuantAware,)), 'config.techniques[0]'),
-  (dict(techniques=(QuantAware(bits=1),)), 'config.techniques[0].bits'),
+  (dict(techniques=(quantized(Int(bits=1)),)), 'config.techniques[0].rules[0].weights.bits'),
   (dict(techniques=(Upcycle(num_experts=2),), mesh=Mesh(expert=4)), 'config.techniques[0].num_experts'),
 ])
 def test_the_field_that_is_wrong_is_named(changes, field):
@@ -88,7 +94,7 @@ def test_what_get_config_returns_must_be_an_experiment():
 @given(st.data())
 def test_a_wrong_type_or_a_negative_number_anywhere_is_refused_where_it_is(data):
   """Every leaf in turn becomes something that it cannot be."""
-  experiment = copy.deepcopy(moe(techniques=(QuantAware(activation_bits=8),)))
+  experiment = copy.deepcopy(moe(techniques=(quantized(Int(), Int()),)))
   leaves = [path for path, value in fields.walk(experiment)
             if path and not fields.is_config(value) and not isinstance(value, (tuple, type(None)))]
   path = data.draw(st.sampled_from(leaves))
@@ -99,7 +105,7 @@ def test_a_wrong_type_or_a_negative_number_anywhere_is_refused_where_it_is(data)
   assert field_refused(experiment).startswith('config.')
 
 
-@pytest.mark.parametrize('experiment', [tiny(), moe(mesh=Mesh(expert=4)), moe(techniques=(QuantAware(bits=3),))])
+@pytest.mark.parametrize('experiment', [tiny(), moe(mesh=Mesh(expert=4)), moe(techniques=(quantized(Int(bits=3)),))])
 def test_json_round_trip(experiment):
   again = experiments.from_json(json.loads(json.dumps(experiments.to_json(experiment), allow_nan=False)))
   assert again == experiment and repr(again) == repr(experiment)

@@ -7,9 +7,11 @@ import pytest
 from flax import nnx
 
 from efficient_lm import measure
+from efficient_lm.formats import Int
 from efficient_lm.models import routing, spec
+from efficient_lm.quantized import FakeQuantized, Rounding
 from efficient_lm.tree import rewrite, size
-from efficient_lm.weights import FakeQuantized, Weight
+from efficient_lm.weights import Weight
 
 D, F, V, L, N, H = 64, 128, 256, 2, 4, 16
 
@@ -50,9 +52,11 @@ def test_one_expert_costs_what_a_dense_layer_costs_plus_its_router():
 
 def test_counting_does_not_depend_on_the_kind_of_weight():
   model = abstract()
-  quantized = jax.eval_shape(lambda model: rewrite(model, Weight, lambda _, weight: FakeQuantized(weight, 4)), model)
-  assert measure.parameters(quantized) == measure.parameters(model)
-  assert measure.flops_per_token(quantized, 8) == measure.flops_per_token(model, 8)
+  rounded = lambda weight: FakeQuantized(weight, Rounding(Int(bits=4)))
+  for change in (rounded, lambda weight: rounded(weight).converted()):
+    changed = jax.eval_shape(lambda model, change=change: rewrite(model, Weight, lambda _, weight: change(weight)), model)
+    assert measure.parameters(changed) == measure.parameters(model)
+    assert measure.flops_per_token(changed, 8) == measure.flops_per_token(model, 8)
 
 
 def test_training_costs_6_n_and_attention():

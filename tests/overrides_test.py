@@ -6,12 +6,15 @@ from efficient_lm import fields, overrides
 from efficient_lm.data import Corpus
 from efficient_lm.errors import ConfigError
 from efficient_lm.experiment import Experiment, Training
+from efficient_lm.formats import Int
 from efficient_lm.models import zoo
+from efficient_lm.rules import Rule
 from efficient_lm.techniques.quant_aware import QuantAware
 
 
 def moe():
-  return Experiment(model=zoo.tiny(zoo.experts(8, 2, 64)), data=Corpus(), techniques=(QuantAware(bits=4),),
+  return Experiment(model=zoo.tiny(zoo.experts(8, 2, 64)), data=Corpus(),
+                    techniques=(QuantAware(rules=(Rule(weights=Int(bits=4)),)),),
                     train=Training(steps=10, batch_size=8, sequence_length=64))
 
 
@@ -34,8 +37,8 @@ def applied(*words):
   ('model.stacks[0].mlp.balance[0].weight', '0.5', 0.5),
   ('model.stacks[0].attention.window', '16', 16),
   ('model.stacks[0].mlp.capacity', '1.25', 1.25),
-  ('techniques[0].bits', '2', 2),
-  ('techniques[0].where', 'a=b', 'a=b'),
+  ('techniques[0].rules[0].weights.bits', '2', 2),
+  ('techniques[0].rules[0].where', 'a=b', 'a=b'),
   ('techniques', '()', ()),
   ('data.source.max_bytes', '1_000', 1000),
 ])
@@ -45,7 +48,7 @@ def test_an_override_changes_that_field_and_no_other(path, text, value):
   assert [line[0] for line in fields.difference(moe(), changed)] == ['config.' + path]
 
 
-@pytest.mark.parametrize('path', ['model.stacks[0].attention.window', 'techniques[0].activation_bits'])
+@pytest.mark.parametrize('path', ['model.stacks[0].attention.window', 'model.stacks[0].mlp.capacity'])
 def test_an_optional_field_can_be_set_and_set_back(path):
   assert fields.lookup(applied(f'{path}=4'), path, '') == 4
   assert fields.lookup(applied(f'{path}=4', f'{path}=None'), path, '') is None

@@ -3,20 +3,29 @@ import dataclasses
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 
-from efficient_lm import evaluate, experiment, generate, ledger, run
+from efficient_lm import evaluate, experiment, generate, ledger, rules, run
 from efficient_lm.commands import exit_code
 from efficient_lm.errors import CheckpointError
+from efficient_lm.formats import Int
+from efficient_lm.quantized import Quantized, quantized
+from efficient_lm.rules import Rule
+from efficient_lm.tree import select
 
 
 @dataclasses.dataclass
-class Halved:
-  """A stage that halves every number of the model."""
+class Stored:
+  """A stage that stores the layers in 8 bits, and asks for a batch on the way."""
 
-  def __call__(self, model, key): return jax.tree.map(lambda a: a / 2, model)
+  def __call__(self, model, context):
+    batch, = context.batches(1)
+    assert batch['inputs_BT'].shape == (8, 64)
+    return self.abstract(model), ('Stored: in 8 bits',)
+
+  def abstract(self, model):
+    return rules.apply(model, (Rule(weights=Int()),), lambda path, weight, rule: quantized(weight, rule.weights))
 
 
 def rows(workdir, kind='loss'):
@@ -115,8 +124,42 @@ def test_a_run_without_checkpoint_says_so(workdir, tmp_path):
   with pytest.raises(CheckpointError, match='no checkpoint'): run.load_model(tmp_path)
 
 
-def test_a_stage_gets_its_own_row(tmp_path):
-  config, default = experiment.load('tests/minute.py:dense', ['--config.train.steps=2', '--config.train.eval_every=2'])
-  config.stages = (Halved(),)
-  run.run(config, default, tmp_path)
-  assert [row.stage for row in ledger.read(tmp_path / 'ledger.json')] == ['train', '1 Halved']
+@pytest.fixture(scope='module')
+def stored(workdir, tmp_path_factory):
+  """A run of no step and one stage, from the model of another run."""
+  folder = tmp_path_factory.mktemp('stored')
+  config, default = experiment.load('tests/minute.py', ['--config.train.steps=0', '--config.mesh.fsdp=1'])
+  config.model, config.start, config.stages = None, experiment.FromRun(path=str(workdir)), (Stored(),)
+  run.run(config, default, folder)
+  return folder
+
+
+def test_a_stage_gets_its_own_row(workdir, stored):
+  trained, = ledger.read(workdir / 'ledger.json')
+  start, stage = ledger.read(stored / 'ledger.json')
+  assert (start.stage, stage.stage) == ('train', '1 Stored')
+  assert start.quality.bits_per_byte == pytest.approx(trained.quality.bits_per_byte, rel=1e-5)   # another mesh
+  assert stage.quality.bits_per_byte == pytest.approx(start.quality.bits_per_byte, rel=0.01)
+  assert stage.quality.bits_per_byte != start.quality.bits_per_byte and stage.notes == ('Stored: in 8 bits',)
+  assert stage.size.bytes_in_memory < 0.6 * start.size.bytes_in_memory and stage.size.parameters == start.size.parameters
+  assert (stored / 'samples' / 'stage_1.txt').is_file()
+
+
+def test_what_a_run_leaves_is_the_model_of_its_last_stage(stored, capsys):
+  model = run.load_model(stored)
+  assert len(dict(select(model, Quantized))) == 7
+  assert exit_code(evaluate.main, ['evaluate', f'--run={stored}']) == 0
+  stage = ledger.read(stored / 'ledger.json')[1]
+  assert float(capsys.readouterr().out.split()[0]) == pytest.approx(stage.quality.bits_per_byte, abs=1e-4)
+  assert exit_code(generate.main, ['generate', f'--run={stored}', '--prompt=abc', '--tokens=8']) == 0
+
+
+def test_a_run_taken_up_again_does_no_stage_twice(stored):
+  before = (stored / 'ledger.json').read_text()
+  run.run(experiment.read(str(stored)), experiment.read(str(stored)), stored)
+  assert (stored / 'ledger.json').read_text() == before
+
+
+def test_a_run_that_has_not_come_to_its_stage_says_so(stored, tmp_path):
+  (tmp_path / 'config.json').write_text((stored / 'config.json').read_text())
+  with pytest.raises(CheckpointError, match='has not come to its last stage'): run.load_model(tmp_path)

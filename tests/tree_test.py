@@ -6,8 +6,10 @@ import pytest
 from flax import nnx
 
 from efficient_lm import tree
+from efficient_lm.formats import Int
 from efficient_lm.models import spec
-from efficient_lm.weights import Dense, FakeQuantized, Weight
+from efficient_lm.quantized import FakeQuantized, Rounding
+from efficient_lm.weights import Dense, Weight
 
 
 @pytest.fixture(scope='module')
@@ -26,7 +28,7 @@ def test_a_module_and_its_state_have_the_same_paths(model):
 
 
 def test_select_finds_each_weight_once_at_its_outermost(model):
-  wrapped = tree.rewrite(model, Weight, lambda _, weight: FakeQuantized(weight, 4))
+  wrapped = tree.rewrite(model, Weight, lambda _, weight: FakeQuantized(weight, Rounding(Int(bits=4))))
   paths = [path for path, _ in tree.select(model, Weight)]
   assert len(set(paths)) == len(paths) == 2 + 2 * (4 + 3)   # embed, head; four of attention, three of the mlp, a stack
   assert [path for path, _ in tree.select(wrapped, Weight)] == paths

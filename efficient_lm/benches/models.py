@@ -4,7 +4,7 @@ import importlib.util
 import jax
 import numpy as np
 
-from efficient_lm import decode, measure
+from efficient_lm import decode, formats, measure, quantized, rules
 from efficient_lm.benches.result import OURS, Case, Disagreement, difference, within
 from efficient_lm.data.packing import Rows
 from efficient_lm.lazy import lazy
@@ -104,6 +104,30 @@ def _agreement(losses: dict[str, list[float]], tolerance: float) -> str:
   apart = [difference(f'losses of {COMPARED} steps, {name}', losses[OURS], theirs, tolerance)
            for name, theirs in losses.items() if name != OURS]
   return within(f'losses of {COMPARED} steps', max(apart)) if apart else ''
+
+
+def wide(quick: bool) -> specs.Transformer:
+  """Two layers of width 1024, whose products take most of the time: 26 million parameters."""
+  if quick: return little()
+  attention = specs.GroupedQuery(num_heads=8, num_kv_heads=4, head_dim=128)
+  stack = specs.Stack(num_layers=2, attention=attention, mlp=specs.SwiGLU(hidden=2816), unroll=2)
+  return specs.Transformer(vocab_size=320, dim=1024, stacks=(stack,), dtype=dtype())
+
+
+def prefill(spec: specs.Transformer, length: int, target: float | None = None) -> Case:
+  """Reading a prompt into a cache with weights and activations in 8 bits, against the same model in floats."""
+  model = new_model(spec, jax.random.key(0))
+  rounding = quantized.Rounding(formats.Int())
+  stored = jax.jit(lambda model: rules.apply(model, (rules.Rule(weights=formats.Int()),), lambda path, weight, rule: (
+    quantized.quantized(weight, rule.weights, rounding))))(model)
+  prompt_BT = np.random.default_rng(0).integers(0, spec.vocab_size, (1, length)).astype(np.int32)
+  call = lambda model: lambda: decode.prefill(model, prompt_BT, length=length, vocab_size=spec.vocab_size)[0]
+  candidates = {OURS: call(stored), f'ours in {spec.dtype}': call(model)}
+  ours, theirs = (np.asarray(candidate()) for candidate in candidates.values())
+  apart = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+  return Case(candidates=candidates, tokens=length, target=target,
+              flops=length * measure.flops_per_token(model, length).forward,
+              agreement=f'logits of a model of random weights differ by {apart:.1%}')
 
 
 def decoding(spec: specs.Transformer, prompt_length: int, num_tokens: int, target=None) -> Case:

@@ -15,7 +15,7 @@ from efficient_lm.axes import constrain
 from efficient_lm.models import spec as specs
 from efficient_lm.models.layers import RMSNorm
 from efficient_lm.parallel.expert import ARRIVED, RETURNED
-from efficient_lm.tree import rewrite
+from efficient_lm.tree import rewrite, select
 from efficient_lm.weights import Dense, OutputsFirst, Transposed, Weight, initial
 
 REMAT_POLICIES = {
@@ -98,6 +98,7 @@ def outputs_first(model):
   """The same model with its matrices turned for products with one row. Not those of experts, which rows are sorted for,
   nor the embedding, which has its outputs in front."""
   turned = lambda weight: weight if 'E' in weight.axes or weight.axes.startswith('V') else OutputsFirst(weight)
+  if not dict(select(model, Dense)): return model   # all of them are in few bits, outputs first by themselves
   return rewrite(model, Dense, lambda _, weight: turned(weight))
 
 

@@ -11,12 +11,14 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from efficient_lm import axes
 from efficient_lm.errors import ConfigError
+from efficient_lm.formats import Int
 from efficient_lm.models import routing, spec
 from efficient_lm.models.transformer import REMAT_POLICIES
 from efficient_lm.parallel.expert import dispatch_experts
 from efficient_lm.parallel.rows import TokenChoice
+from efficient_lm.quantized import FakeQuantized, Rounding
 from efficient_lm.tree import rewrite
-from efficient_lm.weights import FakeQuantized, Weight
+from efficient_lm.weights import Weight
 
 MESHES = [(1, 1, 8, 1), (1, 1, 4, 2), (1, 2, 4, 1), (2, 1, 2, 2), (2, 2, 2, 1), (1, 2, 2, 2)]
 ANYWHERE = ['gather', 'a2a', 'ragged_emulated']
@@ -84,7 +86,8 @@ def test_equals_the_dense_oracle(mesh, sizes, transport):
 
 
 def quantized(moe):
-  return rewrite(moe, Weight, lambda path, weight: FakeQuantized(weight, bits=4, activation_bits=8), where='experts')
+  rounded = lambda _, weight: FakeQuantized(weight, Rounding(Int(bits=4)), Rounding(Int(bits=8)))
+  return rewrite(moe, Weight, rounded, where='experts')
 
 
 SIGMOID = routing.SigmoidTopK(top_k=3, num_groups=4, top_groups=2, scale=2.5)
@@ -237,7 +240,7 @@ def test_saving_what_was_transported_moves_no_token_twice(mesh):
 def test_experts_travel_in_the_dtype_that_they_multiply_in(mesh):
   """Gathered over 'fsdp' in bfloat16, not as the optimizer's float32; rounded weights keep their float32 grid."""
   moe, x_BTD = build(), tokens().astype(jnp.bfloat16)
-  rounded = rewrite(moe, Weight, lambda _, weight: FakeQuantized(weight, bits=8), 'experts')
+  rounded = rewrite(moe, Weight, lambda _, weight: FakeQuantized(weight, Rounding(Int(bits=8))), 'experts')
   with mesh(1, 2, 4, 1):
     for layer, dtype in ((moe, jnp.bfloat16), (rounded, jnp.float32)):
       jaxpr = jax.make_jaxpr(lambda layer, x: layer(x)[0])(layer, x_BTD)

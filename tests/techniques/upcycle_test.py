@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from efficient_lm.formats import Int
 from efficient_lm.learner import Learner
 from efficient_lm.models import spec
 from efficient_lm.models.mlp import FeedForward
 from efficient_lm.models.moe import MoE
 from efficient_lm.models.routing import LossFreeBias, SigmoidTopK, SoftmaxTopK
+from efficient_lm.quantized import FakeQuantized, Rounding
 from efficient_lm.techniques.upcycle import Upcycle
 from efficient_lm.tree import rewrite, select, size
-from efficient_lm.weights import FakeQuantized, Weight
+from efficient_lm.weights import Weight
 
 V, D, F, LAYERS, E = 24, 16, 12, 2, 4
 TOKENS = np.random.default_rng(1).integers(0, V, (2, 6)).astype(np.int32)
@@ -95,12 +97,12 @@ def test_parameters_grow_by_copies_and_routers():
 
 
 def test_the_kind_of_each_weight_is_kept():
-  model = rewrite(learner().model, Weight, lambda _, weight: FakeQuantized(weight, 4), 'mlp/(gate|up)$')
+  model = rewrite(learner().model, Weight, lambda _, weight: FakeQuantized(weight, Rounding(Int(bits=4))), 'mlp/(gate|up)$')
   sparse = Upcycle(num_experts=E)(learner().replace(model=model), jax.random.key(0)).model
   for path, moe in select(sparse, MoE):
     dense = dict(select(model, FeedForward))[path]
     assert isinstance(moe.experts.gate, FakeQuantized) and not isinstance(moe.experts.down, FakeQuantized)
-    assert moe.experts.gate.bits == 4 and moe.experts.gate.axes == 'EDF'
+    assert moe.experts.gate.weights.format == Int(bits=4) and moe.experts.gate.axes == 'EDF'
     rounded = np.asarray(jax.jit(dense.gate.materialize)())
     # Each expert is rounded by itself, so as the dense layer was.
     np.testing.assert_allclose(jax.jit(moe.experts.gate.materialize)(), np.repeat(rounded[:, None], E, 1), rtol=1e-6)

@@ -1,0 +1,42 @@
+"""Grids of equal steps."""
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_lm.formats import Int, MidRise, Ternary
+
+
+def test_a_symmetric_grid_has_as_many_levels_above_as_below():
+  y = jnp.asarray([-9., -7.5, -0.5, 0.5, 1.5, 2.5, 7.4, 9.])
+  np.testing.assert_array_equal(Int(bits=4).codes(y), [-7, -7, 0, 0, 2, 2, 7, 7])
+
+
+def test_a_zero_point_is_whole_and_zero_stays_zero():
+  """Numbers from -1 to 3, none of them around zero in equal shares: all sixteen levels are used."""
+  format, w = Int(bits=4, symmetric=False), jnp.linspace(-1, 3, 64)[None]
+  scales = format.scales_for(w)
+  assert scales.zero.dtype == jnp.int8
+  codes = format.codes(w / scales.scale + scales.zero)
+  assert (int(codes.min()), int(codes.max())) == (-8, 7)
+  assert format.rounded(jnp.zeros((1, 64)), scales).max() == 0
+  # Only positive numbers: zero is in the range all the same.
+  assert format.rounded(jnp.zeros((1, 64)), format.scales_for(w + 5)).max() == 0
+
+
+def test_mid_rise_has_all_levels_and_no_zero():
+  y = jnp.asarray([-9., -1.2, -0.2, 0.2, 1.2, 9.])
+  format = MidRise(bits=2)
+  np.testing.assert_array_equal(format.numbers(format.codes(y)), [-1.5, -1.5, -.5, .5, 1.5, 1.5])
+
+
+def test_ternary_is_scaled_by_the_mean_magnitude_of_the_whole_matrix():
+  """Ma et al. 2024, eq. 1-3."""
+  w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32)
+  gamma = np.abs(w).mean()
+  wanted = np.clip(np.round(w / gamma), -1, 1) * gamma
+  np.testing.assert_allclose(Ternary().rounded(w, Ternary().scales_for(w)), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize('format', [Int(bits=5), MidRise(bits=1)], ids=lambda format: type(format).__name__)
+def test_bits_that_have_no_storage_are_named(format):
+  assert [field for field, _, _ in format.check()] == ['bits']
