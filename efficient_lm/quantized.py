@@ -15,6 +15,7 @@ from flax import nnx
 from jax import lax
 
 from efficient_lm.axes import WEIGHT
+from efficient_lm.clock import Clock, ticking
 from efficient_lm.formats import MXFP8, Channel, Encoded, Float8, Format, Int
 from efficient_lm.formats.format import Scales
 from efficient_lm.formats.ranges import Reduce
@@ -121,6 +122,10 @@ class Quantizer(nnx.Module):
     """`matrix` on the grid, in its own dtype: format.rounded(matrix, scales), with a gradient."""
     raise NotImplementedError
 
+  def settled(self) -> 'Quantizer':
+    """What does the same once training is over."""
+    return self
+
 
 class Rounding(Quantizer):
   """Fits scales anew at each use, by the format's own range (for most, absmax); the gradient passes straight through."""
@@ -134,6 +139,27 @@ class Rounding(Quantizer):
   def __call__(self, matrix, reduce: Reduce):
     rounded = self.format.rounded(lax.stop_gradient(matrix), self.scales(matrix, reduce))
     return straight_through(matrix, rounded.astype(matrix.dtype))
+
+
+class Delayed(Quantizer):
+  """Leaves numbers as they are, bit for bit, for the first `start` steps of training, and is `inner` from then on. `stack`:
+  the shape of the stack of layers that it is made for."""
+
+  def __init__(self, inner: Quantizer, start: int, stack: tuple[int, ...]):
+    self.inner, self.start, self.clock = inner, start, Clock.new(stack)
+
+  @property
+  def format(self): return self.inner.format
+
+  def scales(self, matrix, reduce: Reduce) -> Scales:
+    return self.inner.scales(matrix, reduce)
+
+  def __call__(self, matrix, reduce: Reduce):
+    steps = self.clock.get_value()
+    begun = (steps >= self.start).reshape(*steps.shape, *[1] * (matrix.ndim - steps.ndim))
+    return ticking(jnp.where(begun, self.inner(matrix, reduce), matrix), self.clock)
+
+  def settled(self): return self.inner.settled()
 
 
 def rounded_rows(quantizer: Quantizer | None, x, axes: str, inputs: str):
@@ -178,7 +204,8 @@ class FakeQuantized(Weight):
     layout = Layout.of(self.inner)
     matrix = layout.matrix(self.inner.materialize())
     scales = self.weights.scales(matrix, layout.reduce(self.weights.format.scales))
-    return Quantized(self.weights.format.encode(matrix, scales), self.weights.format, layout, self.activations)
+    activations = None if self.activations is None else self.activations.settled()
+    return Quantized(self.weights.format.encode(matrix, scales), self.weights.format, layout, activations)
 
 
 class Normalized(Weight):

@@ -18,7 +18,7 @@ TECHNIQUES = [name for name in PACKAGE if name.startswith('efficient_lm/techniqu
 FLOORS = (
   'axes tree lazy errors fields',
   'ops formats',
-  'weights',
+  'weights clock',
   'quantized learned',
   'models parallel coverage rules',
   'losses optim learner stages',

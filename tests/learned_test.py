@@ -66,7 +66,8 @@ def test_what_is_trained_is_what_is_stored_bit_for_bit(kind, format, letters, in
   weight = trained(kind, format, draw(*shape), letters, inputs)
   layout = Layout.of(weight)
   scales = weight.weights.scales(layout.matrix(weight.inner.materialize()), Reduce())
-  expected = jax.jit(lambda w, scales: layout.array(format.rounded(layout.matrix(w), scales)))(weight.inner.materialize(), scales)
+  rounded = jax.jit(lambda w, scales: layout.array(format.rounded(layout.matrix(w), scales)))
+  expected = rounded(weight.inner.materialize(), scales)
   value = jax.jit(lambda weight: weight.materialize())
   np.testing.assert_array_equal(value(weight), expected)
   stored = jax.jit(lambda weight: weight.converted())(weight)
@@ -121,7 +122,8 @@ def test_only_clipped_activations_move_the_limit_of_pact(format):
   by_exponent = jit(jax.grad(loss))(quantizer).exponent.get_value()
   limit = float(power(quantizer.exponent.get_value()[0, 0])) * format.largest
   by_limit = np.sum(np.where(np.abs(x) >= limit, np.sign(x) * g, 0))   # eq. 3, for either sign
-  np.testing.assert_allclose(by_exponent, by_limit * format.largest * 2 ** np.floor(quantizer.exponent.get_value()), rtol=1e-4)
+  by_step = by_limit * format.largest
+  np.testing.assert_allclose(by_exponent, by_step * 2 ** np.floor(quantizer.exponent.get_value()), rtol=1e-4)
   assert np.all(np.abs(quantizer(x, Reduce())) <= limit * 1.0001)
 
 
@@ -187,7 +189,8 @@ def test_all_tokens_share_a_step_and_each_says_where_it_should_go():
   of = jit(lambda x: FakeQuantized(weight, None, quantizer).rounded(x, letters))
   np.testing.assert_array_equal(of(x)[:1], of(x[:1]))
   g = draw(*x.shape, seed=1)
-  slope = jit(lambda x, g: jax.grad(lambda q: jnp.vdot(g, FakeQuantized(weight, None, q).rounded(x, letters)))(quantizer))
+  loss = lambda quantizer, x, g: jnp.vdot(g, FakeQuantized(weight, None, quantizer).rounded(x, letters))
+  slope = jit(lambda x, g: jax.grad(loss)(quantizer, x, g))
   total = slope(x, g).exponent.get_value()
   np.testing.assert_allclose(total, sum(slope(x[i:i + 1], g[i:i + 1]).exponent.get_value() for i in range(len(x))), rtol=1e-4)
   assert total.shape == (1, 1)
@@ -197,7 +200,8 @@ def test_layers_learn_as_each_would_alone():
   """Stacked, and run by a scan."""
   weights = trained(LearnedStep, Int(bits=3), draw(4, K, K) * jnp.arange(1, 5)[:, None, None])
   weights.activations = LearnedStep.of_tokens(weights, Int(bits=4, scales=Tensor()))
-  assert weights.weights.exponent.get_value().shape == (4, 1, K) and weights.activations.exponent.get_value().shape == (4, 1, 1)
+  assert weights.weights.exponent.get_value().shape == (4, 1, K)
+  assert weights.activations.exponent.get_value().shape == (4, 1, 1)
   x, g = draw(2, 3, K), draw(2, 3, K, seed=1)
   layer = lambda x, weight: jnp.tanh(weight.contract('BTD,DF->BTF', x))
 
@@ -205,7 +209,8 @@ def test_layers_learn_as_each_would_alone():
 
   def unrolled(weights):
     return jnp.vdot(g, functools.reduce(layer, [jax.tree.map(lambda a, i=i: a[i], weights) for i in range(4)], x))
-  for a, b in zip(jax.tree.leaves(jit(jax.grad(scanned))(weights)), jax.tree.leaves(jit(jax.grad(unrolled))(weights)), strict=True):
+  ours, alone = (jax.tree.leaves(jit(jax.grad(loss))(weights)) for loss in (scanned, unrolled))
+  for a, b in zip(ours, alone, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)   # the same sums in another program
 
 
@@ -263,7 +268,8 @@ def learning(moe):
   """Experts with channels whose inputs a mesh cuts ('down'), and whose outputs it cuts ('gate', 'up')."""
   def of(path, weight):
     tokens = LearnedStep.of_tokens(weight, Int(scales=Tensor()))
-    return FakeQuantized(weight, LearnedStep.of_weight(weight, Int(bits=3, scales=Tensor() if 'up' in path else Channel())), tokens)
+    format = Int(bits=3, scales=Tensor() if 'up' in path else Channel())
+    return FakeQuantized(weight, LearnedStep.of_weight(weight, format), tokens)
   return rewrite(moe, Weight, of, 'experts')
 
 

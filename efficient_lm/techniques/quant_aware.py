@@ -3,10 +3,12 @@ import dataclasses
 from typing import Any
 
 from efficient_lm import rules
+from efficient_lm.errors import too_small
 from efficient_lm.formats import Int
 from efficient_lm.lazy import lazy
 from efficient_lm.rules import Rule
 
+jax = lazy('jax')
 learned = lazy('efficient_lm.learned')
 quantized = lazy('efficient_lm.quantized')
 
@@ -51,16 +53,20 @@ class LearnedClip:
 @dataclasses.dataclass(kw_only=True)
 class QuantAware:
   """Trains the weights that `rules` give a format as floats that multiply as their rounding. `method` says where the scales
-  of weights come from and how gradients pass, `activation_method` the same of activations. Rules without any format leave
-  the float model, bit for bit. Routers, embedding and head stay float unless a rule names them."""
+  of weights come from and how gradients pass, `activation_method` the same of activations. Rounding begins after `start`
+  steps; until then, and with rules without any format, the forward pass is the float model's, bit for bit. (Learned steps
+  are fitted when the model is made: let them start at 0, from a trained model.) Routers, embedding and head stay float
+  unless a rule names them."""
   rules: tuple[Rule, ...] = (Rule(weights=Int(bits=8)),)
   method: Any = dataclasses.field(default_factory=StraightThrough)
   activation_method: Any = dataclasses.field(default_factory=StraightThrough)
+  start: int = 0
 
   touches = 'model'
 
   def check(self):
     yield from rules.check_rules(self.rules)
+    yield from too_small(self, start=0)
     for field, verb in (('method', 'of_weight'), ('activation_method', 'of_tokens')):
       if not hasattr(getattr(self, field), verb):
         yield field, getattr(self, field), f'must be a method for {"weights" if verb == "of_weight" else "activations"}'
@@ -75,4 +81,10 @@ class QuantAware:
     """The weight as it is trained by a rule."""
     weights = None if rule.weights is None else self.method.of_weight(weight, rule.weights)
     activations = None if rule.activations is None else self.activation_method.of_tokens(weight, rule.activations)
-    return quantized.FakeQuantized(weight, weights, activations)
+    return quantized.FakeQuantized(weight, self.delayed(weights, weight), self.delayed(activations, weight))
+
+  def delayed(self, quantizer, weight):
+    """The quantizer, begun at `start`."""
+    if quantizer is None or self.start == 0: return quantizer
+    shape = jax.eval_shape(lambda weight: weight.materialize(), weight).shape
+    return quantized.Delayed(quantizer, self.start, shape[:len(shape) - len(weight.axes)])
