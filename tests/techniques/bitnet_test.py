@@ -26,9 +26,12 @@ def draw(*shape, seed=0):
 
 
 def learner(mlp=None):
+  """Numbers drawn by numpy."""
   stack = spec.Stack(num_layers=2, attention=spec.GroupedQuery(num_heads=2, num_kv_heads=1, head_dim=8),
                      mlp=mlp or spec.SwiGLU(hidden=F))
-  return Learner(spec.Transformer(vocab_size=V, dim=D, stacks=(stack,)).build(rngs=nnx.Rngs(0)), None, None)
+  rng = np.random.default_rng(0)
+  abstract = jax.eval_shape(lambda: spec.Transformer(vocab_size=V, dim=D, stacks=(stack,)).build(rngs=nnx.Rngs(0)))
+  return Learner(jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), abstract), None, None)
 
 
 @functools.cache
