@@ -1,19 +1,45 @@
-"""Quantization-aware training: 4-bit weights and 8-bit activations from the first step. What does it cost in quality?
+"""Quantization-aware training: which number format, learned how, costs how much quality?
 
   make quantized
   python -m efficient_lm.main --config=configs/quantized.py --workdir=runs/quantized
-  python -m efficient_lm.main --config=configs/quantized.py --config.techniques[0].bits=2
+  python -m efficient_lm.main --config=configs/quantized.py:lsq3 --workdir=runs/quantized-lsq3
 
-tiny (default): minutes on a CPU. With 600 steps 1.658 bits per byte beside 1.602 of the dense row (one seed each), in 5
-minutes on one core. The weights are rounded but stored in float32: no byte is saved yet.
+A variant is a kind from the dictionary below, of size tiny, or with _gpt2_124m at its end; `tiny` and `gpt2_124m` alone are
+int4. Weights of the layers are rounded, activations to 8 bits, and float32 copies train.
+tiny (default): minutes on a CPU, in bits per byte beside configs/baseline.py. distilled_int4 needs `make baseline` first.
 gpt2_124m: for one H100 or a v5e-8, not run yet.
+
+BitNet wants an optimizer of its own: two to five times the peak of a float model and no weight decay in the second half:
+  --config=configs/quantized.py:bitnet_gpt2_124m --config.train.optimizer.schedule.peak=1.8e-3
+  --config.train.optimizer.decay_until=0.5
 """
 import dataclasses
 
 from configs import baseline
-from efficient_lm.experiment import Experiment
-from efficient_lm.techniques.quant_aware import QuantAware
+from efficient_lm.experiment import Experiment, choose
+from efficient_lm.formats import Group, Int, MidRise
+from efficient_lm.rules import Rule
+from efficient_lm.techniques.bitnet import BitNet
+from efficient_lm.techniques.distill import Distill
+from efficient_lm.techniques.quant_aware import LearnedSteps, QuantAware, StretchedLevels
+
+
+def aware(weights, **more) -> QuantAware:
+  return QuantAware(rules=(Rule(weights=weights, activations=Int()),), **more)
+
+
+INT4 = aware(Int(bits=4, scales=Group(size=64)))
+TECHNIQUES = {
+  'int8': lambda size: (aware(Int()),),
+  'int4': lambda size: (INT4,),
+  'lsq3': lambda size: (aware(Int(bits=3), method=LearnedSteps()),),
+  'int2': lambda size: (aware(MidRise(bits=2), method=StretchedLevels()),),
+  'bitnet': lambda size: (BitNet(),),
+  'distilled_int4': lambda size: (Distill(teacher=baseline.trained(size), weight=0.5), INT4),
+}
 
 
 def get_config(variant: str = 'tiny') -> Experiment:
-  return dataclasses.replace(baseline.get_config(variant), techniques=(QuantAware(bits=4, activation_bits=8),))
+  kinds = {f'{kind}{end}': (kind, size) for kind in TECHNIQUES for end, size in (('', 'tiny'), ('_gpt2_124m', 'gpt2_124m'))}
+  kind, size = choose(variant, {'tiny': ('int4', 'tiny'), 'gpt2_124m': ('int4', 'gpt2_124m'), **kinds})
+  return dataclasses.replace(baseline.get_config(size), techniques=TECHNIQUES[kind](size))

@@ -11,6 +11,8 @@ import dataclasses
 
 from configs import baseline, moe
 from efficient_lm.experiment import Experiment
+from efficient_lm.formats import Int
+from efficient_lm.rules import Rule
 from efficient_lm.techniques.distill import Distill
 from efficient_lm.techniques.prune import Prune
 from efficient_lm.techniques.quant_aware import QuantAware
@@ -23,5 +25,5 @@ def get_config(variant: str = 'tiny') -> Experiment:
   return dataclasses.replace(mixture, techniques=(
     Distill(teacher=teacher, weight=0.5),
     Prune(sparsity=0.5, start=steps // 10, end=steps * 2 // 3),
-    QuantAware(bits=8, activation_bits=8),
+    QuantAware(rules=(Rule(weights=Int(), activations=Int()),)),
   ))

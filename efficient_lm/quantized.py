@@ -15,6 +15,7 @@ from flax import nnx
 from jax import lax
 
 from efficient_lm.axes import WEIGHT
+from efficient_lm.clock import Clock, ticking
 from efficient_lm.formats import MXFP8, Channel, Encoded, Float8, Format, Int
 from efficient_lm.formats.format import Scales
 from efficient_lm.formats.ranges import Reduce
@@ -108,6 +109,11 @@ class Quantizer(nnx.Module):
   """
   format: Format
 
+  @staticmethod
+  def copied(format: Format) -> Format:
+    """A copy, to be kept: static parts of a model must not change with a config."""
+    return dataclasses.replace(format)
+
   def scales(self, matrix, reduce: Reduce) -> Scales:
     """Those of `matrix` now."""
     raise NotImplementedError
@@ -116,12 +122,16 @@ class Quantizer(nnx.Module):
     """`matrix` on the grid, in its own dtype: format.rounded(matrix, scales), with a gradient."""
     raise NotImplementedError
 
+  def settled(self) -> 'Quantizer':
+    """What does the same once training is over."""
+    return self
+
 
 class Rounding(Quantizer):
   """Fits scales anew at each use, by the format's own range (for most, absmax); the gradient passes straight through."""
 
   def __init__(self, format: Format):
-    self.format = dataclasses.replace(format)   # a copy: static parts must not change with a config
+    self.format = self.copied(format)
 
   def scales(self, matrix, reduce: Reduce) -> Scales:
     return self.format.scales_for(lax.stop_gradient(matrix), reduce=reduce)
@@ -129,6 +139,28 @@ class Rounding(Quantizer):
   def __call__(self, matrix, reduce: Reduce):
     rounded = self.format.rounded(lax.stop_gradient(matrix), self.scales(matrix, reduce))
     return straight_through(matrix, rounded.astype(matrix.dtype))
+
+
+class Delayed(Quantizer):
+  """Leaves numbers as they are, bit for bit, for the first `start` steps of training, and is `inner` from then on. `stack`:
+  the shape of the stack of layers that it is made for."""
+
+  def __init__(self, inner: Quantizer, start: int, stack: tuple[int, ...]):
+    self.inner, self.start, self.clock = inner, start, Clock.new(stack)
+
+  @property
+  def format(self): return self.inner.format
+
+  def scales(self, matrix, reduce: Reduce) -> Scales:
+    return self.inner.scales(matrix, reduce)
+
+  def __call__(self, matrix, reduce: Reduce):
+    # Not a choice number by number: what enters a product is then no part of it, and it is the float model's own program.
+    begun = jnp.all(self.clock.get_value() >= self.start)
+    numbers = lax.cond(begun, lambda: self.inner(matrix, reduce), lambda: matrix)
+    return ticking(numbers, self.clock)
+
+  def settled(self): return self.inner.settled()
 
 
 def rounded_rows(quantizer: Quantizer | None, x, axes: str, inputs: str):
@@ -163,19 +195,72 @@ class FakeQuantized(Weight):
     return layout.array(self.weights(layout.matrix(self.inner.materialize()), layout.reduce(self.weights.format.scales)))
 
   def rounded(self, x, axes: str):
-    return rounded_rows(self.activations, x, axes, self.inputs)
+    return rounded_rows(self.activations, self.inner.rounded(x, axes), axes, self.inputs)
 
   def converted(self) -> Weight:
     """The same numbers, stored in few bits."""
     if self.weights is None: return self
+    if isinstance(self.inner, Normalized):
+      return self.inner.around(lambda inner: FakeQuantized(inner, self.weights, self.activations).converted())
     layout = Layout.of(self.inner)
     matrix = layout.matrix(self.inner.materialize())
     scales = self.weights.scales(matrix, layout.reduce(self.weights.format.scales))
-    return Quantized(self.weights.format.encode(matrix, scales), self.weights.format, layout, self.activations)
+    activations = None if self.activations is None else self.activations.settled()
+    return Quantized(self.weights.format.encode(matrix, scales), self.weights.format, layout, activations)
 
 
-def quantized(weight: Weight, format: Format, activations: Quantizer | None = None, range=None) -> 'Quantized':
+class Normalized(Weight):
+  """Divides what `inner` is multiplied with by its root mean square over the inputs, before anything else: an RMSNorm (Zhang
+  and Sennrich 2019, arXiv 1910.07467) without parameters. Rounding tokens to few levels asks for it where a layer has no
+  norm in front of a product: sub-LN (Wang et al. 2022, arXiv 2210.06423) as BitNet has it."""
+
+  def __init__(self, inner: Weight, eps: float = 1e-6):
+    self.inner, self.eps = inner, eps
+
+  @property
+  def axes(self): return self.inner.axes
+
+  @property
+  def inputs(self): return self.inner.inputs
+
+  @property
+  def kind(self): return f'{self.inner.kind}, after a norm'
+
+  @property
+  def product(self): return self.inner.product
+
+  def around(self, change) -> 'Normalized':
+    """With change(inner) in place of `inner`."""
+    return Normalized(change(self.inner), self.eps)
+
+  def materialize(self): return self.inner.materialize()
+  def narrowed(self, dtype): return self.around(lambda inner: inner.narrowed(dtype))
+  def take(self, ids): return self.inner.take(ids)
+
+  def rounded(self, x, axes: str):
+    return self.inner.rounded(self.normalized(x, axes), axes)
+
+  def contract(self, equation: str, x, dtype=None):
+    return self.inner.contract(equation, self.normalized(x, equation.split(',')[0]), dtype)
+
+  def contract_grouped(self, x_MD, sizes_E):
+    return self.inner.contract_grouped(self.normalized(x_MD, 'M' + self.inputs), sizes_E)
+
+  def nll(self, hidden_BTD, labels_BT):
+    return self.inner.nll(self.normalized(hidden_BTD, 'BTD'), labels_BT)
+
+  def normalized(self, x, axes: str):
+    """x itself for a product over other dims than the inputs."""
+    if not axes.endswith(self.inputs): return x
+    x_32, over = x.astype(jnp.float32), tuple(range(x.ndim - len(self.inputs), x.ndim))
+    mean, names = jnp.mean(jnp.square(x_32), over, keepdims=True), reduction(self.inputs).names
+    if names: mean = lax.pmean(mean, names)
+    return (x_32 * lax.rsqrt(mean + self.eps)).astype(x.dtype)
+
+
+def quantized(weight: Weight, format: Format, activations: Quantizer | None = None, range=None) -> Weight:
   """`weight` rounded to nearest with scales fitted by `range` (default: the format's own)."""
+  if isinstance(weight, Normalized): return weight.around(lambda inner: quantized(inner, format, activations, range))
   layout = Layout.of(weight)
   matrix = layout.matrix(weight.materialize())
   return Quantized(format.encode(matrix, format.scales_for(matrix, range)), format, layout, activations)

@@ -19,7 +19,7 @@ FLOORS = (
   'axes tree lazy errors fields',
   'ops formats',
   'weights clock',
-  'quantized low_precision',
+  'quantized learned low_precision',
   'models parallel coverage rules',
   'losses moments optim learner stages',
   'techniques',

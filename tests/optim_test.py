@@ -96,7 +96,7 @@ def test_a_schedule_never_leaves_the_range_from_0_to_its_peak_and_falls_after_wa
   (WarmupCosine(peak=0.0), 'peak'), (WarmupCosine(warmup=-1), 'warmup'), (WarmupStableDecay(final=2.0), 'final'),
   (WarmupStableDecay(decay=-0.5), 'decay'), (AdamW(b1=1.0), 'b1'), (AdamW(weight_decay=-1.0), 'weight_decay'),
   (AdamW(clip=0.0), 'clip'), (AdamW(state_bits=16), 'state_bits'), (AdamW(eps=-7.0), 'eps'),
-  (Muon(beta=-0.1), 'beta'), (Muon(b2=1.0), 'b2'),
+  (AdamW(decay_until=1.5), 'decay_until'), (Muon(beta=-0.1), 'beta'), (Muon(b2=1.0), 'b2'),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_a_wrong_field_is_named(spec, field):
   assert [name for name, _, _ in spec.check()] == [field]
@@ -116,6 +116,16 @@ def test_weight_decay_shrinks_matrices_and_leaves_norms_and_biases_alone(kind, d
   for name, update in values(updates).items():
     expected = -PEAK * DECAY * values(params)[name] if name in decaying else 0
     np.testing.assert_allclose(update, expected, rtol=1e-6, atol=0, err_msg=name)
+
+
+def test_weight_decay_ends_when_it_is_told_to():
+  params = variables(0)
+  optimizer = AdamW(schedule=CONSTANT, weight_decay=DECAY, decay_until=0.5).build(4)
+  state, moved = optimizer.init(params), []
+  for _ in range(4):
+    updates, state = optimizer.update(zeros(params), state, params)
+    moved.append(any(np.any(update) for update in values(updates).values()))
+  assert moved == [True, True, False, False]
 
 
 def test_clipping_scales_the_whole_gradient_to_the_norm_and_only_when_it_is_longer():

@@ -1,5 +1,6 @@
-"""Quantization-aware training reaches what it says it does, and leaves the float model where it should."""
+"""Quantization-aware training reaches what it says it does, by whatever method, and leaves floats where it should."""
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +8,26 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from efficient_lm import learner as learners
+from efficient_lm import optim, train
+from efficient_lm.formats import Float8, Int, MidRise, Tensor
+from efficient_lm.learned import ClippedActivation, LearnedStep, Stretched
 from efficient_lm.learner import Learner
+from efficient_lm.losses import Distilled, NextToken
 from efficient_lm.models import spec
-from efficient_lm.techniques.quant_aware import QuantAware
+from efficient_lm.quantized import Delayed, FakeQuantized, Layout, Quantized, Rounding
+from efficient_lm.rules import Rule
+from efficient_lm.techniques.prune import Prune
+from efficient_lm.techniques.quant_aware import LearnedClip, LearnedSteps, QuantAware, StraightThrough, StretchedLevels
+from efficient_lm.techniques.upcycle import Upcycle
 from efficient_lm.tree import rewrite, select
-from efficient_lm.weights import Dense, FakeQuantized, Weight, absmax_scale, fake_quantize
+from efficient_lm.weights import Dense, Weight
 
 V, D = 24, 16
 TOKENS = np.random.default_rng(1).integers(0, V, (2, 6)).astype(np.int32)
-MIXTURE = spec.MoE(num_experts=4, hidden=8, num_shared=1)
+A8, A8_STATIC = Int(), Int(scales=Tensor())
+# Optimising these small programs takes longer than running them.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 @functools.cache
@@ -23,8 +35,8 @@ def learner(mlp='dense', attention='grouped'):
   """A learner without loss or optimizer: all that this technique touches is the model. Numbers drawn by numpy."""
   attentions = {'grouped': spec.GroupedQuery(num_heads=2, num_kv_heads=1, head_dim=8),
                 'latent': spec.Latent(num_heads=2, query_rank=6, kv_rank=5, nope_dim=4, rope_dim=4, value_dim=4)}
-  stack = spec.Stack(num_layers=2, attention=attentions[attention],
-                     mlp={'dense': spec.SwiGLU(hidden=24), 'experts': MIXTURE}[mlp])
+  stack = spec.Stack(num_layers=2, attention=attentions[attention], mlp={
+    'dense': spec.SwiGLU(hidden=24), 'experts': spec.MoE(num_experts=4, hidden=8, num_shared=1)}[mlp])
   described = spec.Transformer(vocab_size=V, dim=D, stacks=(stack,))
   rng = np.random.default_rng(0)
   abstract = jax.eval_shape(lambda: described.build(rngs=nnx.Rngs(0)))
@@ -32,8 +44,17 @@ def learner(mlp='dense', attention='grouped'):
   return Learner(jax.tree.map(number, abstract), None, None)
 
 
+def aware(weights=None, activations=None, **more):
+  return QuantAware(rules=(Rule(weights=weights, activations=activations),), **more)
+
+
 def quantized(technique, **kinds):
   return technique(learner(**kinds), jax.random.key(0))
+
+
+def shapes(technique, **kinds):
+  plain = learner(**kinds)
+  return jax.eval_shape(lambda: technique(plain, jax.random.key(0)).model)
 
 
 @jax.jit
@@ -42,11 +63,13 @@ def logits_of(model):
 
 
 def test_every_rounded_weight_is_within_half_a_step_of_its_own_and_on_its_grid():
-  found = dict(select(quantized(QuantAware(bits=4)).model, FakeQuantized))
+  format = Int(bits=4)
+  found = dict(select(quantized(aware(format)).model, FakeQuantized))
   assert len(found) == 7
   for path, weight in found.items():
-    inner, rounded = np.asarray(weight.inner.materialize()), np.asarray(jax.jit(weight.materialize)())
-    step = np.asarray(absmax_scale(inner, weight.axes, weight.inputs, 4))
+    layout = Layout.of(weight)
+    inner, rounded = (np.asarray(layout.matrix(array)) for array in (weight.inner.materialize(), jit(weight.materialize)()))
+    step = np.abs(inner).max(-1, keepdims=True) / 7
     assert np.all(np.abs(rounded - inner) <= step * 0.5001), path
     assert np.abs(rounded - inner).max() > step.min() * 0.25, f'{path} is rounded at all'
     np.testing.assert_allclose(rounded / step, np.round(rounded / step), atol=1e-4, err_msg=path)
@@ -59,22 +82,37 @@ def test_every_rounded_weight_is_within_half_a_step_of_its_own_and_on_its_grid()
                              'output', 'gate', 'up', 'down'}),
 ], ids=['dense', 'experts', 'latent'])
 def test_every_matrix_of_the_layers_but_routers_is_rounded(kinds, names):
-  model = quantized(QuantAware(bits=4), **kinds).model
+  model = shapes(aware(Int(bits=4)), **kinds)
   assert {path.split('/')[-1] for path, _ in select(model, FakeQuantized)} == names
   plain = {path for path, weight in select(model, Weight) if not isinstance(weight, FakeQuantized)}
   routers = {'stacks/0/blocks/mlp/router'} if 'mlp' in kinds else set()
   assert plain == {'embed', 'own_head'} | routers
 
 
-@jax.jit
+@pytest.mark.parametrize('method, activation_method, kinds', [
+  (StraightThrough(), StraightThrough(), (Rounding, Rounding)), (LearnedSteps(), LearnedSteps(), (LearnedStep, LearnedStep)),
+  (StretchedLevels(), LearnedClip(), (Stretched, ClippedActivation)),
+  (StraightThrough(), LearnedSteps(), (Rounding, LearnedStep)),
+], ids=lambda method: getattr(type(method), '__name__', '') if not isinstance(method, tuple) else '')
+def test_a_method_decides_what_rounds(method, activation_method, kinds):
+  technique = aware(Int(bits=4), A8_STATIC, method=method, activation_method=activation_method)
+  model = shapes(technique, mlp='experts')
+  for path, weight in select(model, FakeQuantized):
+    assert (type(weight.weights), type(weight.activations)) == kinds
+    experts = (4,) if 'experts' in path else ()
+    if isinstance(weight.weights, LearnedStep): assert weight.weights.exponent.get_value().shape[:-1] == (2, *experts, 1)
+    if isinstance(weight.activations, LearnedStep): assert weight.activations.exponent.get_value().shape == (2, 1, 1)
+
+
+@jit
 def slopes(model):
   return jax.grad(lambda model: jnp.mean(model(TOKENS).logits_BTV ** 2))(model)
 
 
 def test_the_gradient_is_that_of_the_rounded_numbers_passed_straight_through():
   """As if the model simply held the rounded numbers."""
-  model = quantized(QuantAware(bits=4)).model
-  hold = lambda _, weight: Dense(jax.jit(weight.materialize)(), weight.axes, weight.inputs)
+  model = quantized(aware(Int(bits=4))).model
+  hold = lambda _, weight: Dense(jit(weight.materialize)(), weight.axes, weight.inputs)
   by_rounded = rewrite(model, FakeQuantized, hold)
   for a, b in zip(jax.tree.leaves(slopes(model)), jax.tree.leaves(slopes(by_rounded)), strict=True):
     # The same sums in another program.
@@ -82,45 +120,152 @@ def test_the_gradient_is_that_of_the_rounded_numbers_passed_straight_through():
 
 
 def test_activations_are_rounded_by_the_products_themselves():
-  """With the finest weights there are, what is left is the rounding of what they multiply."""
-  weight = dict(select(quantized(QuantAware(bits=16, activation_bits=3)).model, FakeQuantized))['stacks/0/blocks/mlp/up']
+  weight = dict(select(quantized(aware(None, Int(bits=3))).model, FakeQuantized))['stacks/0/blocks/mlp/up']
   layer = jax.tree.map(lambda a: a[0], weight)
   x = np.random.default_rng(2).normal(size=(2, 3, D)).astype(np.float32)
-  expected = jnp.einsum('BTD,DF->BTF', fake_quantize(x, 'BTD', 'D', 3), layer.materialize())
-  np.testing.assert_allclose(layer.contract('BTD,DF->BTF', x), expected, rtol=1e-5, atol=1e-5)
+  step = np.abs(x).max(-1, keepdims=True) / 3
+  expected = jnp.einsum('BTD,DF->BTF', np.round(x / step) * step, layer.materialize())
+  np.testing.assert_allclose(jit(layer.contract, static_argnums=0)('BTD,DF->BTF', x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_fewer_bits_err_more():
   exact = logits_of(learner().model)
-  errors = [float(jnp.mean((logits_of(quantized(QuantAware(bits=bits)).model) - exact) ** 2)) for bits in (8, 4, 2)]
+  errors = [float(jnp.mean((logits_of(quantized(aware(Int(bits=bits))).model) - exact) ** 2)) for bits in (8, 4, 2)]
   # A bit less is twice the step and four times the squared error: 4 bits less, 256 times; well over 16.
   assert 0 < errors[0] * 16 < errors[1] < errors[2]
 
 
-def test_activation_bits_alone_change_the_model():
-  exact = logits_of(learner().model)
-  assert np.abs(logits_of(quantized(QuantAware(bits=16, activation_bits=4)).model) - exact).max() > 1e-2
+def test_rules_without_formats_are_the_float_model_itself():
+  assert quantized(aware()) is learner()
+  assert quantized(aware(method=LearnedSteps(), start=3)) is learner()
 
 
-@pytest.mark.parametrize('technique', [QuantAware(bits=16), QuantAware(bits=32), QuantAware(bits=16, activation_bits=16)],
-                         ids=str)
-def test_sixteen_bits_are_the_float_model_itself(technique):
-  assert quantized(technique) is learner()
+def test_of_two_rules_the_first_that_matches_decides():
+  rules = (Rule(where='down$', weights=Int()), Rule(where='(output|value)$'), Rule(weights=Int(bits=4), activations=A8))
+  model = shapes(QuantAware(rules=rules))
+  found = {path.split('/')[-1]: weight for path, weight in select(model, FakeQuantized)}
+  assert set(found) == {'query', 'key', 'gate', 'up', 'down'}
+  assert found['down'].weights.format == Int() and found['down'].activations is None
+  assert found['up'].weights.format == Int(bits=4) and found['up'].activations.format == A8
 
 
-def test_the_note_names_the_large_weights_that_stay_float():
-  note, = quantized(QuantAware(bits=4)).notes
-  assert note.startswith('QuantAware (4 bits) reaches ') and note.endswith('left as they are: embed, own_head')
-  everything, = quantized(QuantAware(bits=4, where='')).notes
+def test_the_note_names_the_method_and_the_large_weights_that_stay_float():
+  note, = quantized(aware(Int(bits=4), method=LearnedSteps())).notes
+  assert note.startswith('QuantAware (LearnedSteps) reaches ') and note.endswith('left as they are: embed, own_head')
+  everything, = QuantAware(rules=(Rule(where='', weights=Int()),))(learner(), None).notes
   assert 'left' not in everything
 
 
-@pytest.mark.parametrize('bits', [4, 16])
-def test_a_selector_that_matches_nothing_is_an_error_that_names_what_there_is(bits):
-  with pytest.raises(ValueError, match=r"matches 'blcoks'; the paths are embed, .*stacks/0/blocks/attention/key"):
-    quantized(QuantAware(bits=bits, where='blcoks'))
+@pytest.mark.parametrize('weights', [Int(bits=4), None])
+def test_a_selector_that_matches_nothing_is_an_error_that_names_what_there_is(weights):
+  with pytest.raises(ValueError, match=r"'blcoks' decides nothing: no weight matches; the paths are embed, .*attention/key"):
+    QuantAware(rules=(Rule(where='blcoks', weights=weights),))(learner(), None)
 
 
 def test_a_wrong_field_is_named():
-  assert [name for name, _, _ in QuantAware(bits=1, activation_bits=1).check()] == ['bits', 'activation_bits']
-  assert list(QuantAware().check()) == []
+  wrong = QuantAware(rules=(), method=LearnedClip(), activation_method=3, start=-1)
+  assert [name for name, _, _ in wrong.check()] == ['rules', 'start', 'method', 'activation_method']
+  assert list(QuantAware(activation_method=LearnedClip()).check()) == []
+
+
+# Training.
+
+@pytest.fixture
+def quickly():
+  """Compiling is nearly all that these tests spend their time on; what they state holds of any program."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def batch():
+  ones = np.ones((2, 5), np.int32)
+  return {'inputs_BT': TOKENS[:, :-1], 'targets_BT': TOKENS[:, 1:], 'weights_BT': ones.astype(np.float32), 'bytes_BT': ones,
+          'segments_BT': ones, 'positions_BT': np.tile(np.arange(5, dtype=np.int32), (2, 1))}
+
+
+def trained(technique, count, **kinds):
+  """The model after each of some steps, and its loss before each."""
+  schedule = optim.WarmupStableDecay(peak=1e-2, warmup=0, decay=0)
+  optimizer = optim.AdamW(schedule=schedule).build(100)
+  made = learners.assemble(learner(**kinds).model, optimizer, (technique,), jax.random.key(1))
+  state, step, models, losses = learners.initial_state(made), train.compiled_step(made), [], []
+  for _ in range(count):
+    state, metrics = step(state, made.loss, batch())
+    models.append(jax.tree.map(jnp.copy, state.model))
+    losses.append(float(metrics['loss']))
+  return models, losses
+
+
+@pytest.mark.parametrize('kinds', [{}, {'mlp': 'experts'}], ids=['dense', 'experts'])
+def test_before_the_start_the_model_is_the_float_model_bit_for_bit_and_then_it_rounds(kinds):
+  late = aware(Int(bits=2), Int(bits=4), start=2)
+  models, losses = trained(late, 3, **kinds)
+  clocks = lambda model: {float(steps) for _, found in select(model, Delayed) for steps in found.clock.get_value()}
+  assert [clocks(model) for model in models] == [{1.}, {2.}, {3.}]
+  bare = lambda model: rewrite(model, FakeQuantized, lambda _, weight: weight.inner)
+  at_once = lambda model: rewrite(model, Delayed, lambda _, delayed: delayed.settled())
+  np.testing.assert_array_equal(logits_of(models[0]), logits_of(bare(models[0])))
+  np.testing.assert_allclose(logits_of(models[1]), logits_of(at_once(models[1])), rtol=1e-5, atol=1e-5)
+  assert np.abs(logits_of(models[1]) - logits_of(bare(models[1]))).max() > 1e-2
+  # The steps up to there, too: the same sums in another program.
+  np.testing.assert_allclose(losses[:2], trained(aware(), 2, **kinds)[1], rtol=1e-5)
+  stored = models[-1].stacks[0].blocks.mlp.down if not kinds else models[-1].stacks[0].blocks.mlp.experts.down
+  assert isinstance(stored.converted(), Quantized) and isinstance(stored.converted().activations, Rounding)
+
+
+@pytest.mark.parametrize('technique, moves', [
+  (aware(Int(bits=3), A8_STATIC, method=LearnedSteps(), activation_method=LearnedSteps()), True),
+  (aware(MidRise(), Int(bits=4, scales=Tensor()), method=StretchedLevels(), activation_method=LearnedClip()), True),
+  (aware(Float8(), A8), False),
+], ids=['lsq', 'seq and pact', 'straight through'])
+def test_every_method_trains_and_what_it_stores_is_what_it_trained(quickly, technique, moves):
+  models, losses = trained(technique, 4)
+  assert losses[-1] < losses[0]
+  of = lambda model: [learned.exponent.get_value() for _, learned in select(model, LearnedStep)]
+  exponents = of(models[0]), of(models[-1])
+  # PACT stays where it is as long as it clips nothing.
+  assert sum(np.any(a != b) for a, b in zip(*exponents, strict=True)) >= len(exponents[0]) // 2
+  assert bool(exponents[0]) == moves
+  weight = jax.tree.map(lambda a: a[0], models[-1].stacks[0].blocks.mlp.up)
+  stored = jax.jit(lambda weight: weight.converted().materialize())(weight)
+  np.testing.assert_allclose(stored, jax.jit(lambda weight: weight.materialize())(weight), rtol=2. ** -21)
+
+
+@pytest.mark.parametrize('order', list(itertools.permutations(range(3)))[::3], ids=str)
+def test_learned_and_late_rounding_composes_with_experts_and_masks(order):
+  """By shapes alone: what trains keeps its structure, and steps of experts that were copied are those of the dense layer."""
+  late = aware(Int(bits=3), A8_STATIC, method=LearnedSteps(), activation_method=LearnedSteps(), start=2)
+  listed = [late, Upcycle(num_experts=3), Prune(sparsity=0.5, start=0, end=2)]
+  plain = learner().model
+
+  def made():
+    return learners.assemble(plain, optim.AdamW().build(10), [listed[i] for i in order], jax.random.key(0))
+  before = jax.eval_shape(lambda: learners.initial_state(made()))
+  after, _ = jax.eval_shape(lambda state: train.train_step(state, NextToken(), batch(), optimizer=made().optimizer), before)
+  assert jax.tree.structure(after) == jax.tree.structure(before)
+  assert [leaf.shape for leaf in jax.tree.leaves(after)] == [leaf.shape for leaf in jax.tree.leaves(before)]
+  up = after.model.stacks[0].blocks.mlp.experts.up
+  assert isinstance(up, FakeQuantized) and up.inner.axes == 'EDF'
+  shared = order.index(0) < order.index(1)
+  assert up.weights.inner.exponent.get_value().shape == ((2, 1, 24) if shared else (2, 3, 1, 24))
+  assert up.weights.clock.get_value().shape == (2,)
+
+
+@pytest.mark.parametrize('first', ['float', 'quantized'])
+def test_a_float_teacher_and_a_quantized_student_never_affect_each_other(first):
+  """In one process, traced in either order, and in one program: nothing is patched, so nothing leaks."""
+  student = quantized(aware(Int(bits=2), A8, method=LearnedSteps())).model
+  teacher = learner().model
+  run = jax.jit(lambda model: model(TOKENS).logits_BTV)   # not traced before
+  models = {'float': teacher, 'quantized': student}
+  order = [first, *(name for name in models if name != first)]
+  alone = {name: np.asarray(run(models[name])) for name in order}
+  again = {name: np.asarray(run(models[name])) for name in reversed(order)}
+  for name in models: np.testing.assert_array_equal(alone[name], again[name])
+  assert np.abs(alone['float'] - alone['quantized']).max() > 1e-2
+  np.testing.assert_array_equal(alone['float'], logits_of(teacher))
+
+  loss = Distilled(NextToken(), teacher, 1.0, 1.0)
+  divergence = jax.jit(lambda model: loss(train.outputs_of(model, batch()), batch())[1]['teacher_kl'])
+  assert divergence(student) > 1e-3 and abs(divergence(teacher)) < 1e-6
