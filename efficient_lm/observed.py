@@ -111,7 +111,7 @@ tap_grouped.defvjp(lambda x_MK, statistics, sizes_E: (x_MK, (x_MK, statistics, s
 
 def _once(statistic: str, value, mesh):
   """A share that gives the whole when `shard_map` adds it up over the axes that do not cut experts."""
-  repeated = [name for name in mesh.manual_axes if name == 'tensor' or (statistic == 'peak' and name != 'expert')]
+  repeated = tuple(name for name in mesh.manual_axes if name == 'tensor' or (statistic == 'peak' and name != 'expert'))
   if statistic == 'peak' and repeated: value = lax.pmax(value, repeated)
   return value / math.prod(mesh.shape[name] for name in repeated)
 

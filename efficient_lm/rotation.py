@@ -77,3 +77,8 @@ class Rotated(Weight):
 def within(weight: Weight, change):
   """`change` applied to what a rotation holds, which is what is observed and rounded; to the weight itself without one."""
   return Rotated(within(weight.inner, change), weight.block) if isinstance(weight, Rotated) else change(weight)
+
+
+def innermost(weight: Weight) -> Weight:
+  """What `within` changes."""
+  return innermost(weight.inner) if isinstance(weight, Rotated) else weight

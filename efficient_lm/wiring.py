@@ -62,14 +62,13 @@ def _prefixed(prefix: str, found: list[Fan]) -> list[Fan]:
 def _attention(layer, norm: str) -> list[Fan]:
   """Paths are the layer's own, with a slash in front those of the block."""
   if isinstance(layer, GroupedQueryAttention):
-    heads, head = layer.cache_shape
-    readers = matrix_shape(layer.output)[1]
-    return [Fan(f'/{norm}', ('query', 'key', 'value')), Fan('value', ('output',), head, readers // (heads * head))]
+    repeats = matrix_shape(layer.output)[1] // matrix_shape(layer.value)[0]
+    return [Fan(f'/{norm}', ('query', 'key', 'value')), Fan('value', ('output',), _head_dim(layer.value), repeats)]
   if isinstance(layer, LatentAttention):
     queries = ('query_nope', 'query_rope')
     direct, low = (queries, []) if layer.query_down is None else (('query_down',), [Fan('query_norm', queries)])
     return [Fan(f'/{norm}', (*direct, 'latent_down', 'key_rope')), *low, Fan('latent_norm', ('key_up', 'value_up')),
-            Fan('value_up', ('output',))]
+            Fan('value_up', ('output',), _head_dim(layer.value_up))]
   return []
 
 
@@ -79,6 +78,10 @@ def _feed_forward(layer, norm: str) -> list[Fan]:
   shared = [] if layer.shared is None else [Fan('shared/up', ('shared/down',))]
   also = () if layer.shared is None else ('shared/gate', 'shared/up')
   return [Fan(f'/{norm}', ('router', 'experts/gate', 'experts/up', *also)), Fan('experts/up', ('experts/down',)), *shared]
+
+
+def _head_dim(weight: Weight) -> int:
+  return jax.eval_shape(lambda weight: weight.materialize(), weight).shape[-1]
 
 
 def matrix_of(weight: Weight):
@@ -104,23 +107,33 @@ def updated(layer, changes: dict):
   return jax.tree_util.tree_map_with_path(replace, layer, is_leaf=lambda node: isinstance(node, kinds))
 
 
+def of_experts(node) -> bool:
+  """Whether there is one of it for each expert."""
+  return isinstance(node, Weight) and node.axes.startswith('E')
+
+
 def foldable(layer, fan: Fan) -> bool:
   """Whether the fan's channels are still its readers' inputs: not where those are rotated on the way."""
   nodes = dict(tree.select(layer, Weight))
   return not any(isinstance(nodes[path], Rotated) for path in fan.readers)
 
 
-def divided(layer, fan: Fan, s_C):
-  """The same layer, with channel c of the fan's source divided by s_c and all that reads it multiplied by it.
+def multiplied(layer, fan: Fan, s_C) -> dict[str, Weight]:
+  """The fan's readers by path, input c of each multiplied by s_c.
 
-  s_C: (..., C), stacks of layers in front; and experts, where the source is theirs."""
-  nodes = dict(tree.select(layer, (Weight, RMSNorm)))
-  source = nodes[fan.source]
-  if isinstance(source, RMSNorm): changes = {fan.source: jax.tree.map(lambda scale: scale / s_C.reshape(scale.shape), source)}
-  else: changes = {fan.source: with_matrix(source, matrix_of(source) / s_C[..., :, None])}
-  own = isinstance(source, Weight) and source.axes.startswith('E')
+  s_C: (..., C), stacks of layers in front; and experts, where the fan's source is theirs."""
+  nodes, readers = dict(tree.select(layer, Weight)), {}
   for path in fan.readers:
-    reader, s_K = nodes[path], fan.spread(s_C)[..., None, :]
-    if reader.axes.startswith('E') and not own: s_K = s_K[..., None, :, :]
-    changes[path] = with_matrix(reader, matrix_of(reader) * s_K)
-  return updated(layer, changes)
+    s_1K = fan.spread(s_C)[..., None, :]
+    if of_experts(nodes[path]) and not of_experts(nodes.get(fan.source)): s_1K = s_1K[..., None, :, :]
+    readers[path] = with_matrix(nodes[path], matrix_of(nodes[path]) * s_1K)
+  return readers
+
+
+def divided(layer, fan: Fan, s_C):
+  """The same layer, with channel c of the fan's source divided by s_c, and all that reads it multiplied by it."""
+  source = dict(tree.select(layer, (Weight, RMSNorm)))[fan.source]
+  if isinstance(source, RMSNorm): source = jax.tree.map(lambda scale: scale / s_C.reshape(scale.shape), source)
+  else: source = with_matrix(source, matrix_of(source) / s_C[..., :, None])
+  # A reader may be the source of another fan, but never of its own.
+  return updated(layer, {fan.source: source, **multiplied(layer, fan, s_C)})

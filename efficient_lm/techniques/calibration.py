@@ -78,17 +78,18 @@ def collect(function, watched) -> dict[str, dict]:
     result = function(nnx.merge(graph, statistics, rest))
     return sum(jnp.sum(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(result))
 
-  merged = nnx.merge(graph, jax.grad(run)(statistics), rest)
-  return {path: {name: variable.get_value() for name, variable in _innermost(weight).statistics.items()}
-          for path, weight in tree.select(merged, weights.Weight) if _is_observed(weight)}
+  return _read(nnx.merge(graph, jax.grad(run)(statistics), rest))
 
 
-def _innermost(weight):
-  return _innermost(weight.inner) if isinstance(weight, rotation.Rotated) else weight
+def unseen(model, wanted: dict[str, tuple[str, ...]]) -> dict[str, dict]:
+  """The statistics of no data: zeros."""
+  return _read(watch(model, wanted))
 
 
-def _is_observed(weight) -> bool:
-  return isinstance(_innermost(weight), observed.Observed)
+def _read(watched) -> dict[str, dict]:
+  inner = {path: rotation.innermost(weight) for path, weight in tree.select(watched, weights.Weight)}
+  return {path: {name: variable.get_value() for name, variable in weight.statistics.items()}
+          for path, weight in inner.items() if isinstance(weight, observed.Observed)}
 
 
 def join(a: dict[str, dict], b: dict[str, dict]) -> dict[str, dict]:
@@ -99,7 +100,7 @@ def join(a: dict[str, dict], b: dict[str, dict]) -> dict[str, dict]:
 def statistics(model, batches, wanted: dict[str, tuple[str, ...]]) -> dict[str, dict]:
   """Of the whole model as it is. Layers of a stack, and experts, are dimensions in front of each statistic. `batches` is
   any iterable of batches, on the mesh if there is one; it is read once. Raises ValueError if it is empty."""
-  watched, run, found = watch(model, wanted), _compiled(_of_batch), None
+  watched, run, found = watch(model, wanted), compiled(_of_batch), None
   for batch in batches:
     new = axes.settle(run(watched, batch))
     found = new if found is None else join(found, new)
@@ -112,7 +113,7 @@ def _of_batch(watched, batch):
 
 
 @functools.cache
-def _compiled(function, **options):
+def compiled(function, **options):
   """jax.jit, made when it is first needed: nothing here loads JAX when it is imported."""
   return jax.jit(function, **options)
 
@@ -137,7 +138,7 @@ class Hidden:
 
 def embedded(model, batch) -> Hidden:
   """What the first layer reads."""
-  x_BTD = _compiled(_embedded)(model.embed, batch['inputs_BT']).astype(model.dtype)
+  x_BTD = compiled(_embedded)(model.embed, batch['inputs_BT']).astype(model.dtype)
   return Hidden(x_BTD, batch['positions_BT'], batch['segments_BT'])
 
 
@@ -155,14 +156,14 @@ def _of_layer(watched, x_BTD, positions_BT, segments_BT):
 
 def advance(layer, hidden: list[Hidden]) -> list[Hidden]:
   """The hidden states after a layer."""
-  run = _compiled(_advanced)
+  run = compiled(_advanced)
   after = (axes.settle(run(layer, one.x_BTD, one.positions_BT, one.segments_BT)) for one in hidden)
   return [dataclasses.replace(one, x_BTD=x_BTD) for one, x_BTD in zip(hidden, after)]
 
 
 def layer_statistics(layer, hidden: list[Hidden], wanted: dict[str, tuple[str, ...]]) -> dict[str, dict]:
   """Of one layer on these hidden states."""
-  watched, run = watch(layer, wanted), _compiled(_of_layer)
+  watched, run = watch(layer, wanted), compiled(_of_layer)
   found = None
   for one in hidden:
     new = axes.settle(run(watched, one.x_BTD, one.positions_BT, one.segments_BT))

@@ -77,7 +77,7 @@ class Quantize:
     for path, rule in rules.assign(model, self.rules).items():
       if rule.keeps: continue
       weight = dict(tree.select(model, weights.Weight))[path]
-      if isinstance(_inside(weight), quantized.Quantized): raise ValueError(f'{path} is stored as {weight.kind} already')
+      if isinstance(rotation.innermost(weight), quantized.Quantized): raise ValueError(f'{path} is stored as {weight.kind} already')
       try: jax.eval_shape(lambda weight, path=path, rule=rule: self.nearest(path, weight, rule), weight)
       except ValueError as error: raise ValueError(f'{path}: {error}') from error
 
@@ -85,10 +85,6 @@ class Quantize:
     """The weight rounded to nearest, by the method's range where it has one."""
     method = RoundToNearest(range=getattr(self.method, 'range', None))
     return stored(weight, rule, lambda w_NK: method.encode(w_NK, rule.weights, {}))
-
-
-def _inside(weight):
-  return _inside(weight.inner) if isinstance(weight, rotation.Rotated) else weight
 
 
 def stored(weight, rule: Rule, encode):
