@@ -18,6 +18,7 @@ from efficient_lm.techniques.calibration import compiled
 jax = lazy('jax')
 jnp = lazy('jax.numpy')
 layers = lazy('efficient_lm.models.layers')
+nnx = lazy('flax.nnx')
 rotation = lazy('efficient_lm.rotation')
 transformer = lazy('efficient_lm.models.transformer')
 tree = lazy('efficient_lm.tree')
@@ -75,7 +76,8 @@ def _residual(model, key, most: int):
   sign_D = jax.random.rademacher(key, (D,), jnp.float32)
   turn = lambda x: rotation.hadamard(x * sign_D, rotation.block_of(D, most))   # x R, of what lies along the stream
   changed = jax.tree.map(lambda leaf: leaf, model)
-  changed.own_head = wiring.with_matrix(model.head, turn(wiring.matrix_of(model.head) * model.norm.scale.get_value()))
+  head_VD = turn(wiring.matrix_of(model.head) * model.norm.scale.get_value())
+  changed.own_head = nnx.data(wiring.with_matrix(model.head, head_VD))   # None, where the head was tied, is no data
   changed.norm, changed.embed = _without_scales(model.norm), weights.Dense(turn(embed_VD), 'VD', 'D')
   return tree.rewrite(changed, transformer.Block, lambda path, layer: _residual_of_layer(path, layer, turn))
 

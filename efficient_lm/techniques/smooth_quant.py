@@ -35,8 +35,9 @@ class SmoothQuant:
 
   def __call__(self, model, context):
     """The model with channels scaled, which computes the same, and a line on how far they were apart."""
+    wanted = self.wanted(model)
     batches = calibration.first_batches(context.batches(self.sequences), self.sequences)
-    peaks = calibration.statistics(model, batches, self.wanted(model))
+    peaks = calibration.statistics(model, batches, wanted)
     spread = [float(jnp.max(jnp.max(one['peak'], -1) / jnp.maximum(jnp.median(one['peak'], -1), 1e-9)))
               for one in peaks.values()]
     note = f'SmoothQuant: the largest channel of an input was up to {max(spread):.0f} times the median one'

@@ -15,6 +15,8 @@ from efficient_lm.wiring import matrix_of
 from efficient_lm.weights import Weight
 from tests.compressing import batch_of, model_of
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 FORMAT = Int(bits=3, scales=Group(size=8))
 LAYER = 'stacks/0/blocks'
 

@@ -10,6 +10,8 @@ from efficient_lm import hessian
 from efficient_lm.formats import MXFP4, NF4, NVFP4, Block, Channel, Float8, Group, Int, MidRise, Tensor
 from efficient_lm.techniques.gptq import Gptq, gptq
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 N, K = 24, 32
 FORMATS = {
   'channel': Int(bits=4), 'group': Int(bits=3, scales=Group(size=8)), 'tensor': Int(bits=4, scales=Tensor()),

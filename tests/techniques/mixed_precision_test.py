@@ -13,6 +13,8 @@ from efficient_lm.techniques.mixed_precision import Sensitivity, choose, pasted,
 from efficient_lm.techniques.post_training import Quantize
 from tests.compressing import Context, batch_of, model_of
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 FORMATS = tuple(Int(bits=bits, scales=Group(size=8)) for bits in (2, 4, 8))
 
 

@@ -12,6 +12,8 @@ from efficient_lm.techniques import calibration
 from efficient_lm.techniques.rotate import Rotate
 from tests.compressing import Context, abstractly, assert_structure, assert_the_same, batch_of, model_of
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 MODELS = {'dense': {}, 'tied': {'tied': True}, 'experts': {'mlp': 'experts'}, 'latent': {'attention': 'latent'}}
 
 

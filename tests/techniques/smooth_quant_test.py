@@ -12,6 +12,8 @@ from efficient_lm.techniques.smooth_quant import SmoothQuant
 from efficient_lm.weights import Weight
 from tests.compressing import Context, abstractly, assert_structure, assert_the_same, batch_of, logits_of, model_of
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
 PATHS = [f'stacks/0/blocks/{path}' for path in ('attention/query', 'attention/output', 'mlp/down')]
 
 
