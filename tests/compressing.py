@@ -1,4 +1,4 @@
-"""What tests of compression after training share: small models with numbers drawn by numpy, batches, and what a stage gets."""
+"""What tests of compression after training share: small models of numbers drawn by numpy, and what a stage gets."""
 import dataclasses
 import functools
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from efficient_lm import axes, losses
+from efficient_lm import losses
 from efficient_lm.models import routing, spec
 
 V, D, F, H, B, T = 48, 32, 40, 8, 8, 16

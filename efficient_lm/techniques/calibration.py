@@ -1,9 +1,9 @@
 """What compressions after training share: statistics of a model's activations on a few batches, and the walk from layer to
 layer in which each is changed by what it sees.
 
-Two ways to collect: `statistics` runs the whole model once a batch, as it is. `layer_by_layer` keeps the hidden states of all
-calibration tokens and carries them through layers that have been changed already, so that a layer is calibrated on what it
-will be given. All layers of a stack have the same shapes, and one compiled function does for all.
+Two ways to collect: `statistics` runs the whole model once a batch, as it is. `layer_by_layer` keeps the hidden states of
+all calibration tokens and carries them through layers that have been changed already, so that a layer is calibrated on what
+it will be given. All layers of a stack have the same shapes, and one compiled function does for all.
 """
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ class Method:
     return layer, found
 
   def encode(self, w_NK, format, statistics: dict):
-    """A matrix (..., N, K) as `formats.Encoded`, by the statistics of its inputs; compiled once for matrices of one shape."""
+    """A matrix (..., N, K) as `formats.Encoded`, by the statistics of its inputs; compiled once for each shape."""
     raise NotImplementedError
 
 

@@ -77,7 +77,7 @@ def _per_number(tiles, shape):
 
 def _rounded(w_KN, factor_KK, step_KN, zero_KN, format, block: int):
   """Algorithm 1 in the order of the rows given (columns of W lie along the first dimension, so that one is contiguous)."""
-  K, N = w_KN.shape
+  K = w_KN.shape[0]
   size = min(block, K)
   short = -K % size
   # A last block that is not full is filled with columns that are 0, stay 0 and touch no other.

@@ -27,7 +27,7 @@ weights = lazy('efficient_lm.weights')
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-  """A weight (of all layers of its stack) in a format: bytes as stored; `sqnr`, the signal to quantization noise of the weight
+  """A weight (of all layers of its stack) in a format: bytes as stored; `sqnr`, signal to quantization noise of the weight
   itself, in dB; `divergence`, KL(float || rounded) of the model's output, in nats a token."""
   path: str
   format: Any
@@ -55,7 +55,7 @@ def sensitivities(model, batches, formats, where: str = rules.LAYERS) -> list[Se
 
 
 def _rounded(weight, *, format):
-  """The weight rounded to nearest, in floats, so that the model stays the same program; and its noise in parts of its square."""
+  """The weight rounded to nearest, in floats, so that the model stays the same program; and the noise over the signal."""
   layout = quantized.Layout.of(weight)
   matrix_NK = layout.matrix(weight.materialize())
   rounded_NK = format.rounded(matrix_NK, format.scales_for(matrix_NK))
@@ -70,8 +70,8 @@ def _divergence(model, changed, batch):
 
 
 def choose(found: list[Sensitivity], budget: int) -> tuple[Rule, ...]:
-  """Rules under which the weights take at most `budget` bytes together: all start in their smallest format, and as long as
-  there is room the change that prevents most divergence for a byte is made. Raises ValueError for a budget below the least."""
+  """Rules under which the weights take at most `budget` bytes together. All start in their smallest format, and as long as
+  there is room the change that prevents most divergence for a byte is made. Raises ValueError for too small a budget."""
   options = {one.path: sorted((other for other in found if other.path == one.path), key=lambda other: other.num_bytes)
              for one in found}
   now = {path: choices[0] for path, choices in options.items()}

@@ -3,7 +3,8 @@
   Quantize(rules=(Rule(weights=Int(bits=4, scales=Group(size=32))),), method=Gptq())
 
 Rules say which weight gets which format. `before` makes the float model easier to round without changing what it computes;
-`method` rounds, layer by layer. What lies outside the layers, embedding and head, is rounded to nearest where a rule names it.
+`method` rounds, layer by layer. What lies outside the layers, embedding and head, is rounded to nearest where a rule names
+it.
 """
 import dataclasses
 from typing import Any
@@ -58,13 +59,13 @@ class Quantize:
       notes += said
     self.check_fits(model)
     notes.append(rules.describe(model, self.rules, f'Quantize ({type(self.method).__name__})'))
+    layers = Layers(self, rules.assign(model, self.rules))
     if self.method.needs:
-      layers = Layers(self, rules.assign(model, self.rules))
       batches = calibration.first_batches(context.batches(self.sequences), self.sequences)
       model = calibration.layer_by_layer(model, batches, layers)
       notes += layers.notes(sum(batch['inputs_BT'].size for batch in batches))
-      model = rules.apply(model, self.rules, lambda path, *pair: pair[0] if path in layers.done else self.nearest(path, *pair))
-    else: model = rules.apply(model, self.rules, self.nearest)
+    rest = lambda path, weight, rule: weight if path in layers.done else self.nearest(path, weight, rule)
+    model = rules.apply(model, self.rules, rest)
     return jax.device_put(model, axes.shardings(model, context.mesh)) if context.mesh is not None else model, tuple(notes)
 
   def abstract(self, model):
@@ -74,10 +75,12 @@ class Quantize:
 
   def check_fits(self, model):
     """Raises ValueError, with the weight's path, where a format cannot hold a matrix of that shape."""
+    found = dict(tree.select(model, weights.Weight))
     for path, rule in rules.assign(model, self.rules).items():
+      weight = found[path]
       if rule.keeps: continue
-      weight = dict(tree.select(model, weights.Weight))[path]
-      if isinstance(rotation.innermost(weight), quantized.Quantized): raise ValueError(f'{path} is stored as {weight.kind} already')
+      if isinstance(rotation.innermost(weight), quantized.Quantized):
+        raise ValueError(f'{path} is stored as {weight.kind} already')
       try: jax.eval_shape(lambda weight, path=path, rule=rule: self.nearest(path, weight, rule), weight)
       except ValueError as error: raise ValueError(f'{path}: {error}') from error
 
@@ -150,12 +153,14 @@ class Layers:
   def notes(self, tokens: int) -> list[str]:
     """What the calibration saw, and what it was good for."""
     gains = {path: float(np.mean(jax.device_get(gain))) for path, gain in self.gains.items() if gain[0] is not None}
-    lines = [f'calibrated on {tokens} tokens' + (f': output error {np.mean(list(gains.values())):.2f} of that of rounding to '
-             f'nearest, at worst {max(gains.values()):.2f} ({max(gains, key=gains.get)})' if gains else '')]
-    for path, counts in self.counts.items():
-      counts_LE = np.stack(counts)
-      if counts_LE.ndim < 2: continue
-      few = [f'{layer}.{expert}' for layer, expert in np.argwhere(counts_LE < self.least)]
-      lines.append(f'{path}: an expert saw {counts_LE.min():.0f} to {counts_LE.max():.0f} tokens'
-                   + (f'; rounded to nearest, for want of {self.least}, those of layer.expert {", ".join(few)}' if few else ''))
-    return lines
+    mean, worst = (float(np.mean(list(gains.values()))), max(gains, key=gains.get)) if gains else (None, None)
+    helped = f': output error {mean:.2f} of that of rounding to nearest, at worst {gains[worst]:.2f} ({worst})' if gains else ''
+    return [f'calibrated on {tokens} tokens{helped}', *filter(None, map(self.of_experts, self.counts))]
+
+  def of_experts(self, path: str) -> str:
+    """How many tokens the experts of a weight saw, and which saw too few; nothing for other weights."""
+    counts_LE = np.stack(self.counts[path])
+    if counts_LE.ndim < 2: return ''
+    few = ', '.join(f'{layer}.{expert}' for layer, expert in np.argwhere(counts_LE < self.least))
+    fallen = f'; rounded to nearest, for want of {self.least}, those of layer.expert {few}' if few else ''
+    return f'{path}: an expert saw {counts_LE.min():.0f} to {counts_LE.max():.0f} tokens{fallen}'

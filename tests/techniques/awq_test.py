@@ -11,8 +11,8 @@ from efficient_lm.formats import Group, Int
 from efficient_lm.models.transformer import Block
 from efficient_lm.techniques import calibration
 from efficient_lm.techniques.awq import Awq
-from efficient_lm.wiring import matrix_of
 from efficient_lm.weights import Weight
+from efficient_lm.wiring import matrix_of
 from tests.compressing import batch_of, model_of
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -59,7 +59,7 @@ def loss(layer, found, method, path):
 
 
 def test_scales_lower_the_output_error_of_what_reads_the_same_input():
-  layer, plain, _ = seen()
+  layer, _, _ = seen()
   method, none = Awq(clips=1), Awq(grid=1, clips=1)
   for paths in (['attention/output'], ['mlp/gate', 'mlp/up'], ['mlp/down']):
     errors = [sum(loss(one, found, method, path) for path in paths) for one, found in (prepared(method), prepared(none))]
@@ -76,8 +76,8 @@ def test_clipping_lowers_the_error_of_each_tile_by_itself():
     w_NK, gram = matrix_of(dict(tree.select(layer, Weight))[path]), found[path]['gram']
     K = w_NK.shape[1]
     blocks = gram * jnp.kron(jnp.eye(K // 8), jnp.ones((8, 8)))   # tiles meet no others
-    errors = [float(jnp.sum(hessian.output_error(FORMAT.decode(Awq(clips=clips).encode(w_NK, FORMAT, found[path])) - w_NK, blocks)))
-              for clips in (20, 1)]
+    stored = (Awq(clips=clips).encode(w_NK, FORMAT, found[path]) for clips in (20, 1))
+    errors = [float(jnp.sum(hessian.output_error(FORMAT.decode(one) - w_NK, blocks))) for one in stored]
     assert errors[0] < errors[1]
 
 

@@ -105,8 +105,9 @@ def test_products_take_turns_in_the_order_of_computation():
 def test_no_data_is_one_clear_line():
   for run in (lambda: calibration.statistics(model_of(), [], WANTED), lambda: calibration.first_batches([], 3),
               lambda: calibration.layer_by_layer(model_of(), [], None)):
-    with pytest.raises(ValueError, match='^calibration has no data'): run()
-  with pytest.raises(ValueError, match='asks for 20 sequences, but the data has 8'): calibration.first_batches([batch_of()], 20)
+    with pytest.raises(ValueError, match=r'^calibration has no data'): run()
+  with pytest.raises(ValueError, match='asks for 20 sequences, but the data has 8'):
+    calibration.first_batches([batch_of()], 20)
   assert len(calibration.first_batches(iter([batch_of()] * 5), 9)) == 2
 
 

@@ -63,7 +63,7 @@ def test_the_printed_plan_is_the_plan():
 
 
 def test_no_data_and_no_weight_are_refused():
-  with pytest.raises(ValueError, match='^calibration has no data'): sensitivities(model_of(), [], FORMATS)
+  with pytest.raises(ValueError, match=r'^calibration has no data'): sensitivities(model_of(), [], FORMATS)
   with pytest.raises(ValueError, match="matches 'blcoks'"): sensitivities(model_of(), [batch_of()], FORMATS, 'blcoks')
 
 
