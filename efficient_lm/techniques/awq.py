@@ -22,9 +22,9 @@ wiring = lazy('efficient_lm.wiring')
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class Awq(Method):
-  """Tries `grid` exponents from 0 to 1 for each place that weights read (norms, values, `up`), then shrinks the range of each
-  tile by the best of `clips` factors between `least` and 1; one factor clips nothing. Queries and keys are not clipped: their
-  product is read by a softmax, which their own output error does not know of (as the authors' code has it)."""
+  """Tries `grid` exponents from 0 to 1 for each place that weights read (norms, values, `up`), then shrinks the range of
+  each tile by the best of `clips` factors between `least` and 1; one factor clips nothing. Queries and keys are not clipped:
+  their product is read by a softmax, which their own output error does not know of (as the authors' code has it)."""
   grid: int = 20
   clips: int = 10
   least: float = 0.5

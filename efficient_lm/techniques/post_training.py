@@ -153,8 +153,10 @@ class Layers:
   def notes(self, tokens: int) -> list[str]:
     """What the calibration saw, and what it was good for."""
     gains = {path: float(np.mean(jax.device_get(gain))) for path, gain in self.gains.items() if gain[0] is not None}
-    mean, worst = (float(np.mean(list(gains.values()))), max(gains, key=gains.get)) if gains else (None, None)
-    helped = f': output error {mean:.2f} of that of rounding to nearest, at worst {gains[worst]:.2f} ({worst})' if gains else ''
+    helped = ''
+    if gains:
+      mean, worst = np.mean(list(gains.values())), max(gains, key=gains.get)
+      helped = f': output error {mean:.2f} of that of rounding to nearest, at worst {gains[worst]:.2f} ({worst})'
     return [f'calibrated on {tokens} tokens{helped}', *filter(None, map(self.of_experts, self.counts))]
 
   def of_experts(self, path: str) -> str:
