@@ -65,6 +65,8 @@ class Rotated(Weight):
     matrix_NK = layout.matrix(self.inner.materialize())
     return layout.array(hadamard(matrix_NK.astype(jnp.float32), self.block).astype(matrix_NK.dtype))
 
+  def narrowed(self, dtype): return Rotated(self.inner.narrowed(dtype), self.block)
+
   def contract(self, equation, x, dtype=None):
     if not equation.split(',')[0].endswith(self.inputs): return super().contract(equation, x, dtype)
     merged = x.shape[:x.ndim - len(self.inputs)]

@@ -15,7 +15,7 @@ from efficient_lm.models.attention import GroupedQueryAttention, LatentAttention
 from efficient_lm.models.layers import RMSNorm
 from efficient_lm.models.mlp import FeedForward
 from efficient_lm.models.moe import MoE
-from efficient_lm.quantized import Layout
+from efficient_lm.quantized import Layout, Quantized
 from efficient_lm.rotation import Rotated
 from efficient_lm.weights import Dense, Weight
 
@@ -95,7 +95,9 @@ def matrix_shape(weight: Weight) -> tuple[int, int]:
 
 
 def with_matrix(weight: Weight, matrix_NK) -> Dense:
-  """A float weight with another matrix, in float32."""
+  """A float weight with another matrix, in float32. Raises ValueError for one that is in few bits: it would lose them."""
+  if isinstance(weight, Quantized):
+    raise ValueError(f'a weight stored as {weight.kind} takes up no scale or rotation: do that before it is rounded')
   layout = Layout.of(weight)
   return Dense(layout.array(matrix_NK), layout.axes, layout.inputs)
 
@@ -113,9 +115,9 @@ def of_experts(node) -> bool:
 
 
 def foldable(layer, fan: Fan) -> bool:
-  """Whether the fan's channels are still its readers' inputs: not where those are rotated on the way."""
+  """Whether the fan's channels can be scaled: not where they are rotated on the way, nor where a weight is in few bits."""
   nodes = dict(tree.select(layer, Weight))
-  return not any(isinstance(nodes[path], Rotated) for path in fan.readers)
+  return not any(isinstance(nodes.get(path), (Rotated, Quantized)) for path in (fan.source, *fan.readers))
 
 
 def multiplied(layer, fan: Fan, s_C) -> dict[str, Weight]:

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from efficient_lm import tree, wiring
+from efficient_lm.formats import Int
 from efficient_lm.models.transformer import Block
+from efficient_lm.quantized import quantized
 from efficient_lm.rotation import Rotated
 from efficient_lm.weights import Dense, Weight
 from tests.compressing import assert_the_same, model_of
@@ -69,6 +71,14 @@ def test_channels_that_are_rotated_on_the_way_are_left_alone():
   fan = wiring.fans(layer)[-1]
   assert fan.readers == ('mlp/down',) and wiring.foldable(layer, fan)
   assert not wiring.foldable(wiring.updated(layer, {'mlp/down': Rotated(layer.mlp.down, 8)}), fan)
+
+
+def test_weights_in_few_bits_take_up_no_scales():
+  layer = layer_of()
+  rounded = wiring.updated(layer, {'mlp/up': quantized(layer.mlp.up, Int())})
+  assert [wiring.foldable(rounded, fan) for fan in wiring.fans(rounded)] == [True, True, False, False]
+  with pytest.raises(ValueError, match='stored as int8 per channel takes up no scale'):
+    wiring.divided(rounded, wiring.fans(rounded)[2], jnp.ones((2, 32)))
 
 
 def test_a_weight_and_its_matrix_are_one():
