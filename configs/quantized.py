@@ -20,6 +20,7 @@ from efficient_lm.experiment import Experiment, choose
 from efficient_lm.formats import Group, Int, MidRise
 from efficient_lm.rules import Rule
 from efficient_lm.techniques.bitnet import BitNet
+from efficient_lm.techniques.convert import Convert
 from efficient_lm.techniques.distill import Distill
 from efficient_lm.techniques.quant_aware import LearnedSteps, QuantAware, StretchedLevels
 
@@ -42,4 +43,4 @@ TECHNIQUES = {
 def get_config(variant: str = 'tiny') -> Experiment:
   kinds = {f'{kind}{end}': (kind, size) for kind in TECHNIQUES for end, size in (('', 'tiny'), ('_gpt2_124m', 'gpt2_124m'))}
   kind, size = choose(variant, {'tiny': ('int4', 'tiny'), 'gpt2_124m': ('int4', 'gpt2_124m'), **kinds})
-  return dataclasses.replace(baseline.get_config(size), techniques=TECHNIQUES[kind](size))
+  return dataclasses.replace(baseline.get_config(size), techniques=TECHNIQUES[kind](size), stages=(Convert(),))

@@ -2,6 +2,7 @@
 
 A command is a module with absl flags, `main(overrides)` and, last, `commands.start(main, __doc__)`.
 """
+import dataclasses
 import difflib
 import os
 import re
@@ -13,6 +14,7 @@ from absl import flags
 from efficient_lm import experiment
 from efficient_lm.allocator import keep_freed_memory
 from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted
+from efficient_lm.models import spec
 
 FLAGS = flags.FLAGS
 INTERRUPTED = 130   # what a shell reports of a program that SIGINT ended
@@ -45,6 +47,26 @@ def require_run(folder: str | None):
   """Refuses a --run that is no workdir before anything heavy is loaded. Raises ConfigError."""
   if not folder: raise ConfigError('--run', folder, 'is missing: write --run=runs/moe, say')
   experiment.read(folder)
+
+
+def define_cache():
+  """Defines --cache and --cache_group, for a command that decodes."""
+  if 'cache' in FLAGS: return
+  flags.DEFINE_string('cache', None, 'format of keys and values')
+  flags.DEFINE_integer('cache_group', 1, 'tokens that share a scale')
+
+
+def cache_format():
+  """The format that --cache (by default float) and --cache_group describe. Raises ConfigError."""
+  name, group = FLAGS.cache or 'float', FLAGS.cache_group
+  if name not in spec.CACHES: raise ConfigError('--cache', name, f'must be one of {", ".join(spec.CACHES)}')
+  form = spec.CACHES[name]
+  if group == 1: return form
+  if not isinstance(form, spec.IntegerCache):
+    raise ConfigError('--cache_group', group, f'must be 1 for --cache={name}, which has no scales')
+  form = dataclasses.replace(form, group=group)
+  for _, value, fix in form.check(): raise ConfigError('--cache_group', value, fix)
+  return form
 
 
 def start(main: Callable[[list[str]], None], doc: str):

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from efficient_lm.axes import settle
+from efficient_lm.models import spec as specs
 from efficient_lm.models.transformer import Stack, outputs_first, unrolled
 
 
@@ -51,10 +52,10 @@ def ready(model):
   return settle(jax.jit(arrange)(model))
 
 
-@functools.partial(jax.jit, static_argnames=('length', 'vocab_size'))
-def prefill(model, prompt_BT, *, length: int, vocab_size: int):
+@functools.partial(jax.jit, static_argnames=('length', 'vocab_size', 'cache'))
+def prefill(model, prompt_BT, *, length: int, vocab_size: int, cache=specs.FloatCache()):
   """Reads the prompt into a cache of `length` slots: the logits after its last token, (B, vocab_size), and the cache."""
-  outputs = model(prompt_BT, cache=model.init_cache(prompt_BT.shape[0], length))
+  outputs = model(prompt_BT, cache=model.init_cache(prompt_BT.shape[0], length, cache))
   last = dataclasses.replace(outputs, hidden_BTD=outputs.hidden_BTD[:, -1:])
   return last.logits_BTV[:, 0, :vocab_size], outputs.cache
 
@@ -74,22 +75,39 @@ def burst(model, logits_BV, cache, start, key, sampling, *, count: int, vocab_si
   return ids.T, logits_BV, cache
 
 
+@functools.partial(jax.jit, static_argnames=('cache',))
+def cached_sums(model, batch, cache=specs.FloatCache()):
+  """Nats, counted targets and bytes of text of one batch, as `train.evaluation_sums`, but decoded: each row token by token
+  through a cache of this format, the next token being that of the text. A row is one text, whatever documents it holds."""
+  def one(slots, token):
+    index, inputs_B, targets_B = token
+    outputs = model(inputs_B[:, None], cache=slots, start=index)
+    nll_BT, _ = outputs.head.nll(outputs.hidden_BTD, targets_B[:, None])
+    return outputs.cache, nll_BT[:, 0]
+  B, T = batch['inputs_BT'].shape
+  tokens = jnp.arange(T), batch['inputs_BT'].T, batch['targets_BT'].T
+  _, nll_TB = lax.scan(one, model.init_cache(B, T, cache), tokens)
+  return jnp.sum(nll_TB.T * batch['weights_BT']), jnp.sum(batch['weights_BT']), jnp.sum(batch['bytes_BT'])
+
+
 def stream(model, prompt_BT, num_tokens: int, *, sampling=Sampling(), seed: int = 0, vocab_size: int,
-           burst_size: int = 16) -> Iterator[np.ndarray]:
+           burst_size: int = 16, cache=specs.FloatCache()) -> Iterator[np.ndarray]:
   """Yields arrays of new token ids, (B, up to burst_size), until `num_tokens` are drawn.
 
   Args:
     model: made `ready` at each call, or once for all of them by the caller.
     prompt_BT: at least one token; all prompts of a batch have the same length.
     vocab_size: of the tokenizer; the model's padding of the vocabulary is never drawn.
+    cache: the format of what is kept of the tokens read: see `models/spec.py`.
   """
   prompt_BT = jnp.asarray(prompt_BT, jnp.int32)
   if prompt_BT.shape[1] == 0: raise ValueError('prompt = []: must hold at least one token')
   num_bursts = -(-num_tokens // burst_size)
   start = prompt_BT.shape[1]
   model, key = ready(model), jax.random.key(seed)
-  logits_BV, cache = settle(prefill(model, prompt_BT, length=start + num_bursts * burst_size, vocab_size=vocab_size))
+  logits_BV, slots = settle(prefill(model, prompt_BT, length=start + num_bursts * burst_size, vocab_size=vocab_size,
+                                    cache=cache))
   for i in range(num_bursts):
-    ids, logits_BV, cache = burst(model, logits_BV, cache, start + i * burst_size, key, sampling,
+    ids, logits_BV, slots = burst(model, logits_BV, slots, start + i * burst_size, key, sampling,
                                   count=burst_size, vocab_size=vocab_size)
     yield np.asarray(ids)[:, :num_tokens - i * burst_size]

@@ -9,6 +9,8 @@
   --top_k=K           draw from the K most likely tokens only
   --top_p=P           draw from the fewest most likely tokens whose probabilities reach P
   --seed=N            the same seed draws the same text (default 0)
+  --cache=FORMAT      of keys and values of tokens read: float (default), int8 or int4
+  --cache_group=N     tokens that share a scale in int8 and int4 (default 1)
 """
 import sys
 import time
@@ -30,6 +32,7 @@ flags.DEFINE_float('temperature', 0.8, '0 is greedy')
 flags.DEFINE_integer('top_k', None, 'most likely tokens to draw from')
 flags.DEFINE_float('top_p', None, 'probability to draw from')
 flags.DEFINE_integer('seed', 0, 'of the draw')
+commands.define_cache()
 
 
 def main(overrides: list[str]):
@@ -41,13 +44,14 @@ def main(overrides: list[str]):
   if FLAGS.top_k is not None and FLAGS.top_k < 1: raise ConfigError('--top_k', FLAGS.top_k, 'must be at least 1')
   if FLAGS.top_p is not None and not 0 < FLAGS.top_p <= 1:
     raise ConfigError('--top_p', FLAGS.top_p, 'must be above 0 and at most 1')
+  cache = commands.cache_format()
   sampling = decode.Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
   tokenizer, model = run.load_tokenizer(FLAGS.run), run.load_model(FLAGS.run)
   prompt = tokenizer.encode(FLAGS.prompt)
   print(FLAGS.prompt, end='', flush=True)
   drawn, clock, pending = 0, None, b''
   for ids in decode.stream(model, prompt[None], FLAGS.tokens, sampling=sampling, seed=FLAGS.seed,
-                           vocab_size=tokenizer.vocab_size):
+                           vocab_size=tokenizer.vocab_size, cache=cache):
     pending = show(pending + tokenizer.decode_bytes(ids[0]))
     if clock is None: clock = time.perf_counter()   # the first burst compiles
     else: drawn += ids.shape[1]

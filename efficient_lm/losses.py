@@ -4,12 +4,14 @@ A batch holds inputs_BT, targets_BT, weights_BT (1 where the target counts), byt
 positions_BT and segments_BT.
 """
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from efficient_lm import axes as alphabet
 from efficient_lm.ops.linear_divergence import linear_divergence
 
 
@@ -22,6 +24,14 @@ def last_layer(outputs):
   """hidden_BTD and head_DV, whose product is the logits."""
   hidden_BTD = outputs.head.rounded(outputs.hidden_BTD, 'BTD')
   return hidden_BTD, outputs.head.materialize().astype(hidden_BTD.dtype)
+
+
+def divergence(student, teacher, **options):
+  """linear_divergence_BT of two last layers, each device on its own tokens: sums over shards of the vocabulary would have
+  to meet in both passes. Devices that share the vocabulary share a sequence's tokens instead, and have both heads whole."""
+  function = functools.partial(linear_divergence, **options)
+  # T by the mesh axis of V.
+  return alphabet.by_shard(function, ('BVD', 'DD', 'BVD', 'DD'), 'BV')(*student, *teacher)
 
 
 def weighted_mean(values_BT, weights_BT):
@@ -69,6 +79,6 @@ class Distilled:
     loss, metrics = self.inner(outputs, batch)
     if self.weight == 0: return loss, metrics
     teacher = last_layer(outputs_of(self.teacher, batch))
-    kl_BT = linear_divergence(*last_layer(outputs), *teacher, kind='forward_kl', temperature=self.temperature)
+    kl_BT = divergence(last_layer(outputs), teacher, kind='forward_kl', temperature=self.temperature)
     kl = weighted_mean(kl_BT, batch['weights_BT'])
     return (1 - self.weight) * loss + self.weight * self.temperature ** 2 * kl, {**metrics, 'teacher_kl': kl}

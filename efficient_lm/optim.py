@@ -12,6 +12,7 @@ jax = lazy('jax')
 jnp = lazy('jax.numpy')
 optax = lazy('optax')
 axes = lazy('efficient_lm.axes')
+moments = lazy('efficient_lm.moments')
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -65,7 +66,8 @@ def _check_optimizer(spec, *betas):
 @dataclasses.dataclass(kw_only=True)
 class AdamW:
   """Adam with decoupled weight decay on matrices (Loshchilov and Hutter 2019) after clipping to global norm `clip`. Weights
-  decay during the first `decay_until` share of the steps."""
+  decay during the first `decay_until` share of the steps. With `state_bits` 8 the moments of large arrays take a byte a
+  number (Dettmers et al. 2022; see `moments`), a quarter of 32."""
   schedule: Any = dataclasses.field(default_factory=WarmupCosine)
   weight_decay: float = 0.1
   b1: float = 0.9
@@ -73,16 +75,20 @@ class AdamW:
   eps: float = 1e-8
   clip: float = 1.0
   decay_until: float = 1.0
+  state_bits: int = 32
 
   def check(self):
     yield from _check_optimizer(self, 'b1', 'b2')
     if not self.eps > 0: yield 'eps', self.eps, 'must be positive'
     if not 0 <= self.decay_until <= 1: yield 'decay_until', self.decay_until, 'must be a share between 0 and 1'
+    if self.state_bits not in (8, 32): yield 'state_bits', self.state_bits, 'must be 32 or 8'
 
   def build(self, steps: int):
+    by_moments = moments.scale_by_adam8 if self.state_bits == 8 else optax.scale_by_adam
     last = round(steps * self.decay_until)
     decay = self.weight_decay if self.decay_until == 1 else lambda step: self.weight_decay * (step < last)
-    adam = optax.adamw(self.schedule.build(steps), self.b1, self.b2, self.eps, weight_decay=decay, mask=matrices)
+    adam = optax.chain(by_moments(self.b1, self.b2, self.eps), optax.add_decayed_weights(decay, matrices),
+                       optax.scale_by_learning_rate(self.schedule.build(steps)))
     return optax.chain(optax.clip_by_global_norm(self.clip), adam)
 
 

@@ -295,8 +295,7 @@ class Quantized(Weight):
   def product(self):
     """'int8 x int4', where integers are multiplied as they are stored; 'float', where they are widened first."""
     if not self.direct: return 'float, multiplied out'
-    activations = None if self.layout.experts else self.integer_activations
-    return f'{activations or "float"} x {self.format.element}'
+    return f'{self.integer_activations or "float"} x {self.format.element}'
 
   @property
   def direct(self) -> bool:
@@ -331,8 +330,9 @@ class Quantized(Weight):
 
   def contract_grouped(self, x_MD, sizes_E):
     if not self.direct: return super().contract_grouped(x_MD, sizes_E)
-    x_MD = self.rounded(x_MD, 'M' + self.inputs)
-    return grouped_matmul(x_MD, self.values.get_value(), sizes_E, self.scale.get_value()[:, 0])
+    integer = self.integer_activations
+    if integer is None: x_MD = self.rounded(x_MD, 'M' + self.inputs)
+    return grouped_matmul(x_MD, self.values.get_value(), sizes_E, self.scale.get_value()[:, 0], activations=integer)
 
   def take(self, ids):
     """Rows of an embedding: only those are decoded."""

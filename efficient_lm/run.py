@@ -214,7 +214,7 @@ class Run:
           model = saved.restore_model(placed(jax.eval_shape(stage.abstract, model), self.mesh))
           continue
         key = jax.random.fold_in(jax.random.key(self.experiment.seed), i)
-        model, notes = stage(model, stages.Context(key, self._calibration))
+        model, notes = stage(model, stages.Context(key, self._calibration, self.mesh))
         seconds = time.perf_counter() - clock
         saved.save(self.training.steps, {'model': model}, wait=True)
       settled = (*settled, *notes)

@@ -18,9 +18,11 @@ class Context:
   """What a stage may use.
 
   key: for random choices. batches: n -> an iterator of n batches of training text, on the mesh, always the same ones.
+  mesh: where the model lies and is to lie; None is wherever it is.
   """
   key: Any
   batches: Callable[[int], Iterator[dict[str, Any]]]
+  mesh: Any = None
 
 
 def folder_name(index: int, stage) -> str:

@@ -77,9 +77,12 @@ def evaluation_sums(model, batch):
   return jnp.sum(nll_BT * batch['weights_BT']), jnp.sum(batch['weights_BT']), jnp.sum(batch['bytes_BT'])
 
 
-def evaluate(model, batches: Iterable[dict[str, np.ndarray]], mesh) -> dict[str, float]:
-  """Bits per byte (comparable across tokenizers), nats and perplexity per token over all `batches`."""
-  sums = [axes.settle(evaluation_sums(model, place(batch, mesh))) for batch in batches]
+def evaluate(model, batches: Iterable[dict[str, np.ndarray]], mesh, sums_of: Callable = evaluation_sums) -> dict[str, float]:
+  """Bits per byte (comparable across tokenizers), nats and perplexity per token over all `batches`.
+
+  sums_of: (model, batch) -> what `evaluation_sums` does, however else the model is to read a batch.
+  """
+  sums = [axes.settle(sums_of(model, place(batch, mesh))) for batch in batches]
   nats, tokens, num_bytes = np.sum(np.array(jax.device_get(sums), np.float64), 0)
   per_token = nats / tokens
   return {'bits_per_byte': nats / num_bytes / math.log(2), 'nats_per_token': per_token,

@@ -17,11 +17,11 @@ TECHNIQUES = [name for name in PACKAGE if name.startswith('efficient_lm/techniqu
 # the commands, and what they share.
 FLOORS = (
   'axes tree lazy errors fields',
-  'ops formats',
+  'ops formats hessian',
   'weights clock',
-  'quantized learned',
-  'models parallel coverage rules',
-  'losses optim learner stages',
+  'quantized learned low_precision observed rotation',
+  'models parallel coverage rules wiring',
+  'losses moments optim learner stages',
   'techniques',
   'data checkpoint measure tracking decode interop ledger charts train',
 )

@@ -11,20 +11,22 @@ from flax import nnx
 
 from efficient_lm import learner, optim, train
 from efficient_lm.formats import Int
+from efficient_lm.low_precision import LowPrecision
 from efficient_lm.models import spec
 from efficient_lm.models.moe import MoE
 from efficient_lm.models.routing import SoftmaxTopK
 from efficient_lm.quantized import FakeQuantized
 from efficient_lm.rules import Rule
 from efficient_lm.techniques.distill import Distill
+from efficient_lm.techniques.low_precision import LowPrecisionTraining
 from efficient_lm.techniques.prune import Prune
 from efficient_lm.techniques.quant_aware import QuantAware
 from efficient_lm.techniques.upcycle import Upcycle
 from efficient_lm.tree import select
-from efficient_lm.weights import Weight
+from efficient_lm.weights import Dense, Weight
 
 V, D, B, T = 12, 8, 2, 8
-REACHED = r'(query|key|value|output|gate|up|down)$'
+REACHED = r'(query|key|value|output|gate|up|down)(/inner)?$'   # the weight, or what another technique wraps in it
 PRUNED = r'(query|up)$'   # not all of them: sorts are slow to compile
 
 
@@ -54,7 +56,8 @@ class Teacher:
 
 TECHNIQUES = {'quant': QuantAware(rules=(Rule(weights=Int(bits=4), activations=Int()),)),
               'distill': Distill(teacher=Teacher()),
-              'prune': Prune(sparsity=0.5, start=0, end=2, every=2, where=PRUNED), 'upcycle': Upcycle(num_experts=2)}
+              'prune': Prune(sparsity=0.5, start=0, end=2, every=2, where=PRUNED), 'upcycle': Upcycle(num_experts=2),
+              'lowprec': LowPrecisionTraining()}
 ORDERS = [*itertools.permutations(TECHNIQUES, 2), tuple(TECHNIQUES), tuple(reversed(TECHNIQUES))]
 
 
@@ -86,15 +89,21 @@ def plain():
 
 
 def assert_quantized(model):
-  reached = dict(select(model, Weight, REACHED))
-  assert len(reached) == 7 and all(isinstance(weight, FakeQuantized) for weight in reached.values())
+  assert len(dict(select(model, FakeQuantized, REACHED))) == 7
   assert not dict(select(model, FakeQuantized, '(embed|own_head|router)$'))
+
+
+def assert_lowered(model, steps):
+  """Seven weights in low precision, each of which was multiplied in each step."""
+  found = dict(select(model, LowPrecision, REACHED))
+  assert len(found) == 7
+  for path, weight in found.items(): np.testing.assert_array_equal(weight.clock.get_value(), steps, err_msg=path)
 
 
 def assert_pruned(model):
   """Half of each matrix, of each expert too, is exactly zero, and nothing else is."""
   for path, weight in select(model, Weight):
-    array = np.asarray(jax.tree.leaves(weight)[0])
+    array = np.asarray(next(select(weight, Dense))[1].materialize())
     zeros = np.mean(array == 0, (-2, -1)) if 'mlp' in path else np.mean(array == 0)
     expected = 0.5 if re.search(PRUNED, path) else 0
     np.testing.assert_array_equal(zeros, expected, err_msg=path)
@@ -110,6 +119,8 @@ def test_techniques_compose_in_every_order(names):
   if 'quant' in names: assert_quantized(state.model)
   else: assert not dict(select(state.model, FakeQuantized))
   if 'prune' in names: assert_pruned(state.model)
+  # Fake quantization around it multiplies in its place.
+  if 'lowprec' in names: assert_lowered(state.model, 0 if 'quant' in names[names.index('lowprec'):] else 2)
 
 
 @pytest.mark.parametrize('names', ORDERS, ids='-'.join)
@@ -134,7 +145,7 @@ def test_what_composes_is_known_by_its_shapes_alone(names):
 
 @pytest.mark.parametrize('neutral', [
   QuantAware(rules=(Rule(),)), Prune(sparsity=0.0, start=0, end=1), Distill(teacher=Teacher(), weight=0.0),
-  Upcycle(num_experts=1, router=SoftmaxTopK(top_k=1)),
+  Upcycle(num_experts=1, router=SoftmaxTopK(top_k=1)), LowPrecisionTraining(forward=None, dgrad=None, wgrad=None),
 ], ids=lambda technique: type(technique).__name__)
 def test_a_neutral_setting_changes_nothing_bit_for_bit(neutral):
   state, rows = after_steps([neutral], 4)
@@ -148,4 +159,4 @@ def test_each_technique_is_reported_in_the_order_of_the_list():
   for names in ORDERS[-2:]:
     notes = learner_of([TECHNIQUES[name] for name in names]).notes
     assert [note.split()[0].rstrip(':').lower() for note in notes] == [
-      {'quant': 'quantaware'}.get(name, name) for name in names]
+      {'quant': 'quantaware', 'lowprec': 'lowprecisiontraining'}.get(name, name) for name in names]

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_lm import losses
 from efficient_lm.losses import Distilled, NextToken, auxiliary, weighted_mean
 from efficient_lm.models.transformer import Outputs
+from efficient_lm.ops import mosaic
 from efficient_lm.weights import Dense
 
 B, T, V = 2, 4, 6
@@ -120,3 +122,27 @@ def test_the_teacher_receives_no_gradient():
   def loss(teacher):
     return Distilled(NextToken(), Teacher(teacher), 1.0)(outputs_with(draw(B, T, V)), batch_of())[0]
   np.testing.assert_array_equal(jax.grad(loss)(jnp.asarray(draw(B, T, V, seed=1))), 0)
+
+
+@pytest.mark.parametrize('sizes', [(2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 1, 8), (8, 1, 1, 1)])
+@pytest.mark.parametrize('tokens', [8, 7])
+def test_shards_of_a_divergence_are_the_whole_and_kernels_can_stand_there(sizes, tokens, mesh, monkeypatch):
+  """In value and gradients; where the tokens do not divide, the compiler cuts what it can."""
+  op, seen = losses.linear_divergence, []
+  def observed(*arrays, **options):
+    seen.append((mosaic.cut_by_compiler(), arrays[0].shape))
+    return op(*arrays, **options)
+  monkeypatch.setattr(losses, 'linear_divergence', observed)
+  arrays = draw(8, tokens, 6), draw(6, 24, seed=1), draw(8, tokens, 4, seed=2), draw(4, 24, seed=3)
+  weights_BT = draw(8, tokens, seed=4)
+  def both():
+    total = lambda hidden, head: jnp.sum(weights_BT * losses.divergence((hidden, head), arrays[2:], kind='reverse_kl'))
+    return jax.jit(jax.value_and_grad(total, (0, 1)))(*arrays[:2])
+  alone = both()
+  with mesh(*sizes): shared = both()
+  for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(alone), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())   # sums of at most 64 tokens in another order
+  why, shape = seen[-1]
+  divides = tokens % sizes[-1] == 0
+  assert (not why) == divides
+  assert shape == ((8 // math.prod(sizes[:3]), tokens // sizes[-1], 6) if divides else (8, tokens, 6))

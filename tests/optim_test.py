@@ -95,7 +95,7 @@ def test_a_schedule_never_leaves_the_range_from_0_to_its_peak_and_falls_after_wa
 @pytest.mark.parametrize('spec, field', [
   (WarmupCosine(peak=0.0), 'peak'), (WarmupCosine(warmup=-1), 'warmup'), (WarmupStableDecay(final=2.0), 'final'),
   (WarmupStableDecay(decay=-0.5), 'decay'), (AdamW(b1=1.0), 'b1'), (AdamW(weight_decay=-1.0), 'weight_decay'),
-  (AdamW(clip=0.0), 'clip'), (AdamW(eps=-7.0), 'eps'),
+  (AdamW(clip=0.0), 'clip'), (AdamW(state_bits=16), 'state_bits'), (AdamW(eps=-7.0), 'eps'),
   (AdamW(decay_until=1.5), 'decay_until'), (Muon(beta=-0.1), 'beta'), (Muon(b2=1.0), 'b2'),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_a_wrong_field_is_named(spec, field):

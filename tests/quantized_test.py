@@ -1,5 +1,6 @@
 """Weights in few bits: worth the same in training and in storage, whatever their letters; integers are multiplied."""
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -160,3 +161,14 @@ def test_a_float_teacher_and_a_quantized_student_never_affect_each_other():
   np.testing.assert_allclose(forwards[0], jnp.einsum('BTD,DF->BTF', x, dense.materialize()), rtol=1e-5, atol=1e-5)
   assert np.abs(forwards[1] - forwards[0]).max() > 1
   assert isinstance(kinds[2], Quantized)
+
+
+def test_eight_bit_rules_put_products_of_integers_for_experts_into_the_compiled_program():
+  """What other stacks leave out in silence. Read off the program that XLA has compiled."""
+  rounding, sizes = Rounding(Int()), jnp.array([2, 0, 3, 1])
+  expert = quantized(Dense(draw('EDF'), 'EDF', 'D'), Int(), rounding)
+  assert expert.product == 'int8 x int8'
+  compiled = jax.jit(lambda weight, x: weight.contract_grouped(x, sizes)).lower(expert, draw('BTD').reshape(6, 64)).compile()
+  text = compiled.as_text()
+  assert 's32[' in text and 's8[4,64,32]' in text, 'the matrices enter as they are stored, and integers come out'
+  assert re.search(r's32\[\d+,32\]\S* (dot|custom-call|fusion|call)\(', text)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from efficient_lm import evaluate, experiment, generate, ledger, rules, run
+from efficient_lm import decode, evaluate, experiment, generate, ledger, rules, run, train
 from efficient_lm.commands import exit_code
 from efficient_lm.errors import CheckpointError
 from efficient_lm.formats import Int
@@ -97,6 +97,9 @@ def test_generate_streams_the_same_text_for_the_same_seed(workdir, capsys):
 @pytest.mark.parametrize('words, said', [
   (['--tokens=0'], '--tokens = 0'), (['--temperature=-1'], '--temperature = -1'), (['--top_p=0'], '--top_p = 0'),
   (['--top_k=0'], '--top_k = 0'), (['--prompt='], "--prompt = ''"), (['--run=/nowhere'], '/nowhere'),
+  (['--cache=int5'], "--cache = 'int5': must be one of float, int8, int4"),
+  (['--cache=float', '--cache_group=4'], '--cache_group = 4: must be 1 for --cache=float'),
+  (['--cache=int8', '--cache_group=0'], '--cache_group = 0: must be at least 1'),
 ])
 def test_generate_refuses_in_one_line(workdir, capsys, words, said):
   assert exit_code(generate.main, ['generate', f'--run={workdir}', '--prompt=abc', '--tokens=4', '--temperature=1',
@@ -104,6 +107,31 @@ def test_generate_refuses_in_one_line(workdir, capsys, words, said):
   error = capsys.readouterr().err.strip()
   assert said in error and '\n' not in error
   for name in ('top_k', 'top_p'): generate.FLAGS[name].value = None
+  generate.FLAGS['cache'].value, generate.FLAGS['cache_group'].value = None, 1
+
+
+def bits_of(workdir, capsys, *words):
+  """Bits per byte of the held-out text, as `evaluate` prints them."""
+  assert exit_code(evaluate.main, ['evaluate', f'--run={workdir}', *words]) == 0
+  evaluate.FLAGS['cache'].value, evaluate.FLAGS['cache_group'].value = None, 1
+  return float(capsys.readouterr().out.split()[0])
+
+
+def test_a_cache_in_eight_bits_changes_the_loss_by_next_to_nothing_and_one_in_four_by_little(workdir, capsys):
+  # Half a step is 1/254 or 1/14 of the largest of eight numbers. About 2.5 bits a byte, printed with four digits.
+  exact = bits_of(workdir, capsys, '--cache=float')
+  change = {name: abs(bits_of(workdir, capsys, f'--cache={name}') - exact) for name in ('int8', 'int4')}
+  assert change['int8'] <= 5e-4 and change['int4'] <= 2e-2
+  assert abs(bits_of(workdir, capsys, '--cache=int8', '--cache_group=16') - exact) <= 1e-3
+
+
+def test_reading_through_a_float_cache_costs_nothing(workdir):
+  """Documents are not kept apart there, so that is asked of a row that holds one."""
+  model, ids = run.load_model(workdir), np.random.default_rng(0).integers(0, 8, (2, 12)).astype(np.int32)
+  ones = np.ones((2, 11), np.int32)
+  batch = {'inputs_BT': ids[:, :-1], 'targets_BT': ids[:, 1:], 'weights_BT': ones, 'bytes_BT': ones}
+  whole = {**batch, 'positions_BT': np.cumsum(ones, 1) - 1, 'segments_BT': ones}
+  np.testing.assert_allclose(decode.cached_sums(model, batch), train.evaluation_sums(model, whole), rtol=1e-5)
 
 
 def test_show_prints_whole_characters_and_keeps_the_rest(capsys):

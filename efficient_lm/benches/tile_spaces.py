@@ -8,6 +8,7 @@ from efficient_lm.lazy import lazy
 
 attention = lazy('efficient_lm.ops.decode_attention.tiles')
 cross_entropy = lazy('efficient_lm.ops.linear_cross_entropy.tiles')
+divergence = lazy('efficient_lm.ops.linear_divergence.tiles')
 grouped = lazy('efficient_lm.ops.grouped_matmul.tiles')
 quantized = lazy('efficient_lm.ops.quantized_matmul.tiles')
 sparse = lazy('efficient_lm.ops.block_sparse_matmul.tiles')
@@ -28,6 +29,14 @@ def linear_cross_entropy(case, platform: str):
   return 'TUNED', key, cross_entropy.candidates(platform, case.dim, jnp.dtype(case.dtype).itemsize)
 
 
+def linear_divergence(case, platform: str):
+  """By family, pass and sizes of the student's head. Both passes take the same tiles where they are given: those found for
+  both stand for the backward one, which has most of the products."""
+  of = 'backward' if case.of == 'both' else case.of
+  key = 'hopper' if platform == 'gpu' else platform, of, case.dims[0], case.vocab
+  return 'TUNED', key, divergence.candidates(platform, case.dims[0], jnp.dtype(case.dtype).itemsize)
+
+
 def quantized_matmul(case, platform: str):
   """By sizes, bits, number of groups and what activations are rounded to; gradients have no kernel."""
   if case.of != 'forward': return None
@@ -38,10 +47,11 @@ def quantized_matmul(case, platform: str):
 
 
 def decode_attention(case, platform: str):
-  """By queries a key head, head dim and storage."""
-  N, K, H = case.heads
+  """By heads of all sequences, slots, head dim and bits."""
+  H, heads = case.heads[2], case.batch * case.heads[1]
   bits = jnp.finfo(case.storage).bits if 'float' in case.storage else int(case.storage.removeprefix('int'))
-  return 'TUNED', (N // K, H, case.storage), attention.candidates(platform, case.slots, H, bits)
+  key = platform, heads, case.slots, H, bits
+  return 'TUNED', key, attention.candidates(platform, case.slots, H, bits, case.page, heads)
 
 
 def block_sparse_matmul(case, platform: str):
@@ -52,5 +62,5 @@ def block_sparse_matmul(case, platform: str):
   return 'TUNED_TPU', key, sparse.tpu_candidates(*key[1:], jnp.dtype(case.dtype).itemsize)
 
 
-SPACES = dict(grouped_matmul=grouped_matmul, linear_cross_entropy=linear_cross_entropy, quantized_matmul=quantized_matmul,
-              decode_attention=decode_attention, block_sparse_matmul=block_sparse_matmul)
+SPACES = dict(grouped_matmul=grouped_matmul, linear_cross_entropy=linear_cross_entropy, linear_divergence=linear_divergence,
+              quantized_matmul=quantized_matmul, decode_attention=decode_attention, block_sparse_matmul=block_sparse_matmul)

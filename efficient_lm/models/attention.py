@@ -2,29 +2,17 @@
 
 Both layers are called as `layer(x_BTD, positions_BT, segments_BT, cache, start)`. Without a cache the T tokens attend to
 each other (within their document, where `segments_BT` is given). With one, T new tokens are written at `start` and attend
-to all that the cache holds up to themselves; the updated cache is returned.
+to all that the cache holds up to themselves; the updated cache is returned. `models/cache.py` says what it holds.
 """
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
-from efficient_lm.axes import by_shard, constrain
+from efficient_lm.axes import constrain
 from efficient_lm.models import spec as specs
+from efficient_lm.models.cache import KeyValues, attend
 from efficient_lm.models.layers import RMSNorm, rotate
 from efficient_lm.ops.attention import attention
 from efficient_lm.weights import initial
-
-
-def write(cache, new, start):
-  """Puts `new`, (B, T, ...), into the cache's slots from `start` on."""
-  return lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), start, axis=1)
-
-
-def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, **options):
-  """Attention without a cache. Sequences and heads know nothing of each other, so each device computes its own."""
-  arrays = (q_BTNH, k_BTKH, v_BTKH) if segments_BT is None else (q_BTNH, k_BTKH, v_BTKH, segments_BT)
-  run = lambda q, k, v, segments=None: attention(q, k, v, segments_BS=segments, **options)
-  return by_shard(run, ('BTNH', 'BTKH', 'BTKH', 'BT')[:len(arrays)], 'BTNH')(*arrays)
 
 
 class GroupedQueryAttention(nnx.Module):
@@ -43,12 +31,9 @@ class GroupedQueryAttention(nnx.Module):
     self.theta, self.layout, self.window = spec.rope.theta, spec.rope.layout, spec.window
     self.cache_shape = (K, H)
 
-  def init_cache(self, batch: int, length: int, dtype):
-    # As the products of decoding read them, batch and heads being one dimension: in any other order XLA:CPU copies all
-    # slots at each token.
+  def init_cache(self, batch: int, length: int, dtype, form=specs.FloatCache()):
     K, H = self.cache_shape
-    zeros = jnp.zeros((batch * K, length, H), dtype)
-    return {'k_CSH': zeros, 'v_CSH': zeros}
+    return KeyValues(*(form.rows(batch, K, length, H, dtype) for _ in range(2)))
 
   def __call__(self, x_BTD, positions_BT, segments_BT=None, cache=None, start=0):
     q_BTNH = self.query.contract('BTD,DNH->BTNH', x_BTD)
@@ -57,14 +42,10 @@ class GroupedQueryAttention(nnx.Module):
     if self.query_norm is not None: q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
     q_BTNH = constrain(rotate(q_BTNH, positions_BT, self.theta, self.layout), 'BTNH')
     k_BTKH = rotate(k_BTKH, positions_BT, self.theta, self.layout)
-    if cache is not None:
-      B, T, K, H = k_BTKH.shape
-      merged = lambda x_BTKH: x_BTKH.swapaxes(1, 2).reshape(B * K, T, H)
-      cache = {'k_CSH': write(cache['k_CSH'], merged(k_BTKH), start), 'v_CSH': write(cache['v_CSH'], merged(v_BTKH), start)}
-      heads = lambda x_CSH: x_CSH.astype(x_BTD.dtype).reshape(B, K, -1, H).swapaxes(1, 2)
-      k_BTKH, v_BTKH = heads(cache['k_CSH']), heads(cache['v_CSH'])
-      o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, start=start, segments_BS=segments_BT, window=self.window)
-    else: o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=self.window)
+    if cache is None: o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=self.window)
+    else:
+      cache = cache.append(k_BTKH, v_BTKH, start)
+      o_BTNH = cache.attend(q_BTNH, start, segments_BT, self.window)
     return self.output.contract('BTNH,NHD->BTD', o_BTNH), cache
 
 
@@ -98,9 +79,9 @@ class LatentAttention(nnx.Module):
     self.theta, self.layout = spec.rope.theta, spec.rope.layout
     self.scale, self.cache_sizes = (nope + rope) ** -.5, (R, rope)
 
-  def init_cache(self, batch: int, length: int, dtype):
-    R, H = self.cache_sizes
-    return {'c_BSR': jnp.zeros((batch, length, R), dtype), 'k_BSH': jnp.zeros((batch, length, H), dtype)}
+  def init_cache(self, batch: int, length: int, dtype, form=specs.FloatCache()):
+    latent, key = (form.rows(batch, 1, length, size, dtype) for size in self.cache_sizes)
+    return {'latent': latent, 'key': key}
 
   def _queries(self, x_BTD, positions_BT):
     """Unrotated and rotated parts of the queries, (B, T, N, H) each."""
@@ -118,7 +99,7 @@ class LatentAttention(nnx.Module):
     if cache is None:
       o_BTNH = self._expanded(nope_BTNH, rope_BTNH, c_BTR, k_BT1H, segments_BT)
     else:
-      cache = {'c_BSR': write(cache['c_BSR'], c_BTR, start), 'k_BSH': write(cache['k_BSH'], k_BT1H[:, :, 0], start)}
+      cache = {'latent': cache['latent'].append(c_BTR[:, :, None], start), 'key': cache['key'].append(k_BT1H, start)}
       o_BTNH = self._absorbed(nope_BTNH, rope_BTNH, cache, start)
     return self.output.contract('BTNH,NHD->BTD', o_BTNH), cache
 
@@ -132,6 +113,6 @@ class LatentAttention(nnx.Module):
   def _absorbed(self, nope_BTNH, rope_BTNH, cache, start):
     dtype = nope_BTNH.dtype
     q = jnp.concatenate([self.key_up.contract('BTNH,RNH->BTNR', nope_BTNH), rope_BTNH], -1)
-    c_BS1R, k_BS1H = cache['c_BSR'][:, :, None].astype(dtype), cache['k_BSH'][:, :, None].astype(dtype)
+    c_BS1R, k_BS1H = cache['latent'].read(dtype), cache['key'].read(dtype)
     o_BTNR = attention(q, jnp.concatenate([c_BS1R, k_BS1H], -1), c_BS1R, start=start, scale=self.scale)
     return self.value_up.contract('BTNR,RNH->BTNH', o_BTNR)

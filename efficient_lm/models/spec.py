@@ -10,6 +10,7 @@ from efficient_lm.lazy import lazy
 from efficient_lm.models import routing
 
 attention = lazy('efficient_lm.models.attention')
+cache = lazy('efficient_lm.models.cache')
 mlp = lazy('efficient_lm.models.mlp')
 moe = lazy('efficient_lm.models.moe')
 transformer = lazy('efficient_lm.models.transformer')
@@ -181,3 +182,33 @@ class Transformer:
 
   def build(self, *, rngs):
     return transformer.Transformer(self, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatCache:
+  """Keys and values that decoding keeps, in the dtype of the computation."""
+
+  def check(self):
+    yield from ()
+
+  def rows(self, batch: int, heads: int, length: int, dim: int, dtype):
+    """Empty rows of `dim` numbers: `length` of them, by sequence and head."""
+    return cache.FloatRows.empty(batch, heads, length, dim, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class IntegerCache:
+  """Keys and values in `bits` bits, and a float32 scale for each head and `group` successive tokens."""
+  bits: int = 8
+  group: int = 1
+
+  def check(self):
+    yield from one_of(self, 'bits', (8, 4))
+    yield from positive(self, 'group')
+
+  def rows(self, batch: int, heads: int, length: int, dim: int, dtype):
+    """As FloatCache."""
+    return cache.IntegerRows.empty(batch, heads, length, dim, dtype, bits=self.bits, group=self.group)
+
+
+CACHES = {'float': FloatCache(), 'int8': IntegerCache(bits=8), 'int4': IntegerCache(bits=4)}   # by the name in --cache

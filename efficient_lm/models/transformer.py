@@ -64,8 +64,8 @@ class Stack(nnx.Module):
   def layer(self, i: int) -> Block:
     return jax.tree.map(lambda a_L: a_L[i], self.blocks)
 
-  def init_cache(self, batch: int, length: int, dtype):
-    one = jax.eval_shape(self.layer, 0).attention.init_cache(batch, length, dtype)
+  def init_cache(self, batch: int, length: int, dtype, form):
+    one = jax.eval_shape(lambda: self.layer(0).attention.init_cache(batch, length, dtype, form))
     return jax.tree.map(lambda a: jnp.zeros((self.num_layers, *a.shape), a.dtype), one)
 
 
@@ -85,8 +85,8 @@ class Unrolled(nnx.Module):
       caches.append(layer_cache)
     return x_BTD, auxes, caches
 
-  def init_cache(self, batch: int, length: int, dtype):
-    return [block.attention.init_cache(batch, length, dtype) for block in self.blocks]
+  def init_cache(self, batch: int, length: int, dtype, form):
+    return [block.attention.init_cache(batch, length, dtype, form) for block in self.blocks]
 
 
 def unrolled(model):
@@ -135,9 +135,9 @@ class Transformer(nnx.Module):
   def head(self) -> Weight:
     return Transposed(self.embed) if self.own_head is None else self.own_head
 
-  def init_cache(self, batch: int, length: int):
-    """Empty caches for `batch` sequences of at most `length` tokens, one a stack."""
-    return tuple(stack.init_cache(batch, length, jnp.dtype(self.dtype)) for stack in self.stacks)
+  def init_cache(self, batch: int, length: int, form=specs.FloatCache()):
+    """Empty caches in a format, for `batch` sequences of at most `length` tokens, one a stack."""
+    return tuple(stack.init_cache(batch, length, jnp.dtype(self.dtype), form) for stack in self.stacks)
 
   def __call__(self, tokens_BT, positions_BT=None, segments_BT=None, cache=None, start=0) -> Outputs:
     """Reads tokens; `positions_BT` default to start, start + 1 …; see `models/attention.py` for segments and cache."""

@@ -6,13 +6,15 @@ import jax
 from efficient_lm.ops import dispatch
 
 
-def kernel(module, name: str, family: str, refuses: Callable[..., str] | None = None) -> dispatch.Implementation:
-  """The function `name` of a kernel's module as an implementation for a family of devices; the module, which may be lazy, is
-  imported where it is called. refuses: that of the module by default. None of them takes arrays that the compiler cuts."""
+def kernel(module, name: str, families: str | tuple[str, ...],
+           refuses: Callable[..., str] | None = None) -> dispatch.Implementation:
+  """The function `name` of a kernel's module as an implementation for a family of devices, or for several; the module, which
+  may be lazy, is imported where it is called. refuses: that of the module by default. None of them takes arrays that the
+  compiler cuts."""
   def run(*arguments, **options): return getattr(module, name)(*arguments, **options)
   def why_not(*arguments, **options) -> str:
     return (refuses or module.refuses)(*arguments, **options) or cut_by_compiler()
-  return dispatch.Implementation(run, on=(family,), refuses=why_not)
+  return dispatch.Implementation(run, on=(families,) if isinstance(families, str) else families, refuses=why_not)
 
 
 def cut_by_compiler() -> str:

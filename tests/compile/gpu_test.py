@@ -1,5 +1,9 @@
 """Every operation compiles for NVIDIA GPUs: its kernels keep all in registers and shared memory, and what 'auto' takes
 compiles too, also on a GPU that no kernel is for."""
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -38,6 +42,14 @@ def test_each_kernel_takes_some_case(target):
   assert not {name: unused for name, op in ops.every().items() if (unused := programs.unused_kernels(target, op))}
 
 
+@needs_plugin
+@pytest.mark.skipif(targets.GPU != 'H200', reason='this is that process')
+def test_all_of_this_holds_for_another_gpu_in_a_process_of_its_own():
+  again = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-n', '0', __file__], capture_output=True, text=True,
+                         env=os.environ | {'COMPILE_FOR_GPU': 'B200'})
+  assert again.returncode == 0, again.stdout[-4000:]
+
+
 def twice(x, scratch):
   def kernel(x_ref, y_ref, scratch_ref): y_ref[...] = 2 * x_ref[...]
   return plgpu.kernel(kernel, out_type=jax.ShapeDtypeStruct(x.shape, x.dtype), kernel_name='twice',
@@ -46,10 +58,10 @@ def twice(x, scratch):
 
 @needs_plugin
 def test_a_kernel_is_found_and_one_that_does_not_fit_is_refused(capfd):
-  mesh = targets.mesh('H200')
+  mesh = targets.mesh(targets.GPU)
   x = programs.whole(jax.ShapeDtypeStruct((128,), jnp.float32), mesh)
   with jax.set_mesh(mesh):
-    program = programs.finish(jax.jit(lambda x: twice(x, 1024)).lower(x), 'H200')
+    program = programs.finish(jax.jit(lambda x: twice(x, 1024)).lower(x), targets.GPU)
     assert programs.kernel_names(program, 'gpu') == ['twice']
     found = programs.assembled(programs.said(capfd))
     assert list(found.spills.values()) == [0] and found.shared_memory[0] >= 1024

@@ -68,9 +68,13 @@ TARGETS = {
 PACKAGES = {'tpu': ('libtpu', 'make check-tpu-compile'), 'gpu': ('jax_cuda13_plugin', 'make check-gpu-compile')}
 
 
+# Mosaic GPU assembles all kernels of a process for the compute capability of the first: a process is for one kind of GPU.
+GPU = os.environ.get('COMPILE_FOR_GPU', 'H200')
+
+
 def of(platform: str) -> list[str]:
-  """Names of the targets of that platform."""
-  return [name for name, target in TARGETS.items() if target.platform == platform]
+  """Names of the targets of that platform for which this process compiles."""
+  return [name for name, target in TARGETS.items() if target.platform == platform and (platform != 'gpu' or name == GPU)]
 
 
 def missing(platform: str) -> str:

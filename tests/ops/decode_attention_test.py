@@ -11,7 +11,7 @@ from hypothesis import strategies
 from jax.experimental.pallas import tpu as pltpu
 
 from efficient_lm.ops.attention import attention
-from efficient_lm.ops.decode_attention import decode_attention, pallas_gpu, pallas_tpu, tiles
+from efficient_lm.ops.decode_attention import decode_attention, pallas_gpu, pallas_tpu, tiles, xla
 from efficient_lm.ops.decode_attention.cache import combine
 from efficient_lm.ops.decode_attention.cases import CASES, Case, bench
 from efficient_lm.ops.decode_attention.tiles import GpuTiles, TpuTiles, candidates
@@ -30,6 +30,19 @@ def test_equals_the_reference(name, implementation):
   case = CASES[name]
   arguments = case.arguments()
   agree(*(jax.jit(case.call(name))(*arguments) for name in (implementation, 'reference')), case.tolerance)
+
+
+@pytest.mark.parametrize('filled', [1.0, 0.2])
+@pytest.mark.parametrize('name', [name for name, case in CASES.items() if not case.page and case.slots >= 130])
+def test_blocks_of_a_cache_that_is_larger_than_one(name, filled, monkeypatch):
+  """A float cache is taken in blocks where little of it is seen, and holds NaN where nobody looks."""
+  monkeypatch.setattr(xla, 'BLOCK', 1)
+  case = CASES[name]
+  q, k, v, lengths, *scales = case.arguments()
+  lengths, slot = (lengths * filled).astype(jnp.int32), jnp.arange(case.slots)
+  unseen = ((slot >= lengths[:, None]) | (slot < lengths[:, None] - (case.window or case.slots)))[:, None, :, None]
+  if not scales: k, v = (jnp.where(unseen, jnp.nan, x).astype(x.dtype) for x in (k, v))
+  agree(*(jax.jit(case.call(name))(q, k, v, lengths, *scales) for name in ('blocks', 'reference')), case.tolerance)
 
 
 def test_equals_attention_with_a_cache():
@@ -169,21 +182,30 @@ def test_the_tpu_kernel_refuses_small_pages():
   assert 'multiple of 8' in pallas_tpu.refuses(q, k, v, lengths, page_table_BS=table)
 
 
-@pytest.mark.parametrize(('case', 'chosen'), [
-  (Case(2, 200, heads=(4, 2, 64), storage='bfloat16', dtype=jnp.bfloat16), GpuTiles(128, stages=2)),
-  (Case(2, 256, heads=(4, 1, 64), storage='int8', dtype=jnp.bfloat16, window=100),
-   GpuTiles(128, stages=3, registers=False)),
-  (Case(2, 128, heads=(2, 1, 64), storage='int8', dtype=jnp.bfloat16, page=64),
-   GpuTiles(64, stages=2, registers=False))], ids=str)
-def test_the_gpu_kernel_equals_the_reference(case, chosen):
-  """Interpreted, which is blind to registers and swizzles, and knows neither keys in registers nor four bits."""
-  from jax.experimental.pallas import mosaic_gpu as plgpu
-  if not hasattr(plgpu, 'InterpretGPUParams'): pytest.skip('jax interprets GPU kernels from 0.11 on')
+HALF = dict(dtype=jnp.bfloat16)
+GPU_CASES = {   # parts shorter than a split, splits of which some see nothing, rings that are used again
+  'bfloat16 in splits': (Case(2, 200, heads=(4, 2, 64), storage='bfloat16', **HALF), GpuTiles(2, 64, 64, 2)),
+  'int8, several parts, window': (Case(2, 256, heads=(4, 1, 64), storage='int8', window=100, **HALF), GpuTiles(1, 64)),
+  'int8 in pages': (Case(2, 128, heads=(2, 1, 64), storage='int8', page=64, **HALF), GpuTiles(2, 128, 64, 2)),
+  'int4': (Case(2, 192, heads=(2, 1, 128), storage='int4', **HALF), GpuTiles(1, 128)),
+  'int4, splits, 12 heads a key head': (Case(1, 128, heads=(12, 1, 64), storage='int4', **HALF), GpuTiles(2, 64)),
+}
+
+
+@pytest.mark.parametrize('name', GPU_CASES)
+def test_the_gpu_kernel_equals_the_reference(name, gpu_interpreter):
+  """Interpreted, which is blind to registers and swizzles."""
+  case, chosen = GPU_CASES[name]
   arguments = case.arguments()
-  with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-    got = jax.block_until_ready(case.call('pallas_gpu', chosen)(*arguments))
-  assert not importlib.import_module('jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call').get_races().races_found
+  got = jax.block_until_ready(case.call('pallas_gpu', chosen)(*arguments))
   agree(got, case.call('reference')(*arguments), case.tolerance)
+
+
+def test_the_gpu_kernel_of_an_empty_cache_gives_zero(gpu_interpreter):
+  q, k, v, _ = Case(2, 64, heads=(2, 1, 64), storage='bfloat16', **HALF).arguments()
+  options = dict(k_scale_BKS=None, v_scale_BKS=None, page_table_BS=None, window=None, scale=1.)
+  o = pallas_gpu.decode_attention(q, k, v, jnp.array([0, 64], jnp.int32), **options, tiles=GpuTiles(2, 64))
+  assert (o[0] == 0).all() and (o[1] != 0).any()
 
 
 def test_the_gpu_kernel_says_why_it_refuses():
@@ -203,4 +225,4 @@ def test_tiles_fit_the_devices():
     assert all(tiles.shared_memory(one, 128, bits) <= tiles.SHARED_MEMORY for one in candidates('gpu', 8192, 128, bits))
     assert len(candidates('gpu', 8192, 128, bits, page=64)) > 2 and len(candidates('tpu', 8192, 128, bits, page=128)) > 2
   # One long sequence of few heads still gives every multiprocessor work.
-  assert 8 * 131072 // tiles.gpu_tiles_for(8, 131072, 128, 8, num_cores=132).split >= 132
+  assert 8 * tiles.gpu_tiles_for(8, 131072, 128, 8, num_cores=132).splits >= 132

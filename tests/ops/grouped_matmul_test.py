@@ -221,3 +221,24 @@ def test_gpu_kernels_equal_the_reference(name, of, monkeypatch):
            'wgrad': lambda: pallas_gpu.weights(x_MK, g_MN, sizes_E, tiles=chosen)}[of]()
   assert_close(got, wanted(case), case.tolerance)
   assert not interpreter.get_races().races_found
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('weight', ['int8', 'float8_e4m3fn'])
+def test_rounded_rows_are_multiplied_as_they_are_stored(weight, dtype):
+  """Equal to the reference; integers meet integers; the gradient of x is that of rows that are not rounded."""
+  x_MK, w_EKN, sizes_E, scale_EN, g_MN = dataclasses.replace(CASES['int8'], weight=weight, dtype=dtype).arguments()
+  def run(implementation): return lambda x: grouped_matmul(x, w_EKN, sizes_E, scale_EN, activations=weight,
+                                                           implementation=implementation)
+  (y_MN, pull), wanted = jax.vjp(run('auto'), x_MK), run('reference')(x_MK)
+  # In float32 sums of 24 products in another order; in bfloat16 results are rounded to 8 bits.
+  assert_close(y_MN, wanted, 1e-6 if dtype == 'float32' else 2 ** -8)
+  plain = jax.vjp(lambda x: grouped_matmul(x, w_EKN, sizes_E, scale_EN, implementation='xla'), x_MK)[1]
+  np.testing.assert_array_equal(pull(g_MN)[0], plain(g_MN)[0])
+  assert ('preferred_element_type=int32' in str(jax.make_jaxpr(run('auto'))(x_MK))) == (weight == 'int8')
+
+
+def test_rounded_rows_need_weights_of_their_dtype():
+  x_MK, w_EKN, sizes_E, scale_EN, _ = CASES['int8'].arguments()
+  with pytest.raises(ValueError, match="activations='float8_e4m3fn' with matrices of int8"):
+    grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN, activations='float8_e4m3fn')

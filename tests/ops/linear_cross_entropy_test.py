@@ -26,7 +26,7 @@ def assert_close(got, wanted, tolerance: float):
 def small_chunks(monkeypatch):
   """Chunks small enough that the cases have several."""
   monkeypatch.setattr(xla, 'CHUNK_LOGITS', 200)
-  monkeypatch.setattr(xla, '_width', lambda M, V: min(V, 8))
+  monkeypatch.setattr(xla, 'chunk_width', lambda M, V: min(V, 8))
 
 
 @functools.cache

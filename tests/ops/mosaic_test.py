@@ -1,4 +1,6 @@
-"""Kernels are refused where the compiler would have to cut them."""
+"""Kernels are refused where the compiler would have to cut them, and run on the families they are for."""
+import types
+
 import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
@@ -13,3 +15,11 @@ def test_only_axes_of_several_devices_that_nobody_cut_yet_are_in_the_way(size, k
   with jax.sharding.use_abstract_mesh(AbstractMesh((size,), ('fsdp',), axis_types=(kind,))):
     assert (not mosaic.cut_by_compiler()) == fits
     assert fits or 'fsdp' in mosaic.cut_by_compiler()
+
+
+def test_a_kernel_may_be_for_several_families():
+  module = types.SimpleNamespace(twice=lambda x: 2 * x, refuses=lambda x: 'odd' if x % 2 else '')
+  for families in ('hopper', ('hopper', 'blackwell')):
+    one = mosaic.kernel(module, 'twice', families)
+    assert one.on == (('hopper',) if families == 'hopper' else families)
+    assert one.run(2) == 4 and one.refuses(3) == 'odd' and not one.refuses(2)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import strategies
 from jax.experimental.pallas import tpu as pltpu
 
-from efficient_lm.ops.quantize import pallas_tpu, quantize, quantize_cache
+from efficient_lm.ops.quantize import pallas_gpu, pallas_tpu, quantize, quantize_cache
 from efficient_lm.ops.quantize.cases import CASES, Case, bench
 from efficient_lm.ops.quantize.grid import hadamard_matrix, pack_halves, unpack_halves
-from efficient_lm.ops.quantize.tiles import GpuTiles, TpuTiles
+from efficient_lm.ops.quantize.tiles import GpuTiles, TpuTiles, factors_for
 from efficient_lm.ops.quantize.xla import rotate
 from efficient_lm.ops.rms_norm import rms_norm
 
@@ -131,11 +131,29 @@ def test_the_tpu_kernel_refuses_what_it_cannot_do():
   assert 'do not fit' in pallas_tpu.refuses(jax.ShapeDtypeStruct((2, 65536), jnp.float32))
 
 
-@pytest.mark.parametrize('case', [Case(5, 512, norm=True), Case(3, 1024, dtype=jnp.bfloat16)], ids=str)
+def test_the_gpu_kernel_refuses_what_it_cannot_do():
+  if jax.__version_info__ < (0, 11): pytest.skip('refuses everything before jax 0.11')
+  assert 'multiple of 512' in pallas_gpu.refuses(jnp.ones((2, 768)))
+  assert 'no passes' in pallas_gpu.refuses(jnp.ones((2, 2048)), hadamard=16)
+  assert 'no passes' in pallas_gpu.refuses(jnp.ones((2, 5120)), hadamard=64)
+  assert 'does not fit' in pallas_gpu.refuses(jax.ShapeDtypeStruct((2, 16384), jnp.float32), hadamard=64)
+
+
+@pytest.mark.parametrize(('D', 'hadamard', 'itemsize'), [(4096, 128, 2), (14336, 512, 2), (8192, 4096, 4), (2048, 32, 2)])
+def test_the_passes_of_a_rotation_multiply_to_it(D, hadamard, itemsize):
+  factors = factors_for(D, hadamard, itemsize)
+  assert np.prod(factors) == hadamard and len(factors) < 4 and all(D // f % 128 == 0 for f in factors)
+
+
+@pytest.mark.parametrize('case', [
+  Case(5, 512, norm=True), Case(3, 1024, dtype=jnp.bfloat16), Case(5, 2048, hadamard=64, dtype=jnp.bfloat16),
+  Case(4, 2048, norm=True, hadamard=512), Case(3, 4096, norm=True, hadamard=256, dtype=jnp.bfloat16),
+  Case(3, 2048, hadamard=32, values=jnp.float8_e4m3fn, dtype=jnp.bfloat16)], ids=str)
 def test_the_gpu_kernel_equals_the_reference(case):
   from jax.experimental.pallas import mosaic_gpu as plgpu
   if not hasattr(plgpu, 'InterpretGPUParams'): pytest.skip('jax interprets GPU kernels from 0.11 on')
   arguments = case.arguments()
+  assert not pallas_gpu.refuses(arguments[0], hadamard=case.hadamard)
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
     got = jax.block_until_ready(case.call('pallas_gpu', GpuTiles(3, 2))(*arguments))
   assert not importlib.import_module('jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call').get_races().races_found

@@ -1,8 +1,10 @@
 """Attention of one token a sequence on Hopper: keys and values stream through shared memory once, split over S.
 
-A block of threads (one warpgroup) has one key head of one sequence and a split of its slots. All key blocks of the split
-come first and all value blocks after them, through one ring of copies (TMA), so that there is no running maximum to correct
-by: scores of the split stay in shared memory until its maximum is known. `cache.combine` joins the results of splits.
+A block of threads (one warpgroup) has one key head of one sequence and a split of the slots that its query sees, which it
+goes through in parts. All key blocks of a part come before its value blocks, all through one ring of copies (TMA), and its
+scores stay in shared memory until their maximum is known: the sums so far are corrected once a part, not once a block. Where
+a head is not split, that is all; otherwise `_join` adds up the splits. No other kernel is launched around them: query heads
+that only pad are zeros that the copy puts in and results that it leaves out.
 
 Both products have the tokens, or the head dim, as the 64 rows of a tensor core instruction and the query heads of the key
 head as its columns, padded to 8: scores_SG = k_SH q_HG and o_HG = v_HS p_SG. So keys go from the cache to the tensor cores
@@ -21,10 +23,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from efficient_lm.ops import dispatch
-from efficient_lm.ops.decode_attention.cache import combine, first_slots, num_slots, per_token
+from efficient_lm.ops.decode_attention.cache import num_slots, per_token
 from efficient_lm.ops.decode_attention.tiles import SHARED_MEMORY, GpuTiles, gpu_tiles_for, shared_memory
 
 LOWEST = -1e30
+JOINED = 64   # of the head dim, that one block of threads adds up
 WGMMA = plgpu.Layout.WGMMA
 BITS = {'bfloat16': 16, 'int8': 8, 'uint8': 4}
 
@@ -52,6 +55,7 @@ class _Call:
   H: int
   columns: int     # query heads of a key head, padded to a multiple of 8
   page: int | None
+  window: int | None
   scale: float     # of the scores, times log2(e): the softmax is in powers of two
 
   @property
@@ -66,21 +70,20 @@ def decode_attention(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_sc
   S, G, bits = num_slots(k_BKSH, page_table_BS), N // K, BITS[k_BKSH.dtype.name]
   tiles = tiles or gpu_tiles_for(B * K, S, H, bits, dispatch.device().num_cores or 132)
   columns = -(-G // 8) * 8
-  call = _Call(tiles, bits, H, columns, None if page_table_BS is None else Q, scale * math.log2(math.e))
+  page = None if page_table_BS is None else Q
+  call = _Call(tiles, bits, H, columns, page, window, scale * math.log2(math.e))
   if shared_memory(tiles, H, bits, columns) > SHARED_MEMORY: raise ValueError(f'{tiles} do not fit shared memory')
-  q_BKGH = jnp.pad(q_BNH.reshape(B, K, G, H), ((0, 0), (0, 0), (0, columns - G), (0, 0)))
-  operands = [k_BKSH, v_BKSH]
+  q_BKGH, operands = q_BNH.reshape(B, K, G, H), [k_BKSH, v_BKSH]
+  # Up to 8 heads the copies pad.
+  if G > 8: q_BKGH = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, columns - G), (0, 0)))
   if bits == 4:   # consecutive numbers of int4 are h and h + H / 2: so are the queries' then, and the result's
     operands = [_as_int4(x) for x in operands]
     q_BKGH = q_BKGH[..., _halves_interleaved(H)]
   if bits <= 8: operands += [per_token(x, Q).astype(jnp.float32) for x in (k_scale_BKS, v_scale_BKS)]
   if page_table_BS is not None: operands.append(page_table_BS)
-  o_BKCHG, stats_BKC2G = _run(call, -(-S // tiles.split), q_BKGH, first_slots(lengths_B, window), lengths_B, *operands)
-  o_BKGCH = o_BKCHG[..., :G].transpose(0, 1, 4, 2, 3)
-  max_BKGC, sum_BKGC = (stats_BKC2G[..., i, :G].swapaxes(2, 3) for i in (0, 1))
-  o_BKGH = combine(o_BKGCH, max_BKGC * math.log(2), sum_BKGC)
+  o_BKGH = _run(call, q_BKGH, lengths_B, *operands)[:, :, :G]
   if bits == 4: o_BKGH = o_BKGH[..., np.argsort(_halves_interleaved(H))]
-  return o_BKGH.reshape(B, N, H).astype(q_BNH.dtype)
+  return o_BKGH.reshape(B, N, H)
 
 
 def _halves_interleaved(H: int) -> np.ndarray:
@@ -99,56 +102,143 @@ def _tiled(shape, dtype, minor: int, bits: int):
   return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
-def _run(call: _Call, splits: int, q_BKGH, first_B, lengths_B, *operands):
-  (B, K, columns, H), tiles = q_BKGH.shape, call.tiles
+def _run(call: _Call, q_BKGH, lengths_B, *operands):
+  """The result, (B, K, G, H), of the queries."""
+  (B, K, _, H), tiles, columns = q_BKGH.shape, call.tiles, call.columns
   scratch = dict(
     q=_tiled((columns, H), jnp.bfloat16, H, 16),
     ring=_tiled((tiles.stages, tiles.slots, H), call.dtype, H, call.bits),
-    scores=plgpu.SMEM((tiles.split, columns), jnp.float32),
+    scores=plgpu.SMEM((tiles.part, columns), jnp.float32),
     p=_tiled((columns, tiles.slots), jnp.bfloat16, tiles.slots, 16),
-    out=plgpu.SMEM((H, columns), jnp.float32), stats=plgpu.SMEM((2, columns), jnp.float32),
     q_barrier=plgpu.Barrier(), barriers=plgpu.Barrier(num_barriers=tiles.stages, num_arrivals=1 if call.bits == 16 else 2))
   if call.bits <= 8:
     scratch |= dict(converted=_tiled((tiles.slots, H), jnp.bfloat16, H, 16),
                     scales=plgpu.SMEM((tiles.stages, tiles.slots), jnp.float32))
+  result = jax.ShapeDtypeStruct(q_BKGH.shape, q_BKGH.dtype)
+  if tiles.splits == 1: out_type = (result,)
+  else:
+    scratch |= dict(out=plgpu.SMEM((H, columns), jnp.float32), stats=plgpu.SMEM((2, columns), jnp.float32))
+    out_type = (jax.ShapeDtypeStruct((B, K, tiles.splits, H, columns), jnp.float32),
+                jax.ShapeDtypeStruct((B, K, tiles.splits, 2, columns), jnp.float32))
+  found = plgpu.kernel(
+    functools.partial(_kernel, call), out_type=out_type, grid=(tiles.splits, K, B), grid_names=('split', 'head', 'sequence'),
+    scratch_types=scratch, compiler_params=plgpu.CompilerParams(approx_math=True), kernel_name='decode_attention',
+  )(q_BKGH, lengths_B, *operands)
+  return found[0] if tiles.splits == 1 else _join(*found, result)
+
+
+def _join(o_BKCHG, stats_BKC2G, result):
+  """Adds up the splits C of each head: see `cache.combine`; maxima are in powers of two here. A split that saw nothing has
+  zeros and a lowest maximum."""
+  B, K, splits, H, columns = o_BKCHG.shape
+  stages = min(splits, 16)
+
+  def kernel(o_ref, stats_ref, result_ref, stats, parts, out, stats_barrier, barriers):
+    n, h, b = (lax.axis_index(name) for name in ('part', 'head', 'sequence'))
+    def fetch(c):
+      slot = lax.rem(c, stages)
+      rows = o_ref.at[b, h, c, pl.ds(n * JOINED, JOINED)]
+      pl.when(c < splits)(lambda: plgpu.copy_gmem_to_smem(rows, parts.at[slot], barriers.at[slot]))
+    plgpu.copy_gmem_to_smem(stats_ref.at[b, h], stats, stats_barrier)
+    for c in range(stages): fetch(jnp.int32(c))
+    plgpu.barrier_wait(stats_barrier)
+    of = lambda c, which: plgpu.load(stats.at[c, which], layout=WGMMA.reduce(0), optimized=False)
+    max_G = lax.fori_loop(1, splits, lambda c, m_G: jnp.maximum(m_G, of(c, 0)), of(0, 0))
+
+    def add(c, sums):
+      slot = lax.rem(c, stages)
+      plgpu.barrier_wait(barriers.at[slot])
+      weight_G = jnp.exp2(of(c, 0) - max_G)
+      o_HG = plgpu.load(parts.at[slot], layout=WGMMA, optimized=False) * _wide(weight_G, JOINED)
+      plgpu.commit_smem()   # all have read this copy before the next one overwrites it
+      fetch(c + stages)
+      return sums[0] + o_HG, sums[1] + weight_G * of(c, 1)
+
+    zeros = lambda shape, layout: plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+    o_HG, sum_G = lax.fori_loop(0, splits, add, (zeros((JOINED, columns), WGMMA), zeros((columns,), WGMMA.reduce(0))))
+    _store(o_HG, sum_G, out, result_ref.at[b, h, pl.ds(0 * b, columns), pl.ds(n * JOINED, JOINED)])
+
   return plgpu.kernel(
-    functools.partial(_kernel, call),
-    out_type=(jax.ShapeDtypeStruct((B, K, splits, H, columns), jnp.float32),
-              jax.ShapeDtypeStruct((B, K, splits, 2, columns), jnp.float32)),
-    grid=(splits, K, B), grid_names=('split', 'head', 'sequence'), scratch_types=scratch,
-    compiler_params=plgpu.CompilerParams(approx_math=True),
-  )(q_BKGH, first_B, lengths_B, *operands)
+    kernel, out_type=result, grid=(H // JOINED, K, B), grid_names=('part', 'head', 'sequence'),
+    compiler_params=plgpu.CompilerParams(approx_math=True), kernel_name='decode_attention_join', scratch_types=[
+      plgpu.SMEM((splits, 2, columns), jnp.float32), plgpu.SMEM((stages, JOINED, columns), jnp.float32),
+      _tiled((columns, JOINED), result.dtype, JOINED, 16), plgpu.Barrier(), plgpu.Barrier(num_barriers=stages)],
+  )(o_BKCHG, stats_BKC2G)
 
 
-def _kernel(call: _Call, q_ref, first_ref, length_ref, *refs, **scratch):
+def _store(o_HG, sum_G, out, result_ref):
+  """Divides by the sum of the probabilities and stores (columns, H) through shared memory."""
+  o_HG = o_HG * _wide(1 / jnp.where(sum_G > 0, sum_G, 1.), o_HG.shape[0])
+  out.transpose((1, 0))[...] = plgpu.layout_cast(o_HG.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(out, result_ref)
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _wide(x_G, rows: int):
+  return lax.broadcast_in_dim(x_G, (rows, x_G.shape[0]), [1])
+
+
+def _kernel(call: _Call, q_ref, length_ref, *refs, **scratch):
   inputs = 2 + 2 * (call.bits <= 8) + (call.page is not None)
-  cache, (o_ref, stats_ref) = refs[:inputs], refs[inputs:inputs + 2]
-  slots, split = call.tiles.slots, call.tiles.split
+  cache, results = refs[:inputs], refs[inputs:]
+  slots, splits, part, columns = call.tiles.slots, call.tiles.splits, call.tiles.part // call.tiles.slots, call.columns
   c, h, b = (lax.axis_index(name) for name in ('split', 'head', 'sequence'))
-  first, length = first_ref[b], length_ref[b]
-  # Blocks of the split that are seen: low … high - 1, counted from the split's first.
-  low = jnp.clip(lax.div(first, slots) - c * (split // slots), 0, split // slots)
-  high = jnp.clip(lax.div(length + (slots - 1), slots) - c * (split // slots), low, split // slots)
-  count = high - low
-  start = c * split + low * slots
+  length = length_ref[b]
+  first = jnp.int32(0) if call.window is None else jnp.maximum(length - call.window, 0)
+  # Blocks that are seen, low … high - 1, and this split's even share of them, start … start + count - 1.
+  low, high = lax.div(first, slots), lax.div(length + (slots - 1), slots)
+  share = lax.div(high - low + (splits - 1), splits)
+  start = low + c * share
+  count = jnp.clip(high - start, 0, share)
 
   def fetch(j):
-    """Starts the copy of item j of the ring: key block j, or value block j - count."""
-    values = j >= count
-    token = start + (j - jnp.where(values, count, 0)) * slots
-    pl.when(jnp.logical_not(values))(lambda: _copy(call, cache, 0, (b, h, token), j, scratch))
-    pl.when(values & (j < 2 * count))(lambda: _copy(call, cache, 1, (b, h, token), j, scratch))
+    """Starts the copy of item j of the ring: parts in turn, of each its key blocks and then its value blocks."""
+    done = lax.div(j, 2 * part) * part
+    size = jnp.minimum(count - done, part)
+    i = j - 2 * done
+    values = i >= size
+    block = start + done + i - jnp.where(values, size, 0)
+    pl.when((j < 2 * count) & jnp.logical_not(values))(lambda: _copy(call, cache, 0, (b, h, block * slots), j, scratch))
+    pl.when((j < 2 * count) & values)(lambda: _copy(call, cache, 1, (b, h, block * slots), j, scratch))
 
-  plgpu.copy_gmem_to_smem(q_ref.at[b, h], scratch['q'], scratch['q_barrier'])
+  # A start that is not known beforehand: a fixed slice may not reach past the end, where there are zeros.
+  all_columns = pl.ds(0 * b, columns)
+  plgpu.copy_gmem_to_smem(q_ref.at[b, h, all_columns], scratch['q'], scratch['q_barrier'])
   for j in range(call.tiles.stages): fetch(jnp.int32(j))
   plgpu.barrier_wait(scratch['q_barrier'])
 
-  max_G = _keys(call, count, start, first, length, fetch, scratch)
-  _values(call, count, start, first, length, fetch, max_G, scratch)
+  def one_part(i, carry):
+    o_HG, sum_SG, old_G = carry
+    done = i * part
+    where = _Part(done, jnp.minimum(count - done, part), (start + done) * slots, first, length)
+    max_G = jnp.maximum(old_G, _keys(call, where, fetch, scratch))
+    more_HG, more_SG = _values(call, where, fetch, max_G, scratch)
+    shrink_G = jnp.exp2(old_G - max_G)
+    return o_HG * _wide(shrink_G, call.H) + more_HG, sum_SG * _wide(shrink_G, slots) + more_SG, max_G
+
+  zeros = lambda rows: plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), WGMMA)
+  lowest_G = plgpu.layout_cast(jnp.full((columns,), LOWEST, jnp.float32), WGMMA.reduce(0))
+  parts = lax.div(count + (part - 1), part)
+  o_HG, sum_SG, max_G = lax.fori_loop(0, parts, one_part, (zeros(call.H), zeros(slots), lowest_G))
+  sum_G = jnp.sum(sum_SG, axis=0)
+  if splits == 1: return _store(o_HG, sum_G, scratch['q'], results[0].at[b, h, all_columns])   # q is read no more
+  scratch['out'][...] = o_HG
+  scratch['stats'][0], scratch['stats'][1] = max_G, sum_G
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(scratch['out'], o_ref.at[b, h, c])
-  plgpu.copy_smem_to_gmem(scratch['stats'], stats_ref.at[b, h, c])
+  for name, result in zip(('out', 'stats'), results): plgpu.copy_smem_to_gmem(scratch[name], result.at[b, h, c])
   plgpu.wait_smem_to_gmem(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """Blocks of a split whose scores are in shared memory together: how many come before it, how many it has, the token at
+  which it begins; and the first token that is seen and the one after the last."""
+  before: jax.Array
+  count: jax.Array
+  token: jax.Array
+  first: jax.Array
+  length: jax.Array
 
 
 def _copy(call: _Call, cache, which: int, where, j, scratch):
@@ -164,10 +254,11 @@ def _copy(call: _Call, cache, which: int, where, j, scratch):
   if call.bits <= 8: plgpu.copy_gmem_to_smem(cache[2 + which].at[at], scratch['scales'].at[slot], barrier)
 
 
-def _seen(call: _Call, token, first, length, width: int):
-  """Which of the slots from `token` on are seen, (slots, width)."""
-  slot = token + plgpu.broadcasted_iota(jnp.int32, (call.tiles.slots, width), 0, layout=WGMMA)
-  return (slot >= first) & (slot < length)
+def _seen(call: _Call, part: _Part, i, width: int):
+  """Which of the slots of block i of the part are seen, (slots, width)."""
+  rows = call.tiles.slots
+  slot = part.token + i * rows + plgpu.broadcasted_iota(jnp.int32, (rows, width), 0, layout=WGMMA)
+  return (slot >= part.first) & (slot < part.length)
 
 
 def _scale(call: _Call, slot, scratch):
@@ -176,45 +267,42 @@ def _scale(call: _Call, slot, scratch):
   return lax.broadcast_in_dim(scale_S, (call.tiles.slots, call.columns), [0])
 
 
-def _keys(call: _Call, count, start, first, length, fetch, scratch):
-  """Scores of all key blocks into shared memory; returns the maximum of each column."""
+def _keys(call: _Call, part: _Part, fetch, scratch):
+  """Scores of a part's key blocks into shared memory; returns the maximum of each column."""
   slots, columns = call.tiles.slots, call.columns
 
   def block(i, max_SG):
-    slot = lax.rem(i, call.tiles.stages)
+    j = 2 * part.before + i
+    slot = lax.rem(j, call.tiles.stages)
     plgpu.barrier_wait(scratch['barriers'].at[slot])
     keys = scratch['ring'].at[slot]
     if call.bits <= 8: keys = keys[...].astype(jnp.bfloat16)
-    if call.bits <= 8 and not call.tiles.registers:
-      scratch['converted'][...] = keys
-      plgpu.commit_smem()
-      keys = scratch['converted']
     def product(acc_ref):
       plgpu.wgmma(acc_ref, keys, scratch['q'].transpose((1, 0)))
       return acc_ref[...]
     s_SG = pl.run_scoped(product, plgpu.ACC((slots, columns), jnp.float32)) * call.scale
     if call.bits <= 8: s_SG *= _scale(call, slot, scratch)
-    s_SG = jnp.where(_seen(call, start + i * slots, first, length, columns), s_SG, LOWEST)
+    s_SG = jnp.where(_seen(call, part, i, columns), s_SG, LOWEST)
     scratch['scores'][pl.ds(i * slots, slots)] = s_SG
     plgpu.commit_smem()   # all have read this copy before the next one overwrites it
-    fetch(i + call.tiles.stages)
+    fetch(j + call.tiles.stages)
     return jnp.maximum(max_SG, s_SG)
 
   lowest_SG = plgpu.layout_cast(jnp.full((slots, columns), LOWEST, jnp.float32), WGMMA)
-  return jnp.max(lax.fori_loop(0, count, block, lowest_SG), axis=0)
+  return jnp.max(lax.fori_loop(0, part.count, block, lowest_SG), axis=0)
 
 
-def _values(call: _Call, count, start, first, length, fetch, max_G, scratch):
-  """Probabilities times all value blocks; results, maxima and sums into shared memory."""
+def _values(call: _Call, part: _Part, fetch, max_G, scratch):
+  """Probabilities times a part's value blocks, (H, columns), and the sums of probabilities, (slots, columns)."""
   slots, columns = call.tiles.slots, call.columns
 
   def blocks(acc_ref):
     def block(i, sum_SG):
-      j = i + count
+      j = 2 * part.before + part.count + i
       slot = lax.rem(j, call.tiles.stages)
-      seen_SG = _seen(call, start + i * slots, first, length, columns)
+      seen_SG = _seen(call, part, i, columns)
       s_SG = plgpu.layout_cast(scratch['scores'][pl.ds(i * slots, slots)], WGMMA)
-      p_SG = jnp.where(seen_SG, jnp.exp2(s_SG - lax.broadcast_in_dim(max_G, s_SG.shape, [1])), 0.)
+      p_SG = jnp.where(seen_SG, jnp.exp2(s_SG - _wide(max_G, slots)), 0.)
       plgpu.barrier_wait(scratch['barriers'].at[slot])
       weighted_SG = p_SG
       if call.bits <= 8:
@@ -224,10 +312,10 @@ def _values(call: _Call, count, start, first, length, fetch, max_G, scratch):
       else:
         values = scratch['ring'].at[slot]
         # A slot that is not seen may hold NaN, and 0 * NaN is NaN. Integers are finite.
-        @pl.when((start + i * slots < first) | (start + (i + 1) * slots > length))
+        @pl.when((part.token + i * slots < part.first) | (part.token + (i + 1) * slots > part.length))
         def _():
           v_SH = plgpu.layout_cast(values[...], WGMMA)
-          values[...] = jnp.where(_seen(call, start + i * slots, first, length, call.H), v_SH, jnp.zeros_like(v_SH))
+          values[...] = jnp.where(_seen(call, part, i, call.H), v_SH, jnp.zeros_like(v_SH))
       transposed = plgpu.layout_cast(weighted_SG.astype(jnp.bfloat16), plgpu.Layout.WGMMA_TRANSPOSED)
       scratch['p'].transpose((1, 0))[...] = transposed
       plgpu.commit_smem()
@@ -238,9 +326,7 @@ def _values(call: _Call, count, start, first, length, fetch, max_G, scratch):
       return sum_SG + p_SG
 
     zero_SG = plgpu.layout_cast(jnp.zeros((slots, columns), jnp.float32), WGMMA)
-    sum_SG = lax.fori_loop(0, count, block, zero_SG)
-    scratch['out'][...] = acc_ref[...]
-    scratch['stats'][0] = max_G
-    scratch['stats'][1] = jnp.sum(sum_SG, axis=0)
+    sum_SG = lax.fori_loop(0, part.count, block, zero_SG)
+    return acc_ref[...], sum_SG
 
-  pl.run_scoped(blocks, plgpu.ACC((call.H, columns), jnp.float32))
+  return pl.run_scoped(blocks, plgpu.ACC((call.H, columns), jnp.float32))

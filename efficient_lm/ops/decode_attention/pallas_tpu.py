@@ -5,7 +5,8 @@ gives the nearest block that is seen, and the pipeline does not copy a block aga
 map reads the page table; a block is several pages then, each an operand of its own. The softmax is that of
 FlashAttention: a running maximum, sum and result in VMEM.
 
-A cache of four bits takes a 128-lane row for H / 2 bytes, so that it saves memory only from H = 256 on.
+A cache of four bits takes a 128-lane row for H / 2 bytes, so that it saves memory only from H = 256 on. No view mends that:
+arrays lie in HBM in tiles of 128 lanes already, padded, and two tokens side by side in a row are a copy of the cache.
 """
 import functools
 

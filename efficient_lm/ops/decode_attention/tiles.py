@@ -1,5 +1,6 @@
 """Sizes of the pieces that the kernels of decode attention work on. Nothing here was measured on a device yet."""
 import dataclasses
+import itertools
 
 SHARED_MEMORY = 227 * 1024   # bytes a block of threads may have on Hopper
 VMEM = 12 * 2 ** 20          # bytes of a TPU core's VMEM that a kernel may fill, of the 16 MiB that every generation grants
@@ -13,15 +14,12 @@ class TpuTiles:
 
 @dataclasses.dataclass(frozen=True)
 class GpuTiles:
-  """split: tokens of a head that one block of threads reads. slots: those of one copy. stages: copies in flight.
-
-  registers: whether quantized keys are converted on the way to the tensor cores, or into shared memory as values are: more
-  traffic there, but the only form that the GPU interpreter of JAX knows.
-  """
-  split: int
+  """splits: blocks of threads that share the tokens of a head. part: tokens whose scores are in shared memory at a time.
+  slots: those of one copy, a divisor of it. stages: copies in flight."""
+  splits: int
+  part: int = 512
   slots: int = 64
   stages: int = 3
-  registers: bool = True
 
 
 # (platform, sequences times key heads, slots, head dim, bits a number) -> tiles, measured. Empty: no device has run them.
@@ -37,27 +35,30 @@ def tpu_tiles_for(heads: int, S: int, H: int, bits: int, page: int | None) -> Tp
 
 
 def gpu_tiles_for(heads: int, S: int, H: int, bits: int, num_cores: int) -> GpuTiles:
-  """The longest split, of those that let three blocks of threads share a multiprocessor, that still gives each four of them:
-  long ones have fewer partial results."""
-  if tuned := TUNED.get(('gpu', heads, S, H, bits)): return tuned
-  split = 512
-  while split > 256 and heads * -(-S // split) < 4 * num_cores: split //= 2
-  return GpuTiles(split)
+  """As few splits as give each multiprocessor three blocks of threads, as many as fit: partial results are extra work."""
+  return TUNED.get(('gpu', heads, S, H, bits)) or GpuTiles(_splits(heads, S, 3 * num_cores))
+
+
+def _splits(heads: int, S: int, blocks: int) -> int:
+  return max(1, min(-(-blocks // heads), S // 256))
 
 
 def shared_memory(tiles: GpuTiles, H: int, bits: int, columns: int = 8) -> int:
-  """Bytes of shared memory that the GPU kernel takes: copies in flight with their scales, converted values, scores of the
-  split, probabilities, queries and results, and 8 KiB for alignment, barriers and reductions."""
+  """Bytes of shared memory that the GPU kernel takes: copies in flight with their scales, converted values, scores of a
+  part, probabilities, queries, of splits the results, and 8 KiB for alignment, barriers and reductions."""
   copies = tiles.stages * tiles.slots * (H * bits // 8 + (4 if bits <= 8 else 0))
   converted = tiles.slots * H * 2 if bits <= 8 else 0
-  return copies + converted + columns * (4 * tiles.split + 2 * tiles.slots + 2 * H + 4 * H + 8) + 8192
+  results = 4 * H + 8 if tiles.splits > 1 else 0
+  return copies + converted + columns * (4 * tiles.part + 2 * tiles.slots + 2 * H + results) + 8192
 
 
-def candidates(platform: str, S: int, H: int, bits: int, page: int | None = None) -> list[TpuTiles | GpuTiles]:
+def candidates(platform: str, S: int, H: int, bits: int, page: int | None = None,
+               heads: int = 64) -> list[TpuTiles | GpuTiles]:
   """What tuning should try, all of which fit."""
   if platform == 'tpu':
     return [TpuTiles(slots) for slots in (512, 1024, 2048, 4096)
             if slots <= S and not slots % (page or 1) and 4 * slots * max(H * bits // 8, 128) <= VMEM]
-  every = (GpuTiles(split, slots, stages) for split in (256, 512, 1024) for slots in (64, 128) for stages in (2, 3, 4, 6))
+  splits = sorted({_splits(heads, S, blocks * 132) for blocks in (2, 3, 4, 6)})
+  every = (GpuTiles(*sizes) for sizes in itertools.product(splits, (256, 512, 1024), (64, 128), (2, 3, 4, 6)))
   # Two blocks of threads to a multiprocessor at least: one waits for memory while the other computes.
   return [tiles for tiles in every if 2 * shared_memory(tiles, H, bits) <= SHARED_MEMORY and not (page or 0) % tiles.slots]

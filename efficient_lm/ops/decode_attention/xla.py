@@ -9,8 +9,9 @@ from jax import lax
 from efficient_lm.ops.decode_attention.cache import combine, contiguous, first_slots, num_slots, per_token
 from efficient_lm.ops.quantize.grid import halves
 
-# Slots of a block. Its converted keys and values, for all heads of a sequence, should stay in a core's cache.
-BLOCK = 512
+# Numbers of keys in a block, over all sequences and heads: converted, they and as many values stay in a core's cache (2^16
+# to 2^19 took the same time). At least MIN_SLOTS slots, or the loop costs more than its products.
+BLOCK, MIN_SLOTS = 2 ** 17, 64
 
 
 def whole(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=None, page_table_BS=None, window=None,
@@ -18,38 +19,48 @@ def whole(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=Non
   """All slots at once, masked: two products and a softmax, for devices that have enough bandwidth to read them all."""
   q_BKGH = _heads(q_BNH, k_BKSH.shape[1])
   k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS = _gathered(k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, page_table_BS)
-  slot_S = jnp.arange(k_BKSH.shape[2])
-  seen_BS = (slot_S >= first_slots(lengths_B, window)[:, None]) & (slot_S < lengths_B[:, None])
+  seen_BS = _seen(jnp.arange(k_BKSH.shape[2]), first_slots(lengths_B, window), lengths_B)
   o_BKGH, m_BKG1, l_BKG1 = _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale)
   return combine(o_BKGH[..., None, :], m_BKG1, l_BKG1).reshape(*q_BNH.shape[:2], -1).astype(q_BNH.dtype)
 
 
 def blocks(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=None, page_table_BS=None, window=None,
            scale: float):
-  """A block of slots at a time, up to the longest sequence and no further: for CPUs, where converted keys and values stay
-  in the core's cache and what is not read is time saved."""
+  """For CPUs: a block of slots at a time, up to the longest sequence and no further, so that converted keys and values stay
+  in a core's cache and slots that nobody sees cost nothing.
+
+  A product reads a float array where it lies, but a block of one is copied first. So blocks of a float cache pay off only
+  where most of it is not seen, which is looked at when it is known: while running.
+  """
   q_BKGH, S = _heads(q_BNH, k_BKSH.shape[1]), num_slots(k_BKSH, page_table_BS)
   k_scale_BKS, v_scale_BKS = (scales if scales is None else per_token(scales, k_BKSH.shape[2])
                               for scales in (k_scale_BKS, v_scale_BKS))
-  size = _block(k_BKSH.shape[2], page_table_BS is not None)
+  cache, size = (k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS), _block(k_BKSH, page_table_BS)
   first_B = first_slots(lengths_B, window)
+
+  def at_once():
+    return _partial(q_BKGH, *cache, _seen(jnp.arange(S), first_B, lengths_B), scale, _times_cleared_if_needed)[::2]
 
   def step(i, carry):
     o_BKGH, m_BKG1, l_BKG1 = carry
     # The last block is moved back to fit, and the slots that it then shares with the one before are masked.
     start = jnp.minimum(i * size, S - size)
-    cut = lambda x: None if x is None else _slots(x, page_table_BS, start, size)
-    slot_S = start + jnp.arange(size)
-    seen_BS = (slot_S >= jnp.maximum(first_B, i * size)[:, None]) & (slot_S < lengths_B[:, None])
-    o, m, total = _partial(q_BKGH, cut(k_BKSH), cut(v_BKSH), cut(k_scale_BKS), cut(v_scale_BKS), seen_BS, scale)
+    block = (None if x is None else _slots(x, page_table_BS, start, size) for x in cache)
+    seen_BS = _seen(start + jnp.arange(size), jnp.maximum(first_B, i * size), lengths_B)
+    o, m, total = _partial(q_BKGH, *block, seen_BS, scale, _times_cleared_if_needed)
     new_m = jnp.maximum(m_BKG1, m)
     old, now = jnp.exp(m_BKG1 - new_m), jnp.exp(m - new_m)
     return o_BKGH * old + o * now, new_m, l_BKG1 * old + total * now
 
-  B, K, G, _ = q_BKGH.shape
-  width = v_BKSH.shape[3] * (2 if v_BKSH.dtype == jnp.uint8 else 1)
-  empty = (jnp.zeros((B, K, G, width), jnp.float32), jnp.full((B, K, G, 1), LOWEST), jnp.zeros((B, K, G, 1), jnp.float32))
-  o_BKGH, _, l_BKG1 = lax.fori_loop(jnp.min(first_B) // size, -(-jnp.max(lengths_B) // size), step, empty)
+  def one_by_one():
+    rows = q_BKGH.shape[:3]
+    width = v_BKSH.shape[3] * (2 if v_BKSH.dtype == jnp.uint8 else 1)
+    empty = jnp.zeros((*rows, width), jnp.float32), jnp.full((*rows, 1), LOWEST), jnp.zeros((*rows, 1), jnp.float32)
+    return lax.fori_loop(jnp.min(first_B) // size, -(-jnp.max(lengths_B) // size), step, empty)[::2]
+
+  if page_table_BS is None and size == S: o_BKGH, l_BKG1 = at_once()
+  elif page_table_BS is not None or k_scale_BKS is not None: o_BKGH, l_BKG1 = one_by_one()
+  else: o_BKGH, l_BKG1 = lax.cond(3 * (jnp.max(lengths_B) - jnp.min(first_B)) < S, one_by_one, at_once)
   return (o_BKGH / jnp.where(l_BKG1 > 0, l_BKG1, 1)).reshape(*q_BNH.shape[:2], -1).astype(q_BNH.dtype)
 
 
@@ -68,9 +79,16 @@ def _gathered(k, v, k_scale, v_scale, page_table_BS):
   return contiguous(k, page_table_BS), contiguous(v, page_table_BS), *scales
 
 
-def _block(slots: int, paged: bool) -> int:
-  """Slots of a block: of a page, or as near to BLOCK as a contiguous cache allows."""
-  return slots if paged else min(slots, BLOCK)
+def _block(k, page_table_BS) -> int:
+  """Slots of a block: of a page, or as many of a contiguous cache as BLOCK allows."""
+  sequences, K, slots, H = k.shape
+  if page_table_BS is not None: return slots
+  return min(slots, max(MIN_SLOTS, BLOCK // (sequences * K * H)))
+
+
+def _seen(slot_S, first_B, end_B):
+  """Which slots lie in first … end - 1 of each sequence."""
+  return (slot_S >= first_B[:, None]) & (slot_S < end_B[:, None])
 
 
 def _slots(x, page_table_BS, start, size: int):
@@ -79,9 +97,21 @@ def _slots(x, page_table_BS, start, size: int):
   return x[lax.dynamic_index_in_dim(page_table_BS, start // size, axis=1, keepdims=False)]
 
 
-def _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale: float):
+def _times_cleared(p_BKGS, v_BKSH, seen_BS):
+  """p v. A slot that is not seen may hold NaN, and 0 * NaN is NaN: select, then multiply. Integers need none of that."""
+  if jnp.issubdtype(v_BKSH.dtype, jnp.floating): v_BKSH = jnp.where(seen_BS[:, None, :, None], v_BKSH, 0)
+  return _times_values(p_BKGS, v_BKSH)
+
+
+def _times_cleared_if_needed(p_BKGS, v_BKSH, seen_BS):
+  """The same where selecting costs a copy of the values: multiply, and select only if a NaN or an infinity came out."""
+  o_BKGH = _times_values(p_BKGS, v_BKSH)
+  if not jnp.issubdtype(v_BKSH.dtype, jnp.floating): return o_BKGH
+  return lax.cond(jnp.isfinite(o_BKGH).all(), lambda: o_BKGH, lambda: _times_cleared(p_BKGS, v_BKSH, seen_BS))
+
+
+def _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale: float, times_values=_times_cleared):
   """Over the slots seen: sum of e^(s - m) v, m = max s, and sum of e^(s - m)."""
-  dtype = q_BKGH.dtype
   seen_B11S = seen_BS[:, None, None]
   s_BKGS = scale * _against_keys(q_BKGH, k_BKSH)
   if k_scale_BKS is not None: s_BKGS *= k_scale_BKS[:, :, None]
@@ -89,10 +119,8 @@ def _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale: f
   m_BKG1 = jnp.max(s_BKGS, axis=-1, keepdims=True)
   p_BKGS = jnp.where(seen_B11S, jnp.exp(s_BKGS - m_BKG1), 0)
   l_BKG1 = jnp.sum(p_BKGS, axis=-1, keepdims=True)
-  # A slot that is not seen may hold NaN, and 0 * NaN is NaN: select, then multiply. Integers need none of that.
   if v_scale_BKS is not None: p_BKGS = jnp.where(seen_B11S, p_BKGS * v_scale_BKS[:, :, None], 0)
-  if jnp.issubdtype(v_BKSH.dtype, jnp.floating): v_BKSH = jnp.where(seen_BS[:, None, :, None], v_BKSH, 0)
-  return _times_values(p_BKGS.astype(dtype), v_BKSH), m_BKG1, l_BKG1
+  return times_values(p_BKGS.astype(q_BKGH.dtype), v_BKSH, seen_BS), m_BKG1, l_BKG1
 
 
 def _parts(x_BKSH, dtype):

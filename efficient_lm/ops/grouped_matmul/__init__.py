@@ -10,7 +10,8 @@ pallas_gpu = lazy('efficient_lm.ops.grouped_matmul.pallas_gpu')
 pallas_tpu = lazy('efficient_lm.ops.grouped_matmul.pallas_tpu')
 
 
-def grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN=None, *, implementation: str = 'auto', tiles=None):
+def grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN=None, *, activations: str | None = None, implementation: str = 'auto',
+                   tiles=None):
   """y_MN[m] = x_MK[m] @ w_EKN[e] for the group e that holds row m. Differentiable in x and w.
 
   With `scale_EN` the weights are quantized, w_EKN[e] * scale_EN[e] is meant, and both are frozen: the gradient of x alone
@@ -22,6 +23,9 @@ def grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN=None, *, implementation: str =
     sizes_E: int32 rows of each group, any of them 0, with sum(sizes_E) <= M. A row past the sum may hold anything: its
       result is 0 and so is its gradient.
     scale_EN: float scale of each output of each group's matrix, or None. Products of x and w are summed unscaled.
+    activations: with a scale, 'int8' for int8 weights or 'float8_e4m3fn' for float8 ones first rounds each row of x to a
+      grid that just holds its largest magnitude, so that numbers of eight bits are multiplied. The gradient of x is that
+      without rounding. There are no kernels for it: 'auto', 'xla' or 'reference'.
     implementation: 'auto', 'reference', 'xla', 'ragged_dot', 'pallas_tpu' or 'pallas_gpu'.
     tiles: for a kernel: `tiles.TpuTiles` or `tiles.GpuTiles` for each of its passes, in place of tuned ones.
 
@@ -30,6 +34,11 @@ def grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN=None, *, implementation: str =
   """
   options = {} if tiles is None else {'tiles': tiles}
   if scale_EN is not None: w_EKN, scale_EN = lax.stop_gradient((w_EKN, scale_EN))
+  if activations is not None:
+    if scale_EN is None or w_EKN.dtype != jnp.dtype(activations):
+      raise ValueError(f'activations={activations!r} with matrices of {w_EKN.dtype}: both must be the same, and have scales')
+    return dispatch.run('rounded_grouped_matmul', ROUNDED, implementation, x_MK, w_EKN, sizes_E.astype(jnp.int32), scale_EN,
+                        activations)
   return dispatch.run('grouped_matmul', IMPLEMENTATIONS, implementation, x_MK, w_EKN, sizes_E.astype(jnp.int32), scale_EN,
                       **options)
 
@@ -64,3 +73,4 @@ IMPLEMENTATIONS = {
   'xla': dispatch.Implementation(_xla, refuses=_without_tiles),
   'reference': dispatch.Implementation(reference.grouped_matmul, refuses=_without_tiles),
 }
+ROUNDED = {'xla': dispatch.Implementation(xla_scaled.rounded), 'reference': dispatch.Implementation(reference.rounded)}

@@ -1,6 +1,8 @@
 """The grouped product as its equation, one group at a time: E times the work of an implementation."""
 import jax.numpy as jnp
 
+from efficient_lm.ops.quantized_matmul.storage import quantize_rows
+
 
 def grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN=None):
   """y_m = x_m @ w_e, times scale_e if there is one, for the group e that holds row m; 0 for a row past the last group."""
@@ -17,3 +19,9 @@ def grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN=None):
     if scale_EN is not None: y_e_MN *= scale_EN[e]
     y_MN += jnp.where(inside_M1, y_e_MN, 0).astype(y_MN.dtype)
   return y_MN
+
+
+def rounded(x_MK, w_EKN, sizes_E, scale_EN, activations: str):
+  """The same of x rounded row by row."""
+  q_MK, scale_M1 = quantize_rows(x_MK, jnp.dtype(activations))
+  return grouped_matmul((q_MK.astype(jnp.float32) * scale_M1), w_EKN, sizes_E, scale_EN).astype(x_MK.dtype)

@@ -5,13 +5,17 @@ widened to the dtype of x as the tile needs it, so no copy of all weights ever e
 in bfloat16 and float32. Forward, the scales multiply the float32 sums. In the gradient of x they belong to what is summed
 over and so multiply its rows before the product, where they are rounded to the dtype of x once.
 """
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+from efficient_lm.ops import dispatch
 from efficient_lm.ops.grouped_matmul.gradient import differentiable
 from efficient_lm.ops.grouped_matmul.schedule import visits
+from efficient_lm.ops.quantized_matmul.storage import quantize_rows
 
 
 def grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN):
@@ -46,3 +50,39 @@ def _rows(x_MK, w_EKN, sizes_E, scale_EN, transposed: bool = False):
 
   y_PN = lax.fori_loop(0, plan.count, tile, jnp.zeros((M + block, N), x_MK.dtype))
   return jnp.where(jnp.arange(M)[:, None] < jnp.sum(sizes_E), y_PN[:M], 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def rounded(x_MK, w_EKN, sizes_E, scale_EN, activations: str):
+  """The same of rows that are rounded to the dtype `activations` first: integers are summed in int32. The gradient of x is
+  that without rounding."""
+  (M, _), N = x_MK.shape, w_EKN.shape[2]
+  block = block_rows(M, w_EKN.shape[0])
+  plan = visits(sizes_E, M, block, tail=False)
+  q_PK, scale_P1 = (jnp.pad(a, ((0, block), (0, 0))) for a in quantize_rows(x_MK, jnp.dtype(activations)))
+  integers = jnp.issubdtype(q_PK.dtype, jnp.integer)
+  # XLA:CPU has no product of float8; widened it is exact.
+  widened = (lambda a: a) if integers or dispatch.device().platform != 'cpu' else (lambda a: a.astype(jnp.float32))
+
+  def tile(i, y_PN):
+    e, row = plan.group[i], plan.row[i]
+    q_QK, scale_Q1 = (lax.dynamic_slice_in_dim(a, row, block) for a in (q_PK, scale_P1))
+    w_KN, scale_N = (lax.dynamic_index_in_dim(a, e, keepdims=False) for a in (w_EKN, scale_EN))
+    y_QN = lax.dot_general(widened(q_QK), widened(w_KN), (((1,), (0,)), ((), ())),
+                           preferred_element_type=jnp.int32 if integers else jnp.float32)
+    y_QN = y_QN.astype(jnp.float32) * scale_Q1 * scale_N
+    return lax.dynamic_update_slice_in_dim(y_PN, y_QN.astype(y_PN.dtype), row, axis=0)
+
+  y_PN = lax.fori_loop(0, plan.count, tile, jnp.zeros((M + block, N), x_MK.dtype))
+  return jnp.where(jnp.arange(M)[:, None] < jnp.sum(sizes_E), y_PN[:M], 0)
+
+
+def _rounded_forward(x_MK, w_EKN, sizes_E, scale_EN, activations):
+  return rounded(x_MK, w_EKN, sizes_E, scale_EN, activations), (w_EKN, sizes_E, scale_EN)
+
+
+def _rounded_backward(activations, saved, g_MN):
+  return _rows(g_MN, *saved, transposed=True), None, None, None
+
+
+rounded.defvjp(_rounded_forward, _rounded_backward)

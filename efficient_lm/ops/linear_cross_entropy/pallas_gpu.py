@@ -63,16 +63,16 @@ def _forward(hidden_MD, head_DV, labels_M, tiles):
 
   def body(hidden, head, labels, result):
     smem = plgpu.SMEM((2, 2, tiles.rows), jnp.float32)
-    _product(hidden, head, 0, V, tiles, smem, functools.partial(epilogue, out=(labels, result)))
+    product(hidden, head, 0, V, tiles, smem, functools.partial(epilogue, out=(labels, result)))
 
-  result = _kernel(body, jax.ShapeDtypeStruct((2, num_tiles, M), jnp.float32), 'linear_cross_entropy_forward')(
+  result = persistent(body, jax.ShapeDtypeStruct((2, num_tiles, M), jnp.float32), 'linear_cross_entropy_forward')(
     hidden_MD, head_DV, labels_M)
   return jax.nn.logsumexp(result[0], axis=0), jnp.sum(result[1], axis=0)
 
 
 def _dlogits(hidden_MD, head_DV, per_token, start, width: int, tiles):
   tiles = tiles or gpu_tiles_for('backward', *head_DV.shape)
-  transforms = _transforms(STORE_COLUMNS, hidden_MD.dtype)
+  transforms = swizzled(STORE_COLUMNS, hidden_MD.dtype)
 
   def epilogue(logits, rows, n, half, out, smem):
     *per_token, start, d_gmem = out
@@ -94,26 +94,28 @@ def _dlogits(hidden_MD, head_DV, per_token, start, width: int, tiles):
   def body(hidden, head, labels, logsumexp, p_scale, label_scale, start, d):
     smem = plgpu.SMEM((2, 2, tiles.rows, STORE_COLUMNS), hidden_MD.dtype, transforms=transforms)
     first = start[0]
-    _product(hidden, head, first, width, tiles, smem,
+    product(hidden, head, first, width, tiles, smem,
              functools.partial(epilogue, out=(labels, logsumexp, p_scale, label_scale, first, d)))
 
-  return _kernel(body, jax.ShapeDtypeStruct((hidden_MD.shape[0], width), hidden_MD.dtype),
+  return persistent(body, jax.ShapeDtypeStruct((hidden_MD.shape[0], width), hidden_MD.dtype),
                  'linear_cross_entropy_dlogits')(
     hidden_MD, head_DV, *per_token, jnp.reshape(start, 1).astype(jnp.int32))
 
 
-def _kernel(body, out_type, name: str):
+def persistent(body, out_type, name: str):
+  """`body` as a kernel of as many blocks as the device has multiprocessors, of three warpgroups each."""
   return plgpu.kernel(
     body, out_type=out_type, kernel_name=name, grid=(dispatch.device().num_cores or H200_CORES,), grid_names=('block',),
     num_threads=3, thread_name='warpgroup', compiler_params=plgpu.CompilerParams(approx_math=True))
 
 
-def _transforms(columns: int, dtype):
+def swizzled(columns: int, dtype):
+  """How rows of so many columns lie in shared memory."""
   swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
   return (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
 
 
-def _product(hidden, head, start, width: int, tiles: GpuTiles, smem, epilogue):
+def product(hidden, head, start, width: int, tiles: GpuTiles, smem, epilogue):
   """Calls `epilogue` with each tile of hidden_MD @ head_DV[:, start:start + width], of which this block has its share.
 
   epilogue: (logits, slice of tokens, number of the tile along the columns, warpgroup, shared memory `smem`).
@@ -124,9 +126,9 @@ def _product(hidden, head, start, width: int, tiles: GpuTiles, smem, epilogue):
     plgpu.emit_pipeline_warp_specialized, grid=(D // tiles.inner,), memory_registers=40, wg_axis='warpgroup',
     num_compute_wgs=2, max_concurrent_steps=tiles.stages, in_specs=[
       plgpu.BlockSpec((rows, tiles.inner), lambda k: (0, k), delay_release=1,
-                      transforms=_transforms(tiles.inner, hidden.dtype)),
+                      transforms=swizzled(tiles.inner, hidden.dtype)),
       plgpu.BlockSpec((tiles.inner, tiles.columns), lambda k: (k, 0), delay_release=1,
-                      transforms=_transforms(tiles.inner, head.dtype))])
+                      transforms=swizzled(tiles.inner, head.dtype))])
   nothing = lambda *_: None
 
   @functools.partial(pl.run_scoped, allocations=pipeline(nothing, compute_context=nothing).get_allocations(hidden, head),

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from efficient_lm.ops import dispatch
 from efficient_lm.ops.linear_cross_entropy import vocabulary
 from efficient_lm.ops.linear_cross_entropy.tiles import VMEM, TpuTiles, tpu_tiles_for
 
@@ -38,7 +39,7 @@ def _rows(M: int, tiles) -> int:
   return tiles.rows if tiles else min(512, -(-M // 16) * 16)
 
 
-def _lanes(x_M):
+def lanes(x_M):
   """(M,) -> (M, 128): a token's value in every lane, which is how a vector of a column per row is kept."""
   return jnp.broadcast_to(x_M[:, None], (x_M.size, LANES))
 
@@ -55,18 +56,19 @@ def _forward(hidden_MD, head_DV, labels_M, tiles):
     out_specs=[per_token] * 2,
     out_shape=[jax.ShapeDtypeStruct((M, LANES), jnp.float32)] * 2,
     scratch_shapes=[pltpu.VMEM((tiles.rows, width), jnp.float32) for width in (tiles.columns, LANES, LANES)],
-    compiler_params=_parameters('parallel', 'arbitrary', 'arbitrary'),
+    compiler_params=parameters('parallel', 'arbitrary', 'arbitrary'),
     name='linear_cross_entropy_forward',
-  )(hidden_MD, head_DV, _lanes(labels_M))
+  )(hidden_MD, head_DV, lanes(labels_M))
   return logsumexp[:, 0], label[:, 0]
 
 
-def _parameters(*semantics: str):
+def parameters(*semantics: str):
+  """How the compiler may order the grid, and what memory it has."""
   # What the compiler may use is more than tiles.vmem counts, which is what the kernel asks for by itself.
   return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM)
 
 
-def _accumulate(hidden_ref, head_ref, logits_ref):
+def accumulate(hidden_ref, head_ref, logits_ref):
   """Adds this step's part of the sum over D."""
   @pl.when(pl.program_id(2) == 0)
   def _():
@@ -74,13 +76,13 @@ def _accumulate(hidden_ref, head_ref, logits_ref):
   logits_ref[...] += jnp.dot(hidden_ref[...], head_ref[...], preferred_element_type=jnp.float32)
 
 
-def _columns(shape, v):
+def columns(shape, v):
   """Column of the logits, of each element of tile v."""
   return lax.broadcasted_iota(jnp.int32, shape, 1) + v * shape[1]
 
 
 def _forward_kernel(hidden_ref, head_ref, labels_ref, logsumexp_ref, label_ref, logits_ref, maximum_ref, total_ref, *, V):
-  _accumulate(hidden_ref, head_ref, logits_ref)
+  accumulate(hidden_ref, head_ref, logits_ref)
   v = pl.program_id(1)
 
   @pl.when((v == 0) & (pl.program_id(2) == 0))
@@ -91,7 +93,7 @@ def _forward_kernel(hidden_ref, head_ref, labels_ref, logsumexp_ref, label_ref, 
 
   @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
   def _():
-    column = _columns(logits_ref.shape, v)
+    column = columns(logits_ref.shape, v)
     logits = jnp.where(column < V, logits_ref[...], -jnp.inf)   # the last tile reaches past the end
     old, previous = maximum_ref[:, :1], total_ref[:, :1]
     new = jnp.maximum(old, jnp.max(logits, axis=1, keepdims=True))
@@ -118,15 +120,15 @@ def _dlogits(hidden_MD, head_DV, per_token, start, width: int, tiles):
       scratch_shapes=[pltpu.VMEM((tiles.rows, tiles.columns), jnp.float32)],
     ),
     out_shape=jax.ShapeDtypeStruct((M, width), hidden_MD.dtype),
-    compiler_params=_parameters('parallel', 'parallel', 'arbitrary'),
+    compiler_params=parameters('parallel', 'parallel', 'arbitrary'),
     name='linear_cross_entropy_dlogits',
-  )(jnp.reshape(start // tiles.columns, 1).astype(jnp.int32), hidden_MD, head_DV, *map(_lanes, per_token))
+  )(jnp.reshape(start // tiles.columns, 1).astype(jnp.int32), hidden_MD, head_DV, *map(lanes, per_token))
 
 
 def _dlogits_kernel(first_ref, hidden_ref, head_ref, labels_ref, logsumexp_ref, p_scale_ref, label_scale_ref, d_ref,
                     logits_ref):
-  _accumulate(hidden_ref, head_ref, logits_ref)
-  column = _columns(logits_ref.shape, pl.program_id(1) + first_ref[0])
+  accumulate(hidden_ref, head_ref, logits_ref)
+  column = columns(logits_ref.shape, pl.program_id(1) + first_ref[0])
 
   @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
   def _():
@@ -135,4 +137,19 @@ def _dlogits_kernel(first_ref, hidden_ref, head_ref, labels_ref, logsumexp_ref, 
     d_ref[...] = d.astype(d_ref.dtype)   # what is past the end of the array is not written
 
 
-KERNELS = vocabulary.Kernels(_forward, _dlogits, _rows)
+def head_columns(head_DV, start, width: int):
+  """head_DC, copied by a kernel on tpu7x: for the products of a slice all of the head would be laid out as they want it, and
+  laid out back for each call of the kernel above: twice D x V of memory. Other TPUs have one layout for both."""
+  if 'TPU7x' not in dispatch.device().kind or width % LANES: return vocabulary.columns_of(head_DV, start, width)
+
+  def kernel(start_ref, head_ref, out_ref):
+    pltpu.sync_copy(head_ref.at[:, pl.ds(pl.multiple_of(start_ref[0], LANES), width)], out_ref)
+
+  anywhere = pl.BlockSpec(memory_space=pl.ANY)
+  return pl.pallas_call(
+    kernel, in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), anywhere], out_specs=anywhere,
+    out_shape=jax.ShapeDtypeStruct((head_DV.shape[0], width), head_DV.dtype), name='linear_cross_entropy_columns',
+  )(jnp.reshape(start, 1).astype(jnp.int32), head_DV)
+
+
+KERNELS = vocabulary.Kernels(_forward, _dlogits, _rows, head_columns)

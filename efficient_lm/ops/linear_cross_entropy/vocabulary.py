@@ -31,28 +31,42 @@ def width_for(V: int) -> int:
   return min(V, max(MIN_WIDTH, -(-V // CHUNKS // TILE) * TILE))
 
 
-def gradients(dlogits: Callable, hidden_MD, head_DV, width: int):
+def columns_of(head_DV, start, width: int):
+  """head_DC: the columns start … start + width - 1."""
+  return lax.dynamic_slice_in_dim(head_DV, start, width, axis=1)
+
+
+def gradients(dlogits: Callable, hidden_MD, head_DV, width: int, columns: Callable = columns_of):
   """dhidden_MD and dhead_DV, in the dtypes of hidden and head.
 
   Args:
     dlogits: (first column, int32 scalar; number of columns, int) -> d_MC, the gradient by those logits.
-    width: columns of a chunk. What is left over by whole chunks is a narrower one.
+    width: columns of a chunk: see `fold`.
+    columns: (head_DV, first column, number of columns) -> head_DC.
   """
   V = head_DV.shape[1]
+  # Kernels and products may want hidden laid out differently: as one value it would be laid out anew for every chunk.
+  multiplied_MD = lax.optimization_barrier(hidden_MD)
 
   def chunk(start, width, carry):
     dhidden_MD, dhead_DV = carry
     d_MC = dlogits(start, width)
-    head_DC = lax.dynamic_slice_in_dim(head_DV, start, width, axis=1)
+    head_DC = columns(head_DV, start, width)
     dhidden_MD += lax.dot_general(d_MC, head_DC, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    dhead_DC = lax.dot_general(hidden_MD, d_MC, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    dhead_DC = lax.dot_general(multiplied_MD, d_MC, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     return dhidden_MD, lax.dynamic_update_slice_in_dim(dhead_DV, dhead_DC.astype(dhead_DV.dtype), start, axis=1)
 
   carry = jnp.zeros(hidden_MD.shape, jnp.float32), jnp.zeros_like(head_DV)
+  dhidden_MD, dhead_DV = fold(V, width, chunk, carry)
+  return dhidden_MD.astype(hidden_MD.dtype), dhead_DV
+
+
+def fold(V: int, width: int, chunk: Callable, carry):
+  """Takes `carry` through chunk(first column, int32 scalar; number of columns, int; carry) for the whole vocabulary; what
+  chunks of that width leave over is a narrower one."""
   whole, rest = divmod(V, width)
   carry = lax.fori_loop(0, whole, lambda i, carry: chunk(i * width, width, carry), carry)
-  if rest: carry = chunk(jnp.int32(V - rest), rest, carry)
-  return carry[0].astype(hidden_MD.dtype), carry[1]
+  return chunk(jnp.int32(V - rest), rest, carry) if rest else carry
 
 
 def combine(maximum_M, total_M, logsumexp_M):
@@ -69,10 +83,12 @@ class Kernels:
   dlogits: (hidden_MD, head_DV, per_token_4M, start, width, tiles) -> d_MC for the columns start … start + width - 1:
     exp(logits - logsumexp) * p_scale - (at label) * label_scale, per_token being labels, logsumexp and those two scales.
   rows: (M, tiles) -> the multiple to which tokens are padded.
+  columns: see `gradients`.
   """
   forward: Callable
   dlogits: Callable
   rows: Callable[[int, Any], int]
+  columns: Callable = columns_of
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
@@ -91,7 +107,7 @@ def backward(kernels: Kernels, hidden_BTD, head_DV, labels_BT, logsumexp_BT, g_n
   hidden_PD, *per_token = _flat(kernels, tiles, M, hidden_BTD, labels_BT, logsumexp_BT, g_nll_BT + g_logsumexp_BT,
                                 g_nll_BT)
   dlogits = lambda start, width: kernels.dlogits(hidden_PD, head_DV, tuple(per_token), start, width, tiles)
-  dhidden_PD, dhead_DV = gradients(dlogits, hidden_PD, head_DV, width_for(head_DV.shape[1]))
+  dhidden_PD, dhead_DV = gradients(dlogits, hidden_PD, head_DV, width_for(head_DV.shape[1]), kernels.columns)
   return dhidden_PD[:M].reshape(hidden_BTD.shape), dhead_DV
 
 

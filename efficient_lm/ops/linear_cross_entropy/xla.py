@@ -40,9 +40,14 @@ linear_cross_entropy.defvjp(_forward, lambda saved, g: (*backward(*saved, *g), N
 
 def _cut(tokens: tuple[int, int], V: int):
   """Forward and backward function: by tokens or by vocabulary."""
+  return BY_VOCABULARY if by_vocabulary(tokens, V) else BY_TOKENS
+
+
+def by_vocabulary(tokens: tuple[int, int], V: int) -> bool:
+  """Whether it is the vocabulary that is cut, of B x T tokens by V words."""
   mesh = jax.sharding.get_abstract_mesh()
   shared = not mesh.empty and mesh.size > 1 and len(mesh.manual_axes) < len(mesh.axis_names)
-  return BY_TOKENS if shared or tokens[0] * tokens[1] >= V else BY_VOCABULARY
+  return not shared and tokens[0] * tokens[1] < V
 
 
 def chunk_logits() -> int:
@@ -117,21 +122,18 @@ def token_chunks(B: int, T: int, V: int):
 
 def _forward_by_vocabulary(hidden_BTD, head_DV, labels_BT):
   hidden_MD, labels_M, V = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), labels_BT.reshape(-1), head_DV.shape[1]
-  width = _width(labels_M.size, V)
+  width = chunk_width(labels_M.size, V)
 
   def chunk(start, width, carry):
     maximum_M, total_M, label_M = carry
-    logits_MC = _columns(hidden_MD, head_DV, start, width)
+    logits_MC = columns(hidden_MD, head_DV, start, width)
     at_label_MC = labels_M[:, None] - start == jnp.arange(width)
     label_M += jnp.sum(jnp.where(at_label_MC, logits_MC, 0), -1)
     return *vocabulary.combine(maximum_M, total_M, jax.nn.logsumexp(logits_MC, axis=-1)), label_M
 
   zero_M = jnp.zeros(labels_M.shape, jnp.float32)
   carry = zero_M - jnp.inf, zero_M, zero_M
-  whole, rest = divmod(V, width)
-  carry = lax.fori_loop(0, whole, lambda i, carry: chunk(i * width, width, carry), carry)
-  if rest: carry = chunk(jnp.int32(V - rest), rest, carry)
-  maximum_M, total_M, label_M = carry
+  maximum_M, total_M, label_M = vocabulary.fold(V, width, chunk, carry)
   logsumexp_BT = (maximum_M + jnp.log(total_M)).reshape(labels_BT.shape)
   return logsumexp_BT - label_M.reshape(labels_BT.shape), logsumexp_BT
 
@@ -141,22 +143,23 @@ def _backward_by_vocabulary(hidden_BTD, head_DV, *others_BT):
   labels_M, logsumexp_M, g_nll_M, g_logsumexp_M = (x_BT.reshape(-1) for x_BT in others_BT)
 
   def dlogits(start, width):
-    p_MC = jnp.exp(_columns(hidden_MD, head_DV, start, width) - logsumexp_M[:, None])
+    p_MC = jnp.exp(columns(hidden_MD, head_DV, start, width) - logsumexp_M[:, None])
     at_label_MC = labels_M[:, None] - start == jnp.arange(width)
     d_MC = p_MC * (g_nll_M + g_logsumexp_M)[:, None] - jnp.where(at_label_MC, g_nll_M[:, None], 0)
     return d_MC.astype(hidden_MD.dtype)
 
-  width = _width(labels_M.size, head_DV.shape[1])
+  width = chunk_width(labels_M.size, head_DV.shape[1])
   dhidden_MD, dhead_DV = vocabulary.gradients(dlogits, hidden_MD, head_DV, width)
   return dhidden_MD.reshape(hidden_BTD.shape), dhead_DV
 
 
-def _columns(hidden_MD, head_DV, start, width: int):
+def columns(hidden_MD, head_DV, start, width: int):
+  """Float32 logits_MC of the columns start … start + width - 1."""
   head_DC = lax.dynamic_slice_in_dim(head_DV, start, width, axis=1)
   return jnp.dot(hidden_MD, head_DC, preferred_element_type=jnp.float32)
 
 
-def _width(M: int, V: int) -> int:
+def chunk_width(M: int, V: int) -> int:
   """Columns of a chunk: as many as a chunk of logits allows, in multiples of 128."""
   return min(V, max(128, chunk_logits() // M // 128 * 128))
 

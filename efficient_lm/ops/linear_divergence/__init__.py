@@ -21,8 +21,13 @@ Divergences, by `kind`:
 All are in nats, float32, per token, and differentiable in the student's hidden and head alone. None is multiplied with
 temperature^2: that is a loss's business.
 """
-from efficient_lm.ops import dispatch
+from efficient_lm.lazy import lazy
+from efficient_lm.ops import dispatch, mosaic
+from efficient_lm.ops.linear_cross_entropy import limits
 from efficient_lm.ops.linear_divergence import reference, xla
+
+pallas_gpu = lazy('efficient_lm.ops.linear_divergence.pallas_gpu')
+pallas_tpu = lazy('efficient_lm.ops.linear_divergence.pallas_tpu')
 
 KINDS = ('forward_kl', 'reverse_kl', 'jensen_shannon')
 
@@ -35,7 +40,7 @@ def linear_divergence(hidden_BTD, head_DV, teacher_hidden_BTE, teacher_head_EV, 
     hidden_BTD, head_DV: the student's, in one dtype. The gradient by its logits is rounded to it before it is multiplied.
     teacher_hidden_BTE, teacher_head_EV: in a dtype of their own.
     kind, beta: see the module.
-    implementation: 'auto', 'xla' or 'reference'.
+    implementation: 'auto', 'pallas_gpu' (Hopper), 'pallas_tpu', 'xla' or 'reference'.
   """
   _check(kind, beta, temperature)
   if head_DV.shape[1] != teacher_head_EV.shape[1]:
@@ -81,7 +86,13 @@ def _check(kind: str, beta: float, temperature: float):
 
 
 def _table(name: str):
-  return {'xla': dispatch.Implementation(getattr(xla, name)), 'reference': dispatch.Implementation(getattr(reference, name))}
+  # What limits a kernel are the student's arrays, as those of the cross-entropy: they alone are multiplied there.
+  return {
+    'pallas_gpu': mosaic.kernel(pallas_gpu, name, 'hopper', limits.gpu),
+    'pallas_tpu': mosaic.kernel(pallas_tpu, name, 'tpu', limits.tpu),
+    'xla': dispatch.Implementation(getattr(xla, name)),
+    'reference': dispatch.Implementation(getattr(reference, name)),
+  }
 
 
 IMPLEMENTATIONS = _table('linear_divergence')

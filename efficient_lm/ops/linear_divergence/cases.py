@@ -1,5 +1,6 @@
 """Inputs on which every implementation of the divergences must agree, for tests and benchmarks."""
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,13 +9,14 @@ import jax.numpy as jnp
 from efficient_lm.ops import linear_divergence as op
 
 TEMPERATURE = 2.0
+BETA = 0.3
 LISTED = 8   # tokens of a teacher that are listed or drawn, at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
   """tokens: (B, T); dims: widths of student and teacher; signal: 'dense', 'top_k' or 'sampled'; logits: their deviation;
-  of: 'forward' or 'backward'."""
+  of: 'forward', or 'both' passes, as training runs them: where a pass saves what the other one needs is not told apart."""
   tokens: tuple[int, int]
   dims: tuple[int, int]
   vocab: int
@@ -25,7 +27,7 @@ class Case:
   of: str = 'forward'
 
   def arguments(self):
-    """hidden_BTD, head_DV and the teacher's two arrays; for the backward pass also the cotangent of the result."""
+    """hidden_BTD, head_DV and the teacher's two arrays; for both passes also the cotangent of the result."""
     *keys, ids, cotangent = jax.random.split(jax.random.key(self.tokens[1]), 6)
     draw = lambda key, *shape: jax.random.normal(key, shape)
     layer = lambda hidden, head, D: (draw(hidden, *self.tokens, D).astype(self.dtype),
@@ -33,7 +35,7 @@ class Case:
     student = layer(*keys[:2], self.dims[0])
     if self.signal == 'dense': teacher = layer(*keys[2:], self.dims[1])
     else: teacher = self._sparse(*keys[2:], ids)
-    return *student, *teacher, *((jax.random.uniform(cotangent, self.tokens),) if self.of == 'backward' else ())
+    return *student, *teacher, *((jax.random.uniform(cotangent, self.tokens),) if self.of == 'both' else ())
 
   def _sparse(self, values, counts, ids):
     listed = min(LISTED, self.vocab)
@@ -47,31 +49,29 @@ class Case:
     return ids_BTA, jax.nn.log_softmax(self.logits * jax.random.normal(values, shape)) + jnp.log(kept)
 
   def call(self, implementation: str, tiles=None):
-    """arguments -> divergence_BT, or (dhidden_BTD, dhead_DV)."""
-    assert tiles is None, 'there are no kernels of this operation, and so no tiles'
-    options = dict(temperature=TEMPERATURE, implementation=implementation)
-    if self.signal == 'sampled': run = lambda *arrays: op.linear_sampled_cross_entropy(*arrays, **options)
-    else:
-      function = {'dense': op.linear_divergence, 'top_k': op.linear_top_k_divergence}[self.signal]
-      run = lambda *arrays: function(*arrays, kind=self.kind, **options)
+    """arguments -> divergence_BT, or that and (dhidden_BTD, dhead_DV)."""
+    table = {'dense': op.IMPLEMENTATIONS, 'top_k': op.TOP_K, 'sampled': op.SAMPLED}[self.signal]
+    options = dict(temperature=TEMPERATURE) | ({} if self.signal == 'sampled' else dict(kind=self.kind, beta=BETA))
+    if tiles is not None: run = functools.partial(table[implementation].run, tiles=tiles, **options)
+    else: run = functools.partial(op.dispatch.run, 'linear_divergence', table, implementation, **options)
     if self.of == 'forward': return run
-    def backward(hidden_BTD, head_DV, first, second, g_BT):
-      _, pull = jax.vjp(lambda hidden, head: run(hidden, head, first, second), hidden_BTD, head_DV)
-      return pull(g_BT)
-    return backward
+    def both(hidden_BTD, head_DV, first, second, g_BT):
+      value_BT, pull = jax.vjp(lambda hidden, head: run(hidden, head, first, second), hidden_BTD, head_DV)
+      return value_BT, pull(g_BT)
+    return both
 
   @property
   def flops(self) -> float:
     """A product for each set of logits; backward these again, and one for each gradient."""
     B, T = self.tokens
     student, teacher = self.dims[0], self.dims[1] if self.signal == 'dense' else 0
-    return 2. * B * T * self.vocab * (student + teacher + (0 if self.of == 'forward' else 2 * student))
+    return 2. * B * T * self.vocab * (student + teacher if self.of == 'forward' else 4 * student + 2 * teacher)
 
   @property
   def bytes(self) -> float:
-    """Hidden states and heads read once; backward, as much written as the student has."""
+    """Hidden states and heads read once a pass; backward, as much written as the student has."""
     student, teacher = self.dims[0], self.dims[1] if self.signal == 'dense' else 0
-    width = teacher + student * (1 if self.of == 'forward' else 2)
+    width = student + teacher if self.of == 'forward' else 3 * student + 2 * teacher
     return float((self.tokens[0] * self.tokens[1] + self.vocab) * width * jnp.dtype(self.dtype).itemsize)
 
   @property
@@ -82,7 +82,7 @@ class Case:
     """Sums of float32 numbers in another order: 1e-5, and 2e-6 for each deviation of logits, which are known to some
     2**-24 of the largest before exp makes that relative. In bfloat16 the gradient by the logits and both results of the
     backward pass are rounded to 8 bits, 2**-8 each."""
-    return 2 ** -7 if self.dtype == jnp.bfloat16 and self.of == 'backward' else max(1e-5, 2e-6 * self.logits)
+    return 2 ** -7 if self.dtype == jnp.bfloat16 and self.of == 'both' else max(1e-5, 2e-6 * self.logits)
 
   def baselines(self):
     """All logits built, as one would write it."""
@@ -104,7 +104,7 @@ _FORWARD = {
   'certain, top 8': Case((2, 5), (16, 8), 40, 'top_k', logits=200.),
   'bfloat16': Case((2, 13), (16, 24), 50, dtype=jnp.bfloat16),
 }
-CASES = _FORWARD | {f'{name}, backward': dataclasses.replace(case, of='backward') for name, case in _FORWARD.items()}
+CASES = _FORWARD | {f'{name}, both': dataclasses.replace(case, of='both') for name, case in _FORWARD.items()}
 
 
 def bench(platform: str) -> dict[str, Case]:
@@ -113,5 +113,6 @@ def bench(platform: str) -> dict[str, Case]:
     (2, 4096), (2048, 4096), 128256, dtype=jnp.bfloat16)
   signals = {'forward KL': {}, 'Jensen-Shannon': dict(kind='jensen_shannon'), 'top 8': dict(signal='top_k'),
              'sampled': dict(signal='sampled')}
-  return {f'{name}, {of}': dataclasses.replace(case, of=of, **options)
-          for name, options in signals.items() for of in ('forward', 'backward')}
+  # Forward alone, Jensen-Shannon is plain JAX's everywhere.
+  return {f'{name}, {of}': dataclasses.replace(case, of=of, **options) for name, options in signals.items()
+          for of in ('forward', 'both') if (name, of) != ('Jensen-Shannon', 'forward')}

@@ -1,27 +1,44 @@
-"""The divergences in chunks of tokens: logits of student and teacher are built once in each pass and never kept.
+"""The divergences in plain JAX: logits are built once forward and once again backward, in chunks, and never kept.
 
-A token's divergence is a function of its own logits, so a chunk of tokens is differentiated as it is, with the equations
-of the reference; the gradient by its logits is multiplied at once, and that of head added up in float32. Memory is that of
-a few arrays as large as a chunk of logits. Chunks cut T and leave B and V whole, as those of the cross-entropy do where
-devices share the arrays.
+Forward, chunks are of tokens: all is known of a token that has all its logits (tokens.py). Backward, chunks of tokens
+would accumulate the gradient of head, D x V in float32, for each of them, and chunks of the vocabulary (vocabulary.py) that
+of hidden: the smaller of both is taken, as for the cross-entropy. What a teacher lists is gathered from all logits of a
+token, so those signals know chunks of tokens alone.
 """
-import functools
-
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from efficient_lm.ops.linear_cross_entropy.xla import gradients_of_product, product, token_chunks
-from efficient_lm.ops.linear_divergence.reference import divergence
+from efficient_lm.ops.linear_cross_entropy import xla
+from efficient_lm.ops.linear_divergence import equations, vocabulary
+from efficient_lm.ops.linear_divergence.equations import Measure
+from efficient_lm.ops.linear_divergence.tokens import over_tokens
 
 
 def linear_divergence(hidden_BTD, head_DV, teacher_hidden_BTE, teacher_head_EV, *, kind, beta, temperature):
   """See the API."""
+  arrays = hidden_BTD, head_DV, teacher_hidden_BTE, teacher_head_EV
+  if xla.by_vocabulary(hidden_BTD.shape[:2], head_DV.shape[1]):
+    return vocabulary.linear_divergence(CHUNKS, *arrays, kind=kind, beta=beta, temperature=temperature)
+  return by_tokens(*arrays, measure=Measure(kind, beta, temperature))
+
+
+def by_tokens(hidden_BTD, head_DV, teacher_hidden_BTE, teacher_head_EV, measure: Measure):
+  """The divergence with chunks of tokens in both passes."""
   def of_logits(logits_BTV, teacher_hidden_BTE, teacher_head_EV):
-    log_q_BTV = jax.nn.log_softmax(logits_BTV / temperature, axis=-1)
-    log_p_BTV = jax.nn.log_softmax(product(teacher_hidden_BTE, teacher_head_EV) / temperature, axis=-1)
-    return divergence(log_p_BTV, log_q_BTV, kind, beta)
+    return equations.statistics(measure, logits_BTV, xla.product(teacher_hidden_BTE, teacher_head_EV))[0]
   return over_tokens(of_logits, hidden_BTD, head_DV, (teacher_hidden_BTE,), (teacher_head_EV,))
+
+
+def _dlogits(measure, hidden_MD, head_DV, other_MC, per_token, start, tiles):
+  logits_MC = xla.columns(hidden_MD, head_DV, start, other_MC.shape[1])
+  d_MC = equations.slope(measure, logits_MC, other_MC, *(x_M[:, None] for x_M in per_token))
+  return d_MC.astype(hidden_MD.dtype)
+
+
+def _width(M: int, V: int) -> int: return xla.chunk_width(M, V)
+
+
+CHUNKS = vocabulary.Kernels(sweep=None, dlogits=_dlogits, width=_width)
 
 
 def linear_top_k_divergence(hidden_BTD, head_DV, ids_BTA, logprobs_BTA, *, kind, beta, temperature):
@@ -30,13 +47,9 @@ def linear_top_k_divergence(hidden_BTD, head_DV, ids_BTA, logprobs_BTA, *, kind,
     logits_BTV /= temperature
     logsumexp_BT1 = jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
     log_q_BTA = jnp.take_along_axis(logits_BTV, ids_BTA, axis=-1) - logsumexp_BT1
-    if ids_BTA.shape[-1] == head_DV.shape[1]: return divergence(log_p_BTA, log_q_BTA, kind, beta)
     others_BTV = jnp.put_along_axis(logits_BTV, ids_BTA, -jnp.inf, axis=-1, inplace=False)
-    others_BT1 = jax.nn.logsumexp(others_BTV, axis=-1, keepdims=True) - logsumexp_BT1
-    # log(1 - sum p), of a sum that rounding may carry past 1.
-    left_BT1 = -jnp.expm1(jnp.minimum(jax.nn.logsumexp(log_p_BTA, axis=-1, keepdims=True), 0))
-    return divergence(jnp.concatenate([log_p_BTA, jnp.log(left_BT1)], -1),
-                      jnp.concatenate([log_q_BTA, others_BT1], -1), kind, beta)
+    others_BT = jax.nn.logsumexp(others_BTV, axis=-1) - logsumexp_BT1[..., 0]
+    return equations.top_k(log_p_BTA, log_q_BTA, others_BT, Measure(kind, beta), head_DV.shape[1])
   return over_tokens(of_logits, hidden_BTD, head_DV, (ids_BTA, logprobs_BTA.astype(jnp.float32)), ())
 
 
@@ -45,50 +58,5 @@ def linear_sampled_cross_entropy(hidden_BTD, head_DV, ids_BTA, counts_BTA, *, te
   def of_logits(logits_BTV, ids_BTA, counts_BTA):
     logits_BTV /= temperature
     log_q_BTA = jnp.take_along_axis(logits_BTV, ids_BTA, axis=-1) - jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
-    return -jnp.sum(counts_BTA * log_q_BTA, axis=-1) / jnp.maximum(jnp.sum(counts_BTA, axis=-1), 1)
+    return equations.sampled(counts_BTA, log_q_BTA)
   return over_tokens(of_logits, hidden_BTD, head_DV, (ids_BTA, counts_BTA.astype(jnp.float32)), ())
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def over_tokens(of_logits, hidden_BTD, head_DV, per_token: tuple, whole: tuple):
-  """of_logits(hidden @ head, *per_token, *whole)_BT in chunks of tokens. Differentiable in hidden and head alone.
-
-  Args:
-    of_logits: logits_BTV, float32, and the rest -> values_BT; closes over no array.
-    per_token: arrays (B, T, ...) that are cut with the tokens.
-    whole: arrays that are not.
-  """
-  def chunk(_, inputs):
-    hidden_BTD, *per_token = inputs
-    return None, of_logits(product(hidden_BTD, head_DV), *per_token, *whole)
-
-  split, join = token_chunks(*hidden_BTD.shape[:2], head_DV.shape[1])
-  _, values = lax.scan(chunk, None, tuple(_split(split, x) for x in (hidden_BTD, *per_token)))
-  return join(values)
-
-
-def _forward(of_logits, hidden_BTD, head_DV, per_token, whole):
-  return over_tokens(of_logits, hidden_BTD, head_DV, per_token, whole), (hidden_BTD, head_DV, per_token, whole)
-
-
-def _backward(of_logits, saved, g_BT):
-  hidden_BTD, head_DV, per_token, whole = saved
-
-  def chunk(dhead_DV, inputs):
-    hidden_BTD, g_BT, *per_token = inputs
-    _, pull = jax.vjp(lambda logits_BTV: of_logits(logits_BTV, *per_token, *whole), product(hidden_BTD, head_DV))
-    dhidden_BTD, more_DV = gradients_of_product(hidden_BTD, head_DV, *pull(g_BT))
-    return dhead_DV + more_DV, dhidden_BTD.astype(hidden_BTD.dtype)
-
-  split, join = token_chunks(*g_BT.shape, head_DV.shape[1])
-  inputs = _split(split, hidden_BTD), split(g_BT), *(_split(split, x) for x in per_token)
-  dhead_DV, dhidden = lax.scan(chunk, jnp.zeros(head_DV.shape, jnp.float32), inputs)
-  return join(dhidden), dhead_DV.astype(head_DV.dtype), None, None
-
-
-over_tokens.defvjp(_forward, _backward)
-
-
-def _split(split, x):
-  # Not with zeros: they are no distribution, and what is infinite in the padding is NaN in the gradient.
-  return split(x, mode='edge')

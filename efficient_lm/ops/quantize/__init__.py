@@ -68,7 +68,7 @@ def quantize_cache(x_BKSH, *, bits: int = 8, group: int = 1):
 
 IMPLEMENTATIONS = {
   'pallas_tpu': mosaic.kernel(pallas_tpu, 'quantize', 'tpu'),
-  'pallas_gpu': mosaic.kernel(pallas_gpu, 'quantize', 'hopper'),
+  'pallas_gpu': mosaic.kernel(pallas_gpu, 'quantize', ('hopper', 'blackwell')),
   'xla': dispatch.Implementation(xla.quantize),
   'reference': dispatch.Implementation(reference.quantize),
 }

@@ -93,4 +93,5 @@ def bench(platform: str) -> dict[str, Case]:
     f'plain, {M} x {F}': Case(M, F, dtype=dtype),
     f'rotated by 128, {M} x {D}': Case(M, D, hadamard=128, dtype=dtype),
     f'rotated by 512, {M} x {F}': Case(M, F, hadamard=512, dtype=dtype),
+    f'normalised, rotated, to float8, {M} x {D}': Case(M, D, True, 128, jnp.float8_e4m3fn, dtype),
   }

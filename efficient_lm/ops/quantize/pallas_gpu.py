@@ -1,7 +1,10 @@
-"""Quantization of rows on Hopper: a row is read once, stays in the registers of a warpgroup, and is written once as bytes.
+"""Quantization of rows on Hopper and later: a row is read once, stays in the registers of a warpgroup, and is written once
+as bytes. Rows come through a ring of copies (TMA), so that some are under way while one is worked on.
 
-Rows come through a ring of copies (TMA), so that some are under way while one is worked on. Rotations are left to XLA: a
-warpgroup has no cheap way to add numbers that different threads hold, and a tensor core wants 64 rows, which do not fit.
+A Hadamard product of n = f1 f2 … fp numbers is p passes (H_ab = H_a ⊗ H_b), each of sums and differences among f numbers
+that one thread holds; between passes the row changes hands through shared memory. log2(n) additions a number in float32, no
+tensor core: bfloat16 products of a float32 row would take three parts, and 64 rows of a block that a row does not have. The
+error of a rotated number is that of log2(n) additions. Numbers of 16 bits are read two, and bytes written four, to a word.
 """
 import functools
 import math
@@ -13,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from efficient_lm.ops.quantize.grid import SMALLEST, largest
-from efficient_lm.ops.quantize.tiles import GpuTiles, gpu_tiles_for
+from efficient_lm.ops.quantize.tiles import SHARED_MEMORY, GpuTiles, factors_for, gpu_tiles_for, padded, shared_memory
 
 # Registers of a thread hold the row in float32, 128 numbers at most, beside the rest.
 LONGEST = 16384
@@ -24,8 +27,12 @@ def refuses(x_MD, *, norm_D=None, hadamard=None, **_) -> str:
   """Why this kernel cannot take these arguments, or ''."""
   D = x_MD.shape[1]
   if not hasattr(plgpu, 'InterpretGPUParams'): return 'needs jax 0.11'
-  if hadamard is not None: return 'it has no Hadamard product'
   if D % 512 or D > LONGEST: return f'rows of {D} numbers: must be a multiple of 512, at most {LONGEST}'
+  if hadamard is None: return ''
+  factors = factors_for(D, hadamard, x_MD.dtype.itemsize)
+  if not factors: return f'no passes of a warpgroup for Hadamard blocks of {hadamard} in rows of {D} numbers'
+  tiles = gpu_tiles_for(x_MD.shape[0], D, x_MD.dtype.itemsize)
+  if shared_memory(tiles, D, x_MD.dtype.itemsize, factors) > SHARED_MEMORY: return f'a row of {D} numbers does not fit'
   return ''
 
 
@@ -33,6 +40,7 @@ def quantize(x_MD, *, dtype, norm_D=None, eps: float = 1e-6, hadamard: int | Non
   """See the API."""
   M, D = x_MD.shape
   tiles = tiles or gpu_tiles_for(M, D, x_MD.dtype.itemsize)
+  if hadamard is not None: return _rotated(x_MD, norm_D, dtype, eps, factors_for(D, hadamard, x_MD.dtype.itemsize), tiles)
   row = (D // LINE, LINE)
   operands = [x_MD.reshape(M, *row)]
   if norm_D is not None: operands.append(norm_D.astype(jnp.float32).reshape(row))
@@ -42,7 +50,7 @@ def quantize(x_MD, *, dtype, norm_D=None, eps: float = 1e-6, hadamard: int | Non
     functools.partial(_kernel, tiles=tiles, eps=eps, normalised=norm_D is not None, dtype=dtype),
     out_type=(jax.ShapeDtypeStruct((M, *row), dtype), jax.ShapeDtypeStruct((M,), jnp.float32)),
     grid=(pl.cdiv(M, tiles.rows),), grid_names=('rows',), scratch_types=scratch,
-    compiler_params=plgpu.CompilerParams(),
+    compiler_params=plgpu.CompilerParams(), kernel_name='quantize',
   )(*operands)
   return values.reshape(M, D), scale_M
 
@@ -81,3 +89,120 @@ def _kernel(x_ref, *refs, tiles: GpuTiles, eps: float, normalised: bool, dtype, 
 
   lax.fori_loop(0, count, row, None)
   plgpu.wait_smem_to_gmem(0)
+
+
+def _rotated(x_MD, norm_D, dtype, eps: float, factors: tuple[int, ...], tiles: GpuTiles):
+  """A row as (blocks, f1, …, fp); in words of int32, it is (blocks, f1, …, fp / 2) if its numbers have 16 bits, and (blocks,
+  f1, …, fp / 4) of the result."""
+  (M, D), size = x_MD.shape, math.prod(factors)
+  pairs = x_MD.dtype.itemsize == 2
+  row = (D // size, *factors)
+  words = lambda count: (*row[:-1], factors[-1] // count)
+  x = x_MD.reshape(M, *row)
+  if pairs: x = lax.bitcast_convert_type(x.reshape(M, *words(2), 2), jnp.int32)
+  operands = [x]
+  if norm_D is not None: operands.append(norm_D.astype(jnp.float32).reshape(words(2) + (2,) if pairs else row))
+  scratch = dict(x=plgpu.SMEM((tiles.stages, *x.shape[1:]), x.dtype), values=plgpu.SMEM((2, *words(4)), jnp.int32),
+                 z=plgpu.SMEM(padded(row), jnp.float32), barriers=plgpu.Barrier(num_barriers=tiles.stages))
+  values, scale_M = plgpu.kernel(
+    functools.partial(_rotated_kernel, factors=factors, tiles=tiles, eps=eps, normalised=norm_D is not None, dtype=dtype),
+    out_type=(jax.ShapeDtypeStruct((M, *words(4)), jnp.int32), jax.ShapeDtypeStruct((M,), jnp.float32)),
+    grid=(pl.cdiv(M, tiles.rows),), grid_names=('rows',), scratch_types=scratch,
+    compiler_params=plgpu.CompilerParams(), kernel_name='quantize_rotated',
+  )(*operands)
+  return lax.bitcast_convert_type(values, dtype).reshape(M, D), scale_M
+
+
+def _rotated_kernel(x_ref, *refs, factors: tuple[int, ...], tiles: GpuTiles, eps: float, normalised: bool, dtype, x, z,
+                    values, barriers):
+  *norm, values_ref, scale_ref = refs
+  M, stages, size = x_ref.shape[0], tiles.stages, math.prod(factors)
+  D = x_ref.shape[1] * size
+  first = lax.axis_index('rows') * tiles.rows
+  count = jnp.minimum(M - first, tiles.rows)
+
+  def fetch(i):
+    slot = lax.rem(i, stages)
+    pl.when(i < count)(lambda: plgpu.copy_gmem_to_smem(x_ref.at[first + i], x.at[slot], barriers.at[slot]))
+
+  for i in range(stages): fetch(jnp.int32(i))
+
+  def row(i, _):
+    slot, out = lax.rem(i, stages), lax.rem(i, 2)
+    plgpu.barrier_wait(barriers.at[slot])
+    squares = _first_pass(x.at[slot], norm, z, factors)
+    for axis in range(2, len(factors)): _middle_pass(z, factors, axis)
+    y, absmax = _last_pass(z, factors, x.dtype == jnp.int32)
+    unit = size ** -.5
+    if normalised: unit *= lax.rsqrt(squares * (1 / D) + eps)
+    scale = jnp.maximum(absmax * unit, SMALLEST) * (1 / largest(dtype))
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+    packed = values.at[out]
+    for word in range(factors[-1] // 4):
+      packed[..., pl.ds(word, 1)] = _word(y[4 * word:4 * word + 4], unit / scale, dtype)
+    scale_ref[first + i] = scale
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(packed, values_ref.at[first + i])
+    fetch(i + stages)
+
+  lax.fori_loop(0, count, row, None)
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _load(ref):
+  """Into registers, consecutive numbers in consecutive threads."""
+  return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED(ref.shape, vec_size=1))
+
+
+def _butterflies(y: list) -> list:
+  """The Hadamard product along the list: H_2m = [[H_m, H_m], [H_m, -H_m]]."""
+  if len(y) == 1: return y
+  half = len(y) // 2
+  low, high = y[:half], y[half:]
+  return (_butterflies([a + b for a, b in zip(low, high)]) + _butterflies([a - b for a, b in zip(low, high)]))
+
+
+def _first_pass(x, norm, z, factors):
+  """Rotates along f1 on the way from x to z, where the first of each pair is in the first half of fp. Returns the sum of
+  squares of x if it is to be normalised; the factor that follows from it is applied at the end."""
+  pairs, squares = x.dtype == jnp.int32, 0.
+  words = [_load(x.at[:, j]) for j in range(factors[0])]
+  for parity in range(1 + pairs):
+    if not pairs: y = words
+    # The upper 16 bits of a float32 are a bfloat16.
+    else: y = [lax.bitcast_convert_type(word & jnp.int32(-65536) if parity else word << 16, jnp.float32) for word in words]
+    if norm:
+      squares = sum((one * one for one in y), squares)
+      y = [one * _load(norm[0].at[(slice(None), j, ..., *[parity] * pairs)]) for j, one in enumerate(y)]
+    width = factors[-1] // (1 + pairs)
+    for j, one in enumerate(_butterflies(y)): z[:, j, ..., pl.ds(parity * width, width)] = one
+  plgpu.commit_smem()
+  return jnp.sum(squares) if norm else None
+
+
+def _middle_pass(z, factors, axis: int):
+  """Rotates z along a factor in the middle, in place."""
+  at = lambda j: (slice(None), pl.ds(0, factors[0]), *[slice(None)] * (axis - 2), j, ..., pl.ds(0, factors[-1]))
+  y = _butterflies([_load(z.at[at(j)]) for j in range(factors[axis - 1])])
+  for j, one in enumerate(y): z[at(j)] = one
+  plgpu.commit_smem()
+
+
+def _last_pass(z, factors, pairs: bool):
+  """Rotates along fp: a list of fp arrays (blocks, f1, …, 1), and the largest magnitude."""
+  width = factors[-1]
+  places = [j // 2 + j % 2 * (width // 2) if pairs else j for j in range(width)]
+  y = _butterflies([_load(z.at[:, pl.ds(0, factors[0]), ..., pl.ds(place, 1)]) for place in places])
+  return y, jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, y)))
+
+
+def _word(y: list, factor, dtype):
+  """Four numbers, times the factor, as the bytes of an int32, the first in the lowest. None is larger than the largest value
+  by more than roundings, which rounding to it takes away."""
+  if dtype == jnp.int8:
+    # The last bit of a float32 of this size is 1, so the addition rounds, to even, and the integer is in the lowest byte.
+    codes = [lax.bitcast_convert_type(one * factor + 1.5 * 2 ** 23, jnp.int32) for one in y]
+  else:
+    codes = [lax.bitcast_convert_type((one * factor).astype(dtype), jnp.int8).astype(jnp.int32) for one in y]
+  byte = [code & 255 for code in codes[:3]] + codes[3:]
+  return byte[0] | byte[1] << 8 | byte[2] << 16 | byte[3] << 24

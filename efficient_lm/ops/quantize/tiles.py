@@ -1,5 +1,7 @@
 """Sizes of the pieces that the kernels of quantization work on. Nothing here was measured on a device yet."""
 import dataclasses
+import itertools
+import math
 
 SHARED_MEMORY = 227 * 1024   # bytes a block of threads may have on Hopper
 VMEM = 12 * 2 ** 20   # bytes of a TPU core's VMEM that a kernel may fill, of the 16 MiB that every generation grants
@@ -34,9 +36,27 @@ def candidates(platform: str, D: int, itemsize: int) -> list[TpuTiles | GpuTiles
   return [tiles for tiles in every if shared_memory(tiles, D, itemsize) <= SHARED_MEMORY]
 
 
-def shared_memory(tiles: GpuTiles, D: int, itemsize: int) -> int:
-  """Bytes of shared memory that the GPU kernel takes: rows in flight, two rows of values, and 8 KiB for the rest."""
-  return D * (tiles.stages * itemsize + 2) + 8192
+def factors_for(D: int, hadamard: int, itemsize: int) -> tuple[int, ...]:
+  """Factors of a Hadamard block for the passes of the GPU kernel, as few as can be; () if there are none. Each leaves as
+  many numbers as a warpgroup has threads, or a multiple; the last is 16, the least bytes that rows of a copy may have."""
+  for passes in (1, 2):
+    for factors in itertools.combinations_with_replacement((2, 4, 8, 16), passes):
+      numbers = D // factors[0] * itemsize // 4   # that are loaded at a time: words, from which the first pass makes numbers
+      if math.prod(factors) * 16 == hadamard and numbers % 128 == D // 16 % 128 == 0: return *factors, 16
+  return ()
+
+
+def padded(row: tuple[int, ...]) -> tuple[int, ...]:
+  """(blocks, f1, …, fp) with one more in f1 and fp: neighbouring threads then use different banks of shared memory."""
+  blocks, first, *middle, last = row
+  return blocks, first + 1, *middle, last + 1
+
+
+def shared_memory(tiles: GpuTiles, D: int, itemsize: int, factors: tuple[int, ...] = ()) -> int:
+  """Bytes of shared memory that the GPU kernel takes: rows in flight, two rows of values, one of float32 that is being
+  rotated, and 8 KiB for the rest."""
+  rotated = 4 * math.prod(padded((D // math.prod(factors), *factors))) if factors else 0
+  return D * (tiles.stages * itemsize + 2) + rotated + 8192
 
 
 def tpu_tiles_for(M: int, D: int, itemsize: int) -> TpuTiles:

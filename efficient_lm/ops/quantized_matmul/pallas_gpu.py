@@ -5,8 +5,9 @@ Three kernels, chosen by the number of rows and by what is multiplied.
 Few rows (up to 64): bound by reading the weight. Its outputs are the 64 rows of the tensor core's instruction and the rows
 of x its 8 to 64 columns, so that nothing of the instruction is wasted on rows that are not there. A block owns 64 outputs
 and a part of the inputs; blocks are small, so that several share a multiprocessor and one waits for memory while another
-works, and there are at least as many as multiprocessors. Parts are summed by XLA, in float32 or int32. Packed numbers are
-widened in registers.
+works, and there are at least as many as multiprocessors. Without parts that is all that is launched, if x is not rounded:
+missing rows are zeros that the copies put in; parts are summed by XLA, in float32 or int32, which is one launch more. Packed
+numbers are widened in registers.
 
 Many rows, rounded: bound by the tensor cores. Persistent blocks of two warpgroups that multiply and one that copies, over
 tiles in an order that keeps operands in the L2 cache; copying runs ahead across tiles, so that it goes on while results are
@@ -142,36 +143,48 @@ def _plane(packed, p: int, bits: int):
 
 
 def _few_rows(x_MK, w: QuantizedMatrix, activations: str | None, tiles: FewTiles):
-  """Partial sums of each part of the inputs, for all rows; then XLA adds, scales and transposes them."""
+  """One kernel, or one that leaves partial sums of each part of the inputs, which XLA adds up, scales and transposes."""
   if activations and w.bits < 8: return _few_packed_rows(x_MK, w, tiles)
   (M, K), N = x_MK.shape, w.shape[0]
   rows = max(8, 1 << (M - 1).bit_length())
-  if activations is None: operands, sums = [x_MK, _stored(w), w.scale_QN.astype(jnp.float32)], jnp.float32
+  if activations is None:
+    operands, sums = [x_MK, _stored(w)], jnp.float32
+    # The copies put in the rows that are missing, but not in the middle of eight.
+    if M > 8 and M % 8: operands[0] = jnp.pad(x_MK, ((0, -M % 8), (0, 0)))
   else:
-    q_MK, scale_M1 = quantize_rows(x_MK, jnp.dtype(activations))
+    q_MK, scale_M1 = quantize_rows(jnp.pad(x_MK, ((0, rows - M), (0, 0))), jnp.dtype(activations))
     operands, sums = [q_MK, w.values], jnp.int32 if activations == 'int8' else jnp.float32
-  operands[0] = jnp.pad(operands[0], ((0, rows - M), (0, 0)))
-  grouped = activations is None and w.group != K
-  if activations is None and not grouped: operands.pop()
-  body = functools.partial(_few_rows_kernel, rows=rows, inputs=K, tiles=tiles, group=w.group if grouped else None)
-  parts_SNM = plgpu.kernel(
-    body, out_type=jax.ShapeDtypeStruct((tiles.parts, N, rows), sums), grid=(N // OUTPUTS, tiles.parts),
+  grouped, finish = activations is None and w.group != K, tiles.parts == 1
+  if grouped: operands.append(w.scale_QN.astype(jnp.float32))
+  elif finish: operands.append(w.scale_QN[0].astype(jnp.float32))
+  if finish and activations: operands.append(scale_M1[:, 0])
+  body = functools.partial(_few_rows_kernel, rows=rows, inputs=K, tiles=tiles, group=w.group if grouped else None, sums=sums)
+  shape = (M if M <= 8 else -(-M // 8) * 8, N) if finish else (tiles.parts, N, rows)
+  found = plgpu.kernel(
+    body, out_type=jax.ShapeDtypeStruct(shape, x_MK.dtype if finish else sums), grid=(N // OUTPUTS, tiles.parts),
     grid_names=('outputs', 'part'), kernel_name=f'quantized_matmul_few_w{w.bits}',
+    scratch_types=[plgpu.SMEM((rows, OUTPUTS), x_MK.dtype, transforms=_swizzled(OUTPUTS, x_MK.dtype))] if finish else [],
   )(*operands)
-  y_NM = jnp.sum(parts_SNM, axis=0)[:, :M].astype(jnp.float32)
+  if finish: return found[:M]
+  y_NM = jnp.sum(found, axis=0)[:, :M].astype(jnp.float32)
   if not grouped: y_NM *= w.scale_QN[0, :, None]
-  return (y_NM.T if activations is None else y_NM.T * scale_M1).astype(x_MK.dtype)
+  return (y_NM.T if activations is None else y_NM.T * scale_M1[:M]).astype(x_MK.dtype)
 
 
-def _few_rows_kernel(x_gmem, w_gmem, *refs, rows: int, inputs: int, tiles: FewTiles, group: int | None):
-  """64 outputs of one part of the inputs. refs: scales (Q, N), if they are by group, and the sums (parts, N, rows)."""
-  *scale_gmem, y_gmem = refs
+def _few_rows_kernel(x_gmem, w_gmem, *refs, rows: int, inputs: int, tiles: FewTiles, group: int | None, sums):
+  """64 outputs of one part of the inputs.
+
+  refs: scales (Q, N), if they are by group; of a single part, those of outputs otherwise, and of rows if they have some, the
+  result (M, N) and shared memory for a piece of it; of several, their sums (parts, N, rows).
+  """
+  scale_gmem, others = ([refs[0]], refs[1:]) if group else ([], refs)
   n, part = lax.axis_index('outputs'), lax.axis_index('part')
   steps = inputs // tiles.K // tiles.parts
   chunk = min(group or tiles.K, tiles.K)
   first = part * steps
+  top = 0 * n   # not known beforehand: a fixed slice may not reach past the last row, where copies find zeros
   specs = [
-    plgpu.BlockSpec((rows, tiles.K), lambda k: (0, first + k), transforms=_swizzled(chunk, x_gmem.dtype)),
+    plgpu.BlockSpec((rows, tiles.K), lambda k: (top, first + k), transforms=_swizzled(chunk, x_gmem.dtype)),
     plgpu.BlockSpec((OUTPUTS, tiles.K), lambda k: (n, first + k), transforms=_swizzled(chunk, w_gmem.dtype))]
   if group:
     specs.append(plgpu.BlockSpec((tiles.K // chunk, OUTPUTS), lambda k: ((first + k) * tiles.K // max(group, tiles.K), n)))
@@ -180,13 +193,29 @@ def _few_rows_kernel(x_gmem, w_gmem, *refs, rows: int, inputs: int, tiles: FewTi
   step = functools.partial(_few_rows_step, chunk=chunk, rows=rows)
   if group:
     zeros = plgpu.layout_cast(jnp.zeros((OUTPUTS, rows), jnp.float32), WGMMA)
-    sums = pipeline(step, init_carry=zeros)(x_gmem, w_gmem, *scale_gmem)
+    y_NM = pipeline(step, init_carry=zeros)(x_gmem, w_gmem, *scale_gmem)
   else:
     def accumulate(acc):
       pipeline(functools.partial(step, acc=acc))(x_gmem, w_gmem)
       return acc[...]
-    sums = pl.run_scoped(accumulate, plgpu.ACC((OUTPUTS, rows), y_gmem.dtype))
-  y_gmem[part, pl.ds(n * OUTPUTS, OUTPUTS)] = sums
+    y_NM = pl.run_scoped(accumulate, plgpu.ACC((OUTPUTS, rows), sums))
+  outputs = pl.ds(n * OUTPUTS, OUTPUTS)
+  if tiles.parts > 1: others[0][part, outputs] = y_NM
+  else: _finish_few(y_NM.astype(jnp.float32), *others, outputs, top)
+
+
+def _finish_few(y_NM, *refs):
+  """Scales and stores the rows that there are. refs: scales of outputs and of rows, if left to do, then the result, shared
+  memory, the slice of the outputs and the first row."""
+  *scales, y_gmem, y_smem, outputs, top = refs
+  if scales: y_NM *= lax.broadcast_in_dim(_row(scales[0].at[outputs]), y_NM.shape, [0])
+  if len(scales) > 1:
+    scale_M = plgpu.load(scales[1], layout=WGMMA.reduce(0), optimized=False)
+    y_NM *= lax.broadcast_in_dim(scale_M, y_NM.shape, [1])
+  y_smem.T[...] = plgpu.layout_cast(y_NM.astype(y_smem.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(y_smem, y_gmem.at[pl.ds(top, y_smem.shape[0]), outputs])
+  plgpu.wait_smem_to_gmem(0)
 
 
 def _few_rows_step(_, x_smem, w_smem, *refs, chunk: int, rows: int, acc=None):

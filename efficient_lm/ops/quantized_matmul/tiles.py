@@ -73,9 +73,10 @@ class FewTiles:
   stages: int = 4
 
   def shared(self, rows: int, w: QuantizedMatrix, rounded: bool) -> int:
-    """Bytes of shared memory: stages of both operands and of scales."""
+    """Bytes of shared memory: stages of both operands and of scales, and the result of a single part."""
     scales = 0 if w.group == w.shape[1] else max(self.K // w.group, 1) * 64 * 4
-    return self.stages * (self.K * (64 * w.bits + rows * (8 if rounded else 16)) // 8 + scales)
+    result = rows * 64 * 2 if self.parts == 1 else 0
+    return self.stages * (self.K * (64 * w.bits + rows * (8 if rounded else 16)) // 8 + scales) + result
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,91 @@
+"""Which weight deserves how many bits: the harm that each does by itself, and formats for all under a budget of bytes.
+
+Harm is the divergence of the next-token distribution from the float model's, with that one weight rounded to nearest and all
+else float; it is taken to add up, which holds while it is small. The plan is a tuple of rules to be pasted into a config:
+
+  found = sensitivities(model, batches, formats=(Int(bits=2, scales=g), Int(bits=4, scales=g), Int()))
+  print(pasted(choose(found, budget=500_000)))
+"""
+import dataclasses
+import math
+import re
+from typing import Any
+
+from efficient_lm import rules
+from efficient_lm.lazy import lazy
+from efficient_lm.rules import Rule
+from efficient_lm.techniques.calibration import EMPTY, compiled
+
+jax = lazy('jax')
+jnp = lazy('jax.numpy')
+losses = lazy('efficient_lm.losses')
+quantized = lazy('efficient_lm.quantized')
+rotation = lazy('efficient_lm.rotation')
+tree = lazy('efficient_lm.tree')
+weights = lazy('efficient_lm.weights')
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+  """A weight (of all layers of its stack) in a format: bytes as stored; `sqnr`, signal to quantization noise of the weight
+  itself, in dB; `divergence`, KL(float || rounded) of the model's output, in nats a token."""
+  path: str
+  format: Any
+  num_bytes: int
+  sqnr: float
+  divergence: float
+
+
+def sensitivities(model, batches, formats, where: str = rules.LAYERS) -> list[Sensitivity]:
+  """Of each weight whose path matches `where`, in each format. Raises ValueError if no weight does, or there is no batch."""
+  batches, found = list(batches), []
+  if not batches: raise ValueError(EMPTY)
+  chosen = list(tree.select(model, weights.Weight, where))
+  if not chosen: tree.rewrite(model, weights.Weight, lambda _, weight: weight, where)   # says what there is
+  for path, weight in chosen:
+    for format in formats:
+      inner, noise = compiled(_rounded, static_argnames='format')(rotation.innermost(weight), format=format)
+      changed = tree.rewrite(model, weights.Weight, lambda at, old, path=path, weight=weight, inner=inner: (
+        rotation.within(weight, lambda _: inner) if at == path else old))
+      divergence = sum(float(compiled(_divergence)(model, changed, batch)) for batch in batches) / len(batches)
+      size = tree.num_bytes(jax.eval_shape(lambda weight, format=format: quantized.quantized(weight, format),
+                                           rotation.innermost(weight)))
+      found.append(Sensitivity(path, format, size, -10 * math.log10(max(float(noise), 1e-30)), divergence))
+  return found
+
+
+def _rounded(weight, *, format):
+  """The weight rounded to nearest, in floats, so that the model stays the same program; and the noise over the signal."""
+  layout = quantized.Layout.of(weight)
+  matrix_NK = layout.matrix(weight.materialize())
+  rounded_NK = format.rounded(matrix_NK, format.scales_for(matrix_NK))
+  noise = jnp.sum(jnp.square(rounded_NK - matrix_NK)) / jnp.maximum(jnp.sum(jnp.square(matrix_NK)), 1e-30)
+  return weights.Dense(layout.array(rounded_NK), weight.axes, weight.inputs), noise
+
+
+def _divergence(model, changed, batch):
+  """Mean over tokens of KL(model || changed), in nats."""
+  log_p, log_q = (jax.nn.log_softmax(losses.outputs_of(one, batch).logits_BTV) for one in (model, changed))
+  return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1))
+
+
+def choose(found: list[Sensitivity], budget: int) -> tuple[Rule, ...]:
+  """Rules under which the weights take at most `budget` bytes together. All start in their smallest format, and as long as
+  there is room the change that prevents most divergence for a byte is made. Raises ValueError for too small a budget."""
+  options = {one.path: sorted((other for other in found if other.path == one.path), key=lambda other: other.num_bytes)
+             for one in found}
+  now = {path: choices[0] for path, choices in options.items()}
+  spent = sum(one.num_bytes for one in now.values())
+  if spent > budget: raise ValueError(f'{budget} bytes are too few: the smallest formats take {spent}')
+  while better := [new for path, old in now.items() for new in options[path] if old.num_bytes < new.num_bytes <=
+                   old.num_bytes + budget - spent and new.divergence < old.divergence]:
+    gain = lambda new: (now[new.path].divergence - new.divergence) / (new.num_bytes - now[new.path].num_bytes)
+    best = max(better, key=gain)
+    spent += best.num_bytes - now[best.path].num_bytes
+    now[best.path] = best
+  return tuple(Rule(where=f'^{re.escape(path)}$', weights=one.format) for path, one in now.items())
+
+
+def pasted(plan: tuple[Rule, ...]) -> str:
+  """The rules as a config writes them."""
+  return '(\n' + ''.join(f'  {rule!r},\n' for rule in plan) + ')'

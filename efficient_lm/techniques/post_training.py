@@ -1,0 +1,168 @@
+"""Quantization after training, as a stage: calibrate on a few batches, then store weights in few bits.
+
+  Quantize(rules=(Rule(weights=Int(bits=4, scales=Group(size=32))),), method=Gptq())
+
+Rules say which weight gets which format. `before` makes the float model easier to round without changing what it computes;
+`method` rounds, layer by layer. What lies outside the layers, embedding and head, is rounded to nearest where a rule names
+it.
+"""
+import dataclasses
+from typing import Any
+
+from efficient_lm import rules
+from efficient_lm.formats import Group, Int
+from efficient_lm.lazy import lazy
+from efficient_lm.rules import Rule
+from efficient_lm.techniques import calibration
+
+axes = lazy('efficient_lm.axes')
+hessian = lazy('efficient_lm.hessian')
+jax = lazy('jax')
+jnp = lazy('jax.numpy')
+np = lazy('numpy')
+quantized = lazy('efficient_lm.quantized')
+rotation = lazy('efficient_lm.rotation')
+tree = lazy('efficient_lm.tree')
+weights = lazy('efficient_lm.weights')
+wiring = lazy('efficient_lm.wiring')
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class RoundToNearest(calibration.Method):
+  """Each number by itself, no calibration. `range`: of the scales, None for the format's own."""
+  range: Any = None
+
+  def encode(self, w_NK, format, statistics: dict):
+    return format.encode(w_NK, format.scales_for(w_NK, self.range))
+
+
+@dataclasses.dataclass(kw_only=True)
+class Quantize:
+  """The stage. `sequences` of the training distribution are calibrated on, rounded up to whole batches. A matrix that saw
+  fewer than `least_tokens` of their tokens, as an unpopular expert may, is rounded to nearest, and named in the notes."""
+  rules: tuple[Rule, ...] = (Rule(weights=Int(bits=4, scales=Group(size=128))),)
+  method: Any = dataclasses.field(default_factory=RoundToNearest)
+  before: tuple[Any, ...] = ()
+  sequences: int = 128
+  least_tokens: int = 64
+
+  def check(self):
+    yield from rules.check_rules(self.rules)
+    if self.sequences < 1: yield 'sequences', self.sequences, 'must be at least 1'
+    if self.least_tokens < 0: yield 'least_tokens', self.least_tokens, 'must be 0 or more'
+
+  def __call__(self, model, context):
+    """The model in few bits, and what there is to say of it."""
+    notes = []
+    for stage in self.before:
+      model, said = stage(model, context)
+      notes += said
+    self.check_fits(model)
+    notes.append(rules.describe(model, self.rules, f'Quantize ({type(self.method).__name__})'))
+    layers = Layers(self, rules.assign(model, self.rules))
+    if self.method.needs:
+      batches = calibration.first_batches(context.batches(self.sequences), self.sequences)
+      model = calibration.layer_by_layer(model, batches, layers)
+      notes += layers.notes(sum(batch['inputs_BT'].size for batch in batches))
+    rest = lambda path, weight, rule: weight if path in layers.done else self.nearest(path, weight, rule)
+    model = rules.apply(model, self.rules, rest)
+    return jax.device_put(model, axes.shardings(model, context.mesh)) if context.mesh is not None else model, tuple(notes)
+
+  def abstract(self, model):
+    """A model of the same structure and shapes, from shapes alone under `jax.eval_shape`."""
+    for stage in self.before: model = stage.abstract(model)
+    return rules.apply(model, self.rules, self.nearest)
+
+  def check_fits(self, model):
+    """Raises ValueError, with the weight's path, where a format cannot hold a matrix of that shape."""
+    found = dict(tree.select(model, weights.Weight))
+    for path, rule in rules.assign(model, self.rules).items():
+      weight = found[path]
+      if rule.keeps: continue
+      if isinstance(rotation.innermost(weight), quantized.Quantized):
+        raise ValueError(f'{path} is stored as {weight.kind} already')
+      try: jax.eval_shape(lambda weight, path=path, rule=rule: self.nearest(path, weight, rule), weight)
+      except ValueError as error: raise ValueError(f'{path}: {error}') from error
+
+  def nearest(self, path: str, weight, rule: Rule):
+    """The weight rounded to nearest, by the method's range where it has one."""
+    method = RoundToNearest(range=getattr(self.method, 'range', None))
+    return stored(weight, rule, lambda w_NK: method.encode(w_NK, rule.weights, {}))
+
+
+def stored(weight, rule: Rule, encode):
+  """A weight in the format of its rule, its matrix encoded by `encode(w_NK)`; rotated inputs stay rotated."""
+  activations = None if rule.activations is None else quantized.Rounding(rule.activations)
+
+  def change(inner):
+    if rule.weights is None: return quantized.FakeQuantized(inner, None, activations)
+    layout = quantized.Layout.of(inner)
+    return quantized.Quantized(encode(layout.matrix(inner.materialize())), rule.weights, layout, activations)
+  return rotation.within(weight, change)
+
+
+class Layers:
+  """Rounds one layer after the other, as `calibration.layer_by_layer` brings them, and keeps account.
+
+  done: paths of the weights that have been rounded. counts: of each, by layer, the tokens that it was calibrated on;
+  gains: the squared output error that is left, in parts of that of rounding to nearest.
+  """
+
+  def __init__(self, stage: Quantize, decided: dict[str, Rule]):
+    self.method, self.least, self.decided = stage.method, stage.least_tokens, decided
+    self.done, self.counts, self.gains = set(), {}, {}
+    self.encode = jax.jit(self._encode, static_argnames='format')
+
+  def __call__(self, prefix: str, layer, hidden):
+    chosen = {path: rule for path, _ in tree.select(layer, weights.Weight)
+              if (rule := self.decided.get(f'{prefix}/{path}')) is not None and not rule.keeps}
+    turns = calibration.in_turn(layer, chosen) if self.method.true_sequential else [list(chosen)]
+    float_layer = layer
+    for paths in turns: float_layer, layer = self.round(prefix, layer, {path: chosen[path] for path in paths}, hidden)
+    return layer, calibration.advance(layer if self.method.carries_rounded else float_layer, hidden)
+
+  def round(self, prefix: str, layer, chosen: dict[str, Rule], hidden):
+    """The layer prepared, and with these weights rounded."""
+    formats = {path: rule.weights for path, rule in chosen.items() if rule.weights is not None}
+    first = calibration.sharing(layer)
+    wanted = {first[path]: (*self.method.needs, 'count') for path in formats}
+    seen = calibration.layer_statistics(layer, hidden, wanted) if wanted else {}
+    layer, found = self.method.prepare(layer, {path: seen[first[path]] for path in formats}, formats)
+    changes = {}
+    for path, rule in chosen.items():
+      whole = f'{prefix}/{path}'
+      encode = lambda w_NK, path=path, whole=whole: self._encoded(whole, w_NK, formats[path], found[path])
+      changes[path] = stored(dict(tree.select(layer, weights.Weight))[path], rule, encode)
+      self.done.add(whole)
+    return layer, wiring.updated(layer, changes)
+
+  def _encoded(self, path: str, w_NK, format, found):
+    encoded, gain = self.encode(w_NK, format, found)
+    self.counts.setdefault(path, []).append(np.asarray(found['count'])[..., 0])
+    self.gains.setdefault(path, []).append(gain)
+    return encoded
+
+  def _encode(self, w_NK, format, found):
+    nearest = RoundToNearest(range=getattr(self.method, 'range', None)).encode(w_NK, format, found)
+    enough = found['count'][..., None] >= self.least
+    rounded = jax.tree.map(lambda a, b: jnp.where(enough, a, b), self.method.encode(w_NK, format, found), nearest)
+    if 'gram' not in found: return rounded, None
+    error = lambda encoded: jnp.sum(hessian.output_error(format.decode(encoded) - w_NK, found['gram']))
+    return rounded, error(rounded) / error(nearest)
+
+  def notes(self, tokens: int) -> list[str]:
+    """What the calibration saw, and what it was good for."""
+    gains = {path: float(np.mean(jax.device_get(gain))) for path, gain in self.gains.items() if gain[0] is not None}
+    helped = ''
+    if gains:
+      mean, worst = np.mean(list(gains.values())), max(gains, key=gains.get)
+      helped = f': output error {mean:.2f} of that of rounding to nearest, at worst {gains[worst]:.2f} ({worst})'
+    return [f'calibrated on {tokens} tokens{helped}', *filter(None, map(self.of_experts, self.counts))]
+
+  def of_experts(self, path: str) -> str:
+    """How many tokens the experts of a weight saw, and which saw too few; nothing for other weights."""
+    counts_LE = np.stack(self.counts[path])
+    if counts_LE.ndim < 2: return ''
+    few = ', '.join(f'{layer}.{expert}' for layer, expert in np.argwhere(counts_LE < self.least))
+    fallen = f'; rounded to nearest, for want of {self.least}, those of layer.expert {few}' if few else ''
+    return f'{path}: an expert saw {counts_LE.min():.0f} to {counts_LE.max():.0f} tokens{fallen}'

@@ -1,0 +1,154 @@
+"""The stage: what rules say is stored, by any method, on any model, and said truly beforehand."""
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_lm import tree
+from efficient_lm.formats import Channel, Group, Int, packing
+from efficient_lm.quantized import Quantized, quantized
+from efficient_lm.rotation import Rotated, innermost
+from efficient_lm.rules import Rule
+from efficient_lm.techniques.awq import Awq
+from efficient_lm.techniques.gptq import Gptq
+from efficient_lm.techniques.post_training import Quantize, RoundToNearest
+from efficient_lm.techniques.rotate import Rotate
+from efficient_lm.techniques.smooth_quant import SmoothQuant
+from efficient_lm.weights import Weight
+from tests.compressing import Context, abstractly, assert_structure, batch_of, logits_of, model_of
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+RULES = (Rule(weights=Int(bits=3, scales=Group(size=8))),)
+METHODS = {'nearest': RoundToNearest(), 'gptq': Gptq(block=16), 'in turn': Gptq(true_sequential=True, block=16),
+           'awq': Awq(grid=5, clips=3)}
+
+
+def stage(**changes):
+  return Quantize(**dict(dict(rules=RULES, method=Gptq(block=16), sequences=16, least_tokens=4), **changes))
+
+
+@functools.cache
+def after(method='gptq', mlp='dense'):
+  return stage(method=METHODS[method])(model_of(mlp=mlp), Context())
+
+
+def error(model, mlp='dense'):
+  """Of logits on tokens that were not calibrated on."""
+  batch = batch_of(77)
+  return float(jnp.mean(jnp.square(logits_of(model, batch) - logits_of(model_of(mlp=mlp), batch))))
+
+
+@pytest.mark.parametrize('method, mlp', [
+  ('nearest', 'dense'), ('gptq', 'dense'), ('in turn', 'dense'), ('awq', 'dense'), ('gptq', 'experts'), ('awq', 'experts')])
+def test_all_that_rules_name_is_stored_in_their_format_and_shapes_are_known_beforehand(method, mlp):
+  model, notes = after(method, mlp)
+  for path, weight in tree.select(model, Weight):
+    ruled = re.search(RULES[0].where, path) is not None
+    assert isinstance(weight, Quantized) == ruled, path
+    if ruled: assert weight.format == RULES[0].weights
+  assert_structure(abstractly(stage(method=METHODS[method]), model_of(mlp=mlp)), model)
+  assert notes[0].startswith('Quantize (') and 'left as they are: embed, own_head' in notes[0]
+  assert (method == 'nearest') == (len(notes) == 1)
+  if method != 'nearest': assert notes[1].startswith('calibrated on 256 tokens: output error 0.')
+
+
+def test_rounding_to_nearest_is_that():
+  model, _ = after('nearest')
+  plain = tree.rewrite(model_of(), Weight, lambda path, weight: quantized(weight, RULES[0].weights)
+                       if re.search(RULES[0].where, path) else weight)
+  for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(plain), strict=True): np.testing.assert_array_equal(a, b)
+
+
+def test_calibrated_methods_come_closer_to_the_float_model():
+  errors = {method: error(after(method)[0]) for method in METHODS}
+  assert errors['gptq'] < errors['nearest'] and errors['in turn'] < errors['nearest'] and errors['awq'] < errors['nearest']
+
+
+def test_experts_too_come_closer():
+  assert error(after('gptq', 'experts')[0], 'experts') < error(after('nearest', 'experts')[0], 'experts')
+
+
+def test_an_expert_that_saw_too_few_tokens_is_rounded_to_nearest_and_named():
+  few, notes = stage(least_tokens=10 ** 6)(model_of(mlp='experts'), Context())
+  plain, _ = after('nearest', 'experts')
+  for a, b in zip(jax.tree.leaves(few), jax.tree.leaves(plain), strict=True): np.testing.assert_array_equal(a, b)
+  line = next(note for note in notes if 'experts/gate' in note)
+  assert re.search(r'saw \d+ to \d+ tokens; rounded to nearest, for want of 1000000, .* 0\.0, 0\.1, 0\.2, 0\.3, 1\.0', line)
+  counts = next(note for note in after('gptq', 'experts')[1] if 'experts/gate' in note)
+  low, high = map(int, re.search(r'saw (\d+) to (\d+) tokens', counts).groups())
+  assert 0 < low <= 2 * 256 / 4 <= high, 'each of 256 tokens visits two of four experts'
+
+
+def test_what_comes_before_rounding_is_done_before():
+  model, notes = stage(before=(SmoothQuant(sequences=8), Rotate()))(model_of(), Context())
+  assert [note.split()[0].rstrip(':') for note in notes[:3]] == ['SmoothQuant', 'Rotate', 'Quantize']
+  down = dict(tree.select(model, Weight))['stacks/0/blocks/mlp/down']
+  assert isinstance(down, Rotated) and isinstance(innermost(down), Quantized)
+  assert_structure(abstractly(stage(before=(SmoothQuant(), Rotate())), model_of()), model)
+  assert error(model) < error(after('nearest')[0])
+
+
+def test_activations_are_rounded_where_a_rule_says_so_and_the_rest_too():
+  rules = (Rule(where=r'(up|gate)$', weights=Int(), activations=Int()), Rule(where='own_head$', weights=Int()),
+           Rule(where='key$'), Rule(where='down$', activations=Int()))
+  model, _ = stage(rules=rules)(model_of(), Context())
+  found = dict(tree.select(model, Weight))
+  assert found['stacks/0/blocks/mlp/up'].product == 'int8 x int8' and isinstance(found['own_head'], Quantized)
+  assert not isinstance(found['stacks/0/blocks/attention/key'], Quantized)
+  assert found['stacks/0/blocks/mlp/down'].kind == 'float32'
+  assert_structure(abstractly(stage(rules=rules), model_of()), model)
+
+
+def test_eight_bits_are_nearly_the_float_model():
+  model, _ = stage(rules=(Rule(weights=Int(scales=Channel())),))(model_of(), Context())
+  assert error(model) < 1e-3 * float(jnp.var(logits_of(model_of())))
+
+
+def test_a_format_that_does_not_fit_names_the_weight():
+  rules = (Rule(weights=Int(bits=4, scales=Group(size=64))),)
+  with pytest.raises(ValueError, match='stacks/0/blocks/attention/key: groups of 64 do not divide 32 inputs'):
+    stage(rules=rules)(model_of(), Context())
+  with pytest.raises(ValueError, match='is stored as int3 per group of 8 already'): stage()(after()[0], Context())
+
+
+def test_no_data_is_one_clear_line():
+  with pytest.raises(ValueError, match=r'^calibration has no data'): stage()(model_of(), Context(available=0))
+  with pytest.raises(ValueError, match='asks for 100 sequences, but the data has 32'):
+    stage(sequences=100)(model_of(), Context())
+
+
+def test_qwix_reads_what_is_stored_and_multiplies_alike():
+  """Another library (google/qwix) as oracle: its arrays made of our codes and scales."""
+  qwix = pytest.importorskip('qwix', reason='qwix, the oracle, is not installed (extra `dev`)')
+  model, _ = after('gptq')
+  for path, weight in tree.select(model, Quantized, '(query|up|down)$'):
+    layer = jax.tree.map(lambda leaf: leaf[1], weight)
+    codes_NK, scale_QN = packing.unpack(layer.encoded.values, 3), layer.encoded.scales.scale
+    array = qwix.QArray(codes_NK, scale_QN.T)
+    np.testing.assert_array_equal(qwix.dequantize(array), layer.format.decode(layer.encoded), err_msg=path)
+    x_MK = jnp.asarray(np.random.default_rng(0).normal(size=(5, codes_NK.shape[1])), jnp.float32)
+    equations = {'query': 'BTD,DNH->BTNH', 'up': 'BTD,DF->BTF', 'down': 'BTF,FD->BTD'}
+    y_MN = layer.contract(equations[path.split('/')[-1]], x_MK[None]).reshape(5, -1)
+    # float32 sums of 40 products in another order.
+    np.testing.assert_allclose(qwix.dot_general(x_MK, array, (((1,), (1,)), ((), ()))), y_MN, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+def test_qwix_rounds_to_nearest_no_better(bits):
+  """It stretches grids half a step further, which costs the largest number and helps all others: errors are alike."""
+  qwix = pytest.importorskip('qwix', reason='qwix, the oracle, is not installed (extra `dev`)')
+  w_NK = jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)
+  format = Int(bits=bits, scales=Group(size=16))
+  ours = format.decode(RoundToNearest().encode(w_NK, format, {}))
+  theirs = qwix.dequantize(qwix.quantize(w_NK, f'int{bits}', channelwise_axes=(0,), tiled_axes={1: 16}))
+  errors = [float(jnp.mean(jnp.square(one - w_NK))) for one in (ours, theirs)]
+  assert 0.8 < errors[0] / errors[1] < 1.25
+
+
+def test_a_wrong_field_is_named():
+  wrong = Quantize(rules=(), sequences=0, least_tokens=-1)
+  assert [name for name, _, _ in wrong.check()] == ['rules', 'sequences', 'least_tokens']
