@@ -2,7 +2,7 @@
 
 Each has one parameter a tile, the exponent of its step: step = 2^exponent, linear between whole exponents. A step is then
 always positive, and a move of the optimizer, which is of the size of the learning rate whatever the gradient's, changes
-every step by the same share, large or small; Jain et al. 2019 (TQT, arXiv 1903.08066, section 3.2) learn logarithms for
+every step by the same share, large or small; Jain et al. 2019 (TQT, arXiv 1903.08066, appendix B) learn logarithms for
 both reasons. A float's own bits run so between powers of two, and as there all is exact: no program, whatever it fuses,
 can make another step of the same exponent. Exponents carry no `inputs`, so they are neither decayed nor orthogonalised.
 

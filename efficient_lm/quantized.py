@@ -155,10 +155,9 @@ class Delayed(Quantizer):
     return self.inner.scales(matrix, reduce)
 
   def __call__(self, matrix, reduce: Reduce):
-    # Not a choice number by number: what enters a product is then no part of it, and it is the float model's own program.
-    begun = jnp.all(self.clock.get_value() >= self.start)
-    numbers = lax.cond(begun, lambda: self.inner(matrix, reduce), lambda: matrix)
-    return ticking(numbers, self.clock)
+    steps = self.clock.get_value()
+    begun = (steps >= self.start).reshape(*steps.shape, *[1] * (matrix.ndim - steps.ndim))
+    return ticking(jnp.where(begun, self.inner(matrix, reduce), matrix), self.clock)
 
   def settled(self): return self.inner.settled()
 

@@ -213,7 +213,7 @@ def test_layers_learn_as_each_would_alone():
     return jnp.vdot(g, functools.reduce(layer, [jax.tree.map(lambda a, i=i: a[i], weights) for i in range(4)], x))
   ours, alone = (jax.tree.leaves(jit(jax.grad(loss))(weights)) for loss in (scanned, unrolled))
   for a, b in zip(ours, alone, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)   # the same sums in another program
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())   # the same sums in another program
 
 
 def test_copies_of_a_matrix_share_its_steps():

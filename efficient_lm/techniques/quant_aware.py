@@ -54,9 +54,9 @@ class LearnedClip:
 class QuantAware:
   """Trains the weights that `rules` give a format as floats that multiply as their rounding. `method` says where the scales
   of weights come from and how gradients pass, `activation_method` the same of activations. Rounding begins after `start`
-  steps; until then, and with rules without any format, the forward pass is the float model's, bit for bit. (Learned steps
-  are fitted when the model is made: let them start at 0, from a trained model.) Routers, embedding and head stay float
-  unless a rule names them."""
+  steps, and until then all products are of the float model's numbers, bit for bit. (Learned steps are fitted when the model
+  is made: let them start at 0, from a trained model.) Rules without any format leave the float model itself. Routers,
+  embedding and head stay float unless a rule names them."""
   rules: tuple[Rule, ...] = (Rule(weights=Int(bits=8)),)
   method: Any = dataclasses.field(default_factory=StraightThrough)
   activation_method: Any = dataclasses.field(default_factory=StraightThrough)
