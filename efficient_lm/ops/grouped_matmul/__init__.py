@@ -6,6 +6,7 @@ from efficient_lm.lazy import lazy
 from efficient_lm.ops import dispatch, mosaic
 from efficient_lm.ops.grouped_matmul import reference, xla, xla_scaled
 
+pallas_blackwell = lazy('efficient_lm.ops.grouped_matmul.pallas_blackwell')
 pallas_gpu = lazy('efficient_lm.ops.grouped_matmul.pallas_gpu')
 pallas_tpu = lazy('efficient_lm.ops.grouped_matmul.pallas_tpu')
 
@@ -22,8 +23,8 @@ def grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN=None, *, implementation: str =
     sizes_E: int32 rows of each group, any of them 0, with sum(sizes_E) <= M. A row past the sum may hold anything: its
       result is 0 and so is its gradient.
     scale_EN: float scale of each output of each group's matrix, or None. Products of x and w are summed unscaled.
-    implementation: 'auto', 'reference', 'xla', 'ragged_dot', 'pallas_tpu' or 'pallas_gpu'.
-    tiles: for a kernel: `tiles.TpuTiles` or `tiles.GpuTiles` for each of its passes, in place of tuned ones.
+    implementation: 'auto', 'reference', 'xla', 'ragged_dot', 'pallas_tpu', 'pallas_gpu' or 'pallas_blackwell'.
+    tiles: for a kernel: `tiles.TpuTiles`, `GpuTiles` or `BlackwellTiles` for each of its passes, in place of tuned ones.
 
   Returns:
     y_MN, in the dtype of x, accumulated in float32.
@@ -58,6 +59,7 @@ def _without_scale(x_MK, w_EKN, sizes_E, scale_EN, tiles=None) -> str:
 # been measured on those devices yet.
 IMPLEMENTATIONS = {
   'pallas_gpu': mosaic.kernel(pallas_gpu, 'grouped_matmul', 'hopper'),
+  'pallas_blackwell': mosaic.kernel(pallas_blackwell, 'grouped_matmul', 'blackwell'),
   'pallas_tpu': mosaic.kernel(pallas_tpu, 'grouped_matmul', 'tpu'),
   # XLA has such a product on TPU only; elsewhere it expands ragged_dot to a dense product, E times the work.
   'ragged_dot': dispatch.Implementation(_ragged_dot, auto=('tpu',), refuses=_without_scale),
