@@ -42,6 +42,25 @@ def test_each_kernel_takes_some_case(target):
   assert not {name: unused for name, op in ops.every().items() if (unused := programs.unused_kernels(target, op))}
 
 
+# A launch takes two or three microseconds, and what these read about ten.
+LAUNCHES = {
+  ('quantized_matmul', 'W4A16 up M=1'): 1, ('quantized_matmul', 'W4A16 up M=16'): 1, ('quantized_matmul', 'W8A16 up M=1'): 1,
+  ('quantized_matmul', 'W4A16 down M=1'): 2, ('quantized_matmul', 'W4A16 down M=16'): 2,   # parts of the inputs, added up
+  ('decode_attention', 'Llama-3.1-8B, 64 x 8k, bfloat16'): 1, ('decode_attention', 'Llama-3.1-8B, 64 x 8k, int8'): 1,
+  ('decode_attention', 'Llama-3.1-8B, 1 x 128k, int8'): 2,   # splits of the tokens, joined
+  ('quantize', 'normalised, rotated, to float8, 16384 x 4096'): 1,
+}
+
+
+@needs_plugin
+@pytest.mark.skipif(targets.GPU != 'H200', reason='kernels for Hopper')
+@pytest.mark.parametrize(('name', 'case'), LAUNCHES)
+def test_a_short_operation_is_few_launches(name, case):
+  lowered = programs.lower(ops.every()[name].bench('gpu')[case], 'pallas_gpu', targets.mesh('H200'))
+  found = programs.launches(programs.finish(lowered, 'H200'))
+  assert len(found) == LAUNCHES[name, case], found
+
+
 @needs_plugin
 @pytest.mark.skipif(targets.GPU != 'H200', reason='this is that process')
 def test_all_of_this_holds_for_another_gpu_in_a_process_of_its_own():

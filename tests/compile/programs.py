@@ -84,6 +84,13 @@ def kernel_names(program, platform: str) -> list[str]:
   return [name.removesuffix('/pallas_call').removesuffix('/mpmd_map').rpartition('/')[2] for name in names]
 
 
+def launches(program) -> list[str]:
+  """What a compiled program for a GPU launches, one after another: the operations of its entry that are no views."""
+  entry = re.sub(r'/\*.*?\*/', '', program.as_text().partition('\nENTRY ')[2].partition('\n}')[0])
+  operations = re.findall(r'^ *(?:ROOT )?%\S+ = (?:\([^)]*\)|\S+) ([a-z-]+)\(', entry, re.MULTILINE)
+  return [name for name in operations if name not in ('parameter', 'constant', 'bitcast', 'tuple', 'get-tuple-element')]
+
+
 def check_memory(program, arguments, target: str):
   """Arguments take their size, and what tiles pad; all that is alive at once fits the device."""
   memory, needed = program.memory_analysis(), sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments))

@@ -27,6 +27,15 @@ def test_each_kernel_takes_some_case(target):
   assert not {name: unused for name, op in ops.every().items() if (unused := programs.unused_kernels(target, op))}
 
 
+@pytest.mark.parametrize('target', targets.of('tpu'))
+def test_the_gradient_of_the_loss_takes_a_quarter_of_its_logits(target):
+  """Of logits in bfloat16, which an unfused loss has at least twice, once of them in float32."""
+  case = ops.every()['linear_cross_entropy'].bench('tpu')['16k x 4096 x 128k, backward']
+  program = programs.finish(programs.lower(case, 'pallas_tpu', targets.mesh(target)), target)
+  logits = case.batch * case.length * case.vocab * 2
+  assert program.memory_analysis().temp_size_in_bytes <= logits / 4 + 2 ** 20   # vectors
+
+
 def twice(x, block):
   def kernel(x_ref, y_ref): y_ref[...] = 2 * x_ref[...]
   spec = pl.BlockSpec((block, x.shape[1]), lambda i: (i, 0))

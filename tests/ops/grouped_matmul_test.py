@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_lm.ops import dispatch
 from efficient_lm.ops.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, schedule, tiles
 from efficient_lm.ops.grouped_matmul.cases import CASES, Case, bench
 
@@ -208,7 +209,6 @@ GPU_TILES = {'forward': tiles.GpuTiles(128, 64, 128, 2), 'dgrad': tiles.GpuTiles
 def test_gpu_kernels_equal_the_reference(name, of, monkeypatch):
   from jax.experimental.pallas import mosaic_gpu as plgpu
   if not hasattr(plgpu, 'InterpretGPUParams'): pytest.skip('jax interprets GPU kernels from 0.11 on')
-  from efficient_lm.ops import dispatch
   from efficient_lm.ops.grouped_matmul import pallas_gpu
   monkeypatch.setattr(dispatch, 'device', lambda: dispatch.Device('gpu', 'NVIDIA H200', 2))
   interpreter = importlib.import_module('jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call')
@@ -242,3 +242,27 @@ def test_rounded_rows_need_weights_of_their_dtype():
   x_MK, w_EKN, sizes_E, scale_EN, _ = CASES['int8'].arguments()
   with pytest.raises(ValueError, match="activations='float8_e4m3fn' with matrices of int8"):
     grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN, activations='float8_e4m3fn')
+
+
+BLACKWELL_CASES = {   # more tiles than blocks, so that both halves of tensor memory are used again
+  'groups meet within tiles': Case((67, 0, 130, 3), 220, (128, 192), 'bfloat16'),
+  'few rows, not in whole patterns': Case((0, 9, 1), 13, (192, 128), 'bfloat16'),
+  'whole tiles': Case((256, 128), 384, (64, 256), 'bfloat16'),
+}
+
+
+@pytest.mark.parametrize('of', ['forward', 'dgrad'])
+@pytest.mark.parametrize('name', BLACKWELL_CASES)
+def test_blackwell_kernels_equal_the_reference(name, of, gpu_interpreter, monkeypatch):
+  from efficient_lm.ops.grouped_matmul import pallas_blackwell
+  monkeypatch.setattr(dispatch, 'device', lambda: dispatch.Device('gpu', 'NVIDIA B200', 2))
+  case = dataclasses.replace(BLACKWELL_CASES[name], of=of)
+  x_MK, w_EKN, sizes_E, _, g_MN = case.arguments()
+  assert not pallas_blackwell.refuses(x_MK, w_EKN, sizes_E)
+  got = pallas_blackwell.rows(x_MK if of == 'forward' else g_MN, w_EKN, sizes_E, of == 'dgrad',
+                              tiles=tiles.BlackwellTiles(128, 64, 2))
+  assert_close(got, wanted(case), case.tolerance)
+
+
+def test_blackwell_tiles_fit():
+  assert tiles.BlackwellTiles().shared() <= 227 * 1024

@@ -6,6 +6,7 @@ from efficient_lm.lazy import lazy
 from efficient_lm.ops import dispatch, mosaic
 from efficient_lm.ops.grouped_matmul import reference, xla, xla_scaled
 
+pallas_blackwell = lazy('efficient_lm.ops.grouped_matmul.pallas_blackwell')
 pallas_gpu = lazy('efficient_lm.ops.grouped_matmul.pallas_gpu')
 pallas_tpu = lazy('efficient_lm.ops.grouped_matmul.pallas_tpu')
 
@@ -26,8 +27,8 @@ def grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN=None, *, activations: str | No
     activations: with a scale, 'int8' for int8 weights or 'float8_e4m3fn' for float8 ones first rounds each row of x to a
       grid that just holds its largest magnitude, so that numbers of eight bits are multiplied. The gradient of x is that
       without rounding. There are no kernels for it: 'auto', 'xla' or 'reference'.
-    implementation: 'auto', 'reference', 'xla', 'ragged_dot', 'pallas_tpu' or 'pallas_gpu'.
-    tiles: for a kernel: `tiles.TpuTiles` or `tiles.GpuTiles` for each of its passes, in place of tuned ones.
+    implementation: 'auto', 'reference', 'xla', 'ragged_dot', 'pallas_tpu', 'pallas_gpu' or 'pallas_blackwell'.
+    tiles: for a kernel: `tiles.TpuTiles`, `GpuTiles` or `BlackwellTiles` for each of its passes, in place of tuned ones.
 
   Returns:
     y_MN, in the dtype of x, accumulated in float32.
@@ -67,6 +68,7 @@ def _without_scale(x_MK, w_EKN, sizes_E, scale_EN, tiles=None) -> str:
 # been measured on those devices yet.
 IMPLEMENTATIONS = {
   'pallas_gpu': mosaic.kernel(pallas_gpu, 'grouped_matmul', 'hopper'),
+  'pallas_blackwell': mosaic.kernel(pallas_blackwell, 'grouped_matmul', 'blackwell'),
   'pallas_tpu': mosaic.kernel(pallas_tpu, 'grouped_matmul', 'tpu'),
   # XLA has such a product on TPU only; elsewhere it expands ragged_dot to a dense product, E times the work.
   'ragged_dot': dispatch.Implementation(_ragged_dot, auto=('tpu',), refuses=_without_scale),

@@ -59,7 +59,7 @@ def rows(x_MI, w_EKN, sizes_E, scale_EN=None, transposed: bool = False, *, tiles
   x_MI has the `inputs` that are summed over: K, or N if `transposed`. The result has the other ones.
   """
   M, (E, K, N), of = x_MI.shape[0], w_EKN.shape, 'dgrad' if transposed else 'forward'
-  x_MI = _whole_patterns(x_MI)
+  x_MI = whole_patterns(x_MI)
   tiles = tiles or gpu_tiles(of, M, K, N, E, x_MI.dtype, w_EKN.dtype)
   plan = visits(sizes_E, x_MI.shape[0], tiles.M, align=ALIGN)
   scales = [] if scale_EN is None else [scale_EN.astype(jnp.float32)]
@@ -105,11 +105,11 @@ class _Rows:
     """Buffers in shared memory, and barriers: `full` when a step's operands are there, `free` when they have been used."""
     stages, (K, N) = self.tiles.stages, (self.tiles.K, self.tiles.N)
     wide = (K // 2, N) if self.transposed else (K, N // 2)
-    extra = {'wide_smem': _swizzled((2, 2, *wide), jnp.bfloat16)} if self.scaled else {}
+    extra = {'wide_smem': swizzled((2, 2, *wide), jnp.bfloat16)} if self.scaled else {}
     if self.scales_inputs: extra['scale_smem'] = plgpu.SMEM((stages, self.step), jnp.float32)
     return dict(
-      x_smem=_swizzled((stages, self.tiles.M, self.step), jnp.bfloat16), w_smem=_swizzled((stages, K, N), w_dtype),
-      out_smem=_swizzled((2, 2, *CHUNK), jnp.bfloat16), part_smem=plgpu.SMEM((2, *CHUNK), jnp.bfloat16),
+      x_smem=swizzled((stages, self.tiles.M, self.step), jnp.bfloat16), w_smem=swizzled((stages, K, N), w_dtype),
+      out_smem=swizzled((2, 2, *CHUNK), jnp.bfloat16), part_smem=plgpu.SMEM((2, *CHUNK), jnp.bfloat16),
       full=plgpu.Barrier(num_arrivals=2 + self.scales_inputs, num_barriers=stages),
       free=_freed(self.tiles), **extra)
 
@@ -122,7 +122,7 @@ class _Rows:
 
     def place(turn):
       """(visit, first column, number of steps) of a tile: the rows past the groups are only written."""
-      visit, column = _banded(turn, count[0], across, self.tiles.band)
+      visit, column = banded(turn, count[0], across, self.tiles.band)
       column = (column * cluster + lax.axis_index('cluster')) * self.columns
       return visit, column, jnp.where(group_V[visit] < self.num_groups, steps, 0)
 
@@ -239,12 +239,12 @@ def _store_rows(chunk, y, row, column, first, last, whole, part, number: int):
 def weights(x_MK, g_MN, sizes_E, *, tiles: GpuTiles | None = None):
   """dw_e = the sum of x_m^T g_m over the rows m of group e, in the dtype of x."""
   (M, K), N, E = x_MK.shape, g_MN.shape[1], sizes_E.shape[0]
-  x_MK, g_MN = _whole_patterns(x_MK), _whole_patterns(g_MN)
+  x_MK, g_MN = whole_patterns(x_MK), whole_patterns(g_MN)
   tiles = tiles or gpu_tiles('wgrad', M, K, N, E, x_MK.dtype, x_MK.dtype)
   end_E = jnp.cumsum(sizes_E)
   scratch = dict(
-    x_smem=_swizzled((tiles.stages, tiles.M, tiles.K), x_MK.dtype),
-    g_smem=_swizzled((tiles.stages, tiles.M, tiles.N), g_MN.dtype), out_smem=_swizzled((2, 2, *CHUNK), x_MK.dtype),
+    x_smem=swizzled((tiles.stages, tiles.M, tiles.K), x_MK.dtype),
+    g_smem=swizzled((tiles.stages, tiles.M, tiles.N), g_MN.dtype), out_smem=swizzled((2, 2, *CHUNK), x_MK.dtype),
     full=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
     free=_freed(tiles), masked=plgpu.Barrier(num_arrivals=2))
   return _kernel(functools.partial(_weights_body, tiles), 'wgrad', tiles.cluster,
@@ -260,7 +260,7 @@ def _weights_body(tiles: GpuTiles, start_E, end_E, x, g, dw, *, x_smem, g_smem, 
   def place(turn):
     """(group, its first row rounded down, steps over its rows, first row and column of the tile of dw)."""
     group = lax.div(turn, down * across)
-    k, n = _banded(lax.rem(turn, down * across), down, across, tiles.band)
+    k, n = banded(lax.rem(turn, down * across), down, across, tiles.band)
     start, end = start_E[group], end_E[group]
     aligned = lax.div(start, ALIGN) * ALIGN
     steps = jnp.where(end > start, lax.div(end - aligned + tiles.M - 1, tiles.M), 0)
@@ -375,7 +375,7 @@ def _multiplied(steps, done, full, free, start):
     plgpu.barrier_arrive(free.at[lax.rem(done + steps + stages - 1, stages)])
 
 
-def _banded(turn, down, across, band: int):
+def banded(turn, down, across, band: int):
   """(row, column) number `turn` of a grid of down x across that is swept column by column, `band` rows at a time."""
   top = lax.div(turn, band * across) * band
   height = jnp.minimum(band, down - top)
@@ -383,7 +383,7 @@ def _banded(turn, down, across, band: int):
   return top + lax.rem(within, height), lax.div(within, height)
 
 
-def _swizzled(shape: tuple[int, ...], dtype):
+def swizzled(shape: tuple[int, ...], dtype):
   """A buffer in shared memory laid out for the matrix unit, in patterns as wide as a row of it, 128 bytes at most."""
   swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
   return plgpu.SMEM(shape, dtype, transforms=(
@@ -400,7 +400,7 @@ def _together(cluster: int):
   return 'cluster' if cluster > 1 else None
 
 
-def _whole_patterns(x_MI):
+def whole_patterns(x_MI):
   """With rows added to make up whole patterns; numbers of rows that are whole cost nothing."""
   return jnp.pad(x_MI, ((0, -x_MI.shape[0] % ALIGN), (0, 0)))
 

@@ -55,6 +55,19 @@ class GpuTiles:
     return self.stages * operands + 2 * w * 2 * (of != 'wgrad' and w_bytes == 1) + 3 * 2 * 64 * 32 * 2
 
 
+@dataclasses.dataclass(frozen=True)
+class BlackwellTiles:
+  """Tiles of 128 rows, the lanes of tensor memory, by `columns`, at most 256, in steps of `inner` inputs; else as above."""
+  columns: int = 256
+  inner: int = 64
+  stages: int = 4
+  band: int = 8
+
+  def shared(self) -> int:
+    """Bytes of shared memory: stages of both operands, two chunks of the result, barriers."""
+    return self.stages * (128 + self.columns) * self.inner * 2 + 2 * 128 * 64 * 2 + 1024
+
+
 # (pass, M, K, N, E, name of x's dtype, name of w's dtype) -> tiles, as found on a device.
 TUNED_TPU: dict[tuple, TpuTiles] = {}
 TUNED_GPU: dict[tuple, GpuTiles] = {}

@@ -27,7 +27,7 @@ def _forward(x_MK, w_EKN, sizes_E):
 
 def _backward(saved, g_MN):
   x_MK, w_EKN, sizes_E = saved
-  return _rows(g_MN, w_EKN, sizes_E, transposed=True), _weights(x_MK, g_MN, w_EKN, sizes_E), None
+  return _rows(g_MN, w_EKN, sizes_E, transposed=True), weights(x_MK, g_MN, w_EKN, sizes_E), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
@@ -71,7 +71,7 @@ def _rows(x_MK, w_EKN, sizes_E, transposed: bool):
   return jnp.where(jnp.arange(M)[:, None] < jnp.sum(sizes_E), y_PN[:M], 0)
 
 
-def _weights(x_MK, g_MN, w_EKN, sizes_E):
+def weights(x_MK, g_MN, w_EKN, sizes_E):
   """dw_e = the sum of x_m^T g_m over the rows m of group e, in the dtype of w."""
   block = block_rows(x_MK.shape[0], w_EKN.shape[0])
   num_tiles, visit = _visits(sizes_E, block)
