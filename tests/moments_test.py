@@ -147,10 +147,10 @@ def test_the_state_is_a_quarter_of_that_of_float32(name):
 
 
 def test_a_fresh_state_is_what_zeros_are_stored_as():
-  param = nnx.Param(jnp.ones((2, 32, 48)), axes='DF', inputs='D')
+  param = nnx.Param(jnp.ones((2, 64, 48)), axes='DF', inputs='D')
   state = moments.scale_by_adam8(0.9, 0.95, 1e-8).init({'w': param})
   for found, dtype in ((state.mu['w'], jnp.int8), (state.nu['w'], jnp.uint8)):
-    stored = moments.compress(jnp.zeros((2, 32, 48)), moments.block_shape((2, 32, 48), 'DF'), dtype)
+    stored = moments.compress(jnp.zeros((2, 64, 48)), moments.block_shape((2, 64, 48), 'DF'), dtype)
     for got, wanted in zip(jax.tree.leaves(found), stored, strict=True):
       np.testing.assert_array_equal(got, wanted)
       assert got.dtype == wanted.dtype
