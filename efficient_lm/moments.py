@@ -116,7 +116,7 @@ def expand(codes, scale, block) -> jax.Array:
 def scale_by_adam8(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
   """`optax.scale_by_adam` whose moments are kept in eight bits from step to step; each step itself is float32."""
   def init(params):
-    zeros = lambda dtype: jax.tree.map(lambda p: _store(p, jax.tree.map(_zeros, p), dtype), params, is_leaf=axes.is_variable)
+    zeros = lambda dtype: jax.tree.map(lambda p: _empty(p, dtype), params, is_leaf=axes.is_variable)
     return State(jnp.zeros((), jnp.int32), zeros(jnp.int8), zeros(jnp.uint8))
 
   def update(grads, state, params=None):
@@ -146,8 +146,12 @@ def _block_of(variable) -> tuple[int, ...] | None:
   return None if array.size < SMALL or size < SMALLEST_BLOCK else block
 
 
-def _zeros(array):
-  return jnp.zeros(array.shape, jnp.float32)
+def _empty(like, dtype):
+  """What `_store` makes of zeros; computed, the compiler would do so number by number."""
+  block = _block_of(like)
+  if block is None: return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), like)
+  scales = lambda p: jnp.zeros([size // b for size, b in zip(p.shape, block)], jnp.float32)
+  return Blocks(jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), like), jax.tree.map(scales, like))
 
 
 def _store(like, moment, dtype):

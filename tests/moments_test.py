@@ -23,6 +23,14 @@ CONSTANT = WarmupStableDecay(peak=1e-2, warmup=0, decay=0)
 KINDS = {'signed': jnp.int8, 'unsigned': jnp.uint8}
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _quick_compilation():
+  """Compiling is nearly all that these tests spend their time on; what they state holds of any program."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 def codes(dtype):
   return jnp.arange(-127, 128).astype(dtype) if dtype == jnp.int8 else jnp.arange(256).astype(dtype)
 
@@ -136,6 +144,16 @@ def test_the_state_is_a_quarter_of_that_of_float32(name):
     abstract = jax.eval_shape(lambda: getattr(zoo, name)().build(rngs=nnx.Rngs(0)))
     bytes_of[bits] = num_bytes(jax.eval_shape(optimizer.init, nnx.state(abstract, nnx.Param)))
   assert 0.25 < bytes_of[8] / bytes_of[32] <= 0.27
+
+
+def test_a_fresh_state_is_what_zeros_are_stored_as():
+  param = nnx.Param(jnp.ones((2, 64, 48)), axes='DF', inputs='D')
+  state = moments.scale_by_adam8(0.9, 0.95, 1e-8).init({'w': param})
+  for found, dtype in ((state.mu['w'], jnp.int8), (state.nu['w'], jnp.uint8)):
+    stored = moments.compress(jnp.zeros((2, 64, 48)), moments.block_shape((2, 64, 48), 'DF'), dtype)
+    for got, wanted in zip(jax.tree.leaves(found), stored, strict=True):
+      np.testing.assert_array_equal(got, wanted)
+      assert got.dtype == wanted.dtype
 
 
 def test_small_arrays_stay_float32():
