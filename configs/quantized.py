@@ -6,7 +6,9 @@
 
 A variant is a kind from the dictionary below, of size tiny, or with _gpt2_124m at its end; `tiny` and `gpt2_124m` alone are
 int4. Weights of the layers are rounded, activations to 8 bits, and float32 copies train.
-tiny (default): minutes on a CPU, in bits per byte beside configs/baseline.py. distilled_int4 needs `make baseline` first.
+tiny (default): minutes on a CPU. With 100 steps of 8 x 256 bytes and one seed, bits per byte: floats 2.965; 4 bits straight
+through 2.990 (a scale to each channel); lsq3 3.038, straight through 3.074; int2 3.104, straight through 3.220; bitnet 3.150
+at twice the peak. distilled_int4 needs `make baseline` first.
 gpt2_124m: for one H100 or a v5e-8, not run yet.
 
 BitNet wants an optimizer of its own: two to five times the peak of a float model and no weight decay in the second half:
