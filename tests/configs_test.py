@@ -71,7 +71,7 @@ def test_a_variant_describes_a_model_that_can_be_built(file, variant):
   """Shapes only: techniques that rewrite the model included, so that their selectors find something."""
   run = importlib.import_module('efficient_lm.run')
   experiment, _ = experiments.load(f'{file}:{variant}')
-  assert run.abstract_model(experiment) is not None
+  assert run.abstract_result(experiment) is not None
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')   # how config_flags imports the file

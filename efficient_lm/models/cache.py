@@ -65,8 +65,8 @@ class IntegerRows:
   def empty(cls, batch: int, heads: int, length: int, dim: int, dtype, *, bits: int, group: int):
     """Rows of `dim` numbers for `length` tokens, by head. Raises ValueError for an odd dim in four bits."""
     if bits == 4 and dim % 2: raise ValueError(f'a cache in 4 bits of rows of {dim}: must be even, for two to share a byte')
-    # Groups are written whole, and one more than is begun: see `append`.
-    slots = length if group == 1 else (length // group + 2) * group
+    # Groups are written whole, and sometimes one that holds nothing after them: see `append`.
+    slots = length if group == 1 else (-(-length // group) + 1) * group
     values, scales = jax.eval_shape(lambda x: quantize_cache(x, bits=bits, group=group),
                                     jax.ShapeDtypeStruct((batch, heads, slots, dim), dtype))
     zeros = lambda like: jnp.zeros(like.shape, like.dtype)

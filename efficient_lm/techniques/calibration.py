@@ -183,7 +183,7 @@ def layer_by_layer(model, batches, change):
     scanned, changed = isinstance(stack, transformer.Stack), []
     for j in range(stack.num_layers if scanned else len(stack.blocks)):
       path = f'stacks/{i}/blocks' if scanned else f'stacks/{i}/blocks/{j}'
-      layer, hidden = change(path, stack.layer(j) if scanned else stack.blocks[j], hidden)
+      layer, hidden = change(path, compiled(_at)(stack.blocks, j) if scanned else stack.blocks[j], hidden)
       changed.append(layer)
     stacks.append(_rebuilt(stack, changed, scanned))
   model = jax.tree.map(lambda leaf: leaf, model)
@@ -191,9 +191,17 @@ def layer_by_layer(model, batches, change):
   return model
 
 
+def _at(blocks, i):
+  return jax.tree.map(lambda leaf: leaf[i], blocks)
+
+
+def _stacked(changed):
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *changed)
+
+
 def _rebuilt(stack, changed, scanned: bool):
   stack = jax.tree.map(lambda leaf: leaf, stack)
-  stack.blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *changed) if scanned else nnx.List(changed)
+  stack.blocks = compiled(_stacked)(changed) if scanned else nnx.List(changed)
   return stack
 
 

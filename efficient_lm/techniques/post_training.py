@@ -86,8 +86,8 @@ class Quantize:
 
   def nearest(self, path: str, weight, rule: Rule):
     """The weight rounded to nearest, by the method's range where it has one."""
-    method = RoundToNearest(range=getattr(self.method, 'range', None))
-    return stored(weight, rule, lambda w_NK: method.encode(w_NK, rule.weights, {}))
+    encode = calibration.compiled(_to_nearest, static_argnames=('method', 'format'))
+    return stored(weight, rule, lambda w_NK: encode(w_NK, method=_nearest(self.method), format=rule.weights))
 
 
 def stored(weight, rule: Rule, encode):
@@ -111,7 +111,6 @@ class Layers:
   def __init__(self, stage: Quantize, decided: dict[str, Rule]):
     self.method, self.least, self.decided = stage.method, stage.least_tokens, decided
     self.done, self.counts, self.gains = set(), {}, {}
-    self.encode = jax.jit(self._encode, static_argnames='format')
 
   def __call__(self, prefix: str, layer, hidden):
     chosen = {path: rule for path, _ in tree.select(layer, weights.Weight)
@@ -137,18 +136,11 @@ class Layers:
     return layer, wiring.updated(layer, changes)
 
   def _encoded(self, path: str, w_NK, format, found):
-    encoded, gain = self.encode(w_NK, format, found)
+    encode = calibration.compiled(_encoded, static_argnames=('method', 'format'))
+    encoded, gain = encode(w_NK, found, self.least, method=self.method, format=format)
     self.counts.setdefault(path, []).append(np.asarray(found['count'])[..., 0])
     self.gains.setdefault(path, []).append(gain)
     return encoded
-
-  def _encode(self, w_NK, format, found):
-    nearest = RoundToNearest(range=getattr(self.method, 'range', None)).encode(w_NK, format, found)
-    enough = found['count'][..., None] >= self.least
-    rounded = jax.tree.map(lambda a, b: jnp.where(enough, a, b), self.method.encode(w_NK, format, found), nearest)
-    if 'gram' not in found: return rounded, None
-    error = lambda encoded: jnp.sum(hessian.output_error(format.decode(encoded) - w_NK, found['gram']))
-    return rounded, error(rounded) / error(nearest)
 
   def notes(self, tokens: int) -> list[str]:
     """What the calibration saw, and what it was good for."""
@@ -166,3 +158,23 @@ class Layers:
     few = ', '.join(f'{layer}.{expert}' for layer, expert in np.argwhere(counts_LE < self.least))
     fallen = f'; rounded to nearest, for want of {self.least}, those of layer.expert {few}' if few else ''
     return f'{path}: an expert saw {counts_LE.min():.0f} to {counts_LE.max():.0f} tokens{fallen}'
+
+
+def _nearest(method) -> RoundToNearest:
+  """What stands in for a method where there is nothing to go by: the same ranges, and no calibration."""
+  return RoundToNearest(range=getattr(method, 'range', None))
+
+
+def _to_nearest(w_NK, *, method: RoundToNearest, format):
+  return method.encode(w_NK, format, {})
+
+
+def _encoded(w_NK, found, least, *, method, format):
+  """A matrix as the method encodes it, or to nearest where too few tokens were seen; its output error over that of nearest,
+  or None where the method has no use for the Gram matrix."""
+  nearest = _nearest(method).encode(w_NK, format, found)
+  enough = found['count'][..., None] >= least
+  rounded = jax.tree.map(lambda a, b: jnp.where(enough, a, b), method.encode(w_NK, format, found), nearest)
+  if 'gram' not in found: return rounded, None
+  error = lambda encoded: jnp.sum(hessian.output_error(format.decode(encoded) - w_NK, found['gram']))
+  return rounded, error(rounded) / jnp.maximum(error(nearest), jnp.finfo(jnp.float32).tiny)

@@ -168,8 +168,8 @@ def test_a_cache_takes_the_bytes_that_its_format_promises():
   assert size(FORMATS['float']) == dims * 4 * 2
   assert size(FORMATS['int8']) == dims * (4 + 4)
   assert size(FORMATS['int4']) == dims * (2 + 4)
-  # Two groups more than fill the slots, and seven tokens of a group in bfloat16.
-  assert size(FORMATS['groups of 8, 4 bits']) == dims // 16 * (32 * 2 + 4 * 4 + 7 * 4 * 2)
+  # One group more than fills the slots, and seven tokens of a group in bfloat16.
+  assert size(FORMATS['groups of 8, 4 bits']) == dims // 16 * (24 * 2 + 3 * 4 + 7 * 4 * 2)
 
 
 def test_an_odd_row_in_four_bits_is_refused():

@@ -22,18 +22,19 @@ from tests.compressing import Context, abstractly, assert_structure, batch_of, l
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
-RULES = (Rule(weights=Int(bits=3, scales=Group(size=8))),)
+FORMAT = Int(bits=3, scales=Group(size=8))
+RULES = {'dense': (Rule(weights=FORMAT),), 'experts': (Rule(where='experts/', weights=FORMAT),)}
 METHODS = {'nearest': RoundToNearest(), 'gptq': Gptq(block=16), 'in turn': Gptq(true_sequential=True, block=16),
            'awq': Awq(grid=5, clips=3)}
 
 
 def stage(**changes):
-  return Quantize(**dict(dict(rules=RULES, method=Gptq(block=16), sequences=16, least_tokens=4), **changes))
+  return Quantize(**dict(dict(rules=RULES['dense'], method=METHODS['gptq'], sequences=16, least_tokens=4), **changes))
 
 
 @functools.cache
 def after(method='gptq', mlp='dense'):
-  return stage(method=METHODS[method])(model_of(mlp=mlp), Context())
+  return stage(method=METHODS[method], rules=RULES[mlp])(model_of(mlp=mlp), Context())
 
 
 def error(model, mlp='dense'):
@@ -47,20 +48,20 @@ def error(model, mlp='dense'):
 def test_all_that_rules_name_is_stored_in_their_format_and_shapes_are_known_beforehand(method, mlp):
   model, notes = after(method, mlp)
   for path, weight in tree.select(model, Weight):
-    ruled = re.search(RULES[0].where, path) is not None
+    ruled = re.search(RULES[mlp][0].where, path) is not None
     assert isinstance(weight, Quantized) == ruled, path
-    if ruled: assert weight.format == RULES[0].weights
-  assert_structure(abstractly(stage(method=METHODS[method]), model_of(mlp=mlp)), model)
-  assert notes[0].startswith('Quantize (') and 'left as they are: embed, own_head' in notes[0]
+    if ruled: assert weight.format == FORMAT
+  assert_structure(abstractly(stage(method=METHODS[method], rules=RULES[mlp]), model_of(mlp=mlp)), model)
+  assert notes[0].startswith('Quantize (') and 'left as they are: embed' in notes[0]
   assert (method == 'nearest') == (len(notes) == 1)
   if method != 'nearest': assert notes[1].startswith('calibrated on 256 tokens: output error 0.')
 
 
 def test_rounding_to_nearest_is_that():
   model, _ = after('nearest')
-  plain = tree.rewrite(model_of(), Weight, lambda path, weight: quantized(weight, RULES[0].weights)
-                       if re.search(RULES[0].where, path) else weight)
-  for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(plain), strict=True): np.testing.assert_array_equal(a, b)
+  plain = tree.rewrite(model_of(), Weight, lambda _, weight: quantized(weight, FORMAT), 'mlp/up$')
+  a, b = (dict(tree.select(one, Weight))['stacks/0/blocks/mlp/up'].materialize() for one in (model, plain))
+  np.testing.assert_allclose(a, b, rtol=1e-6)   # a scale that is compiled may differ in its last bit
 
 
 def test_calibrated_methods_come_closer_to_the_float_model():
@@ -73,7 +74,7 @@ def test_experts_too_come_closer():
 
 
 def test_an_expert_that_saw_too_few_tokens_is_rounded_to_nearest_and_named():
-  few, notes = stage(least_tokens=10 ** 6)(model_of(mlp='experts'), Context())
+  few, notes = stage(least_tokens=10 ** 6, rules=RULES['experts'])(model_of(mlp='experts'), Context())
   plain, _ = after('nearest', 'experts')
   for a, b in zip(jax.tree.leaves(few), jax.tree.leaves(plain), strict=True): np.testing.assert_array_equal(a, b)
   line = next(note for note in notes if 'experts/gate' in note)
@@ -104,7 +105,7 @@ def test_activations_are_rounded_where_a_rule_says_so_and_the_rest_too():
 
 
 def test_eight_bits_are_nearly_the_float_model():
-  model, _ = stage(rules=(Rule(weights=Int(scales=Channel())),))(model_of(), Context())
+  model, _ = stage(rules=(Rule(where='(up|gate)$', weights=Int(scales=Channel())),))(model_of(), Context())
   assert error(model) < 1e-3 * float(jnp.var(logits_of(model_of())))
 
 

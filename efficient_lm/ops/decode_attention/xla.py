@@ -11,7 +11,7 @@ from efficient_lm.ops.quantize.grid import halves
 
 # Numbers of keys in a block, over all sequences and heads: converted, they and as many values stay in a core's cache (2^16
 # to 2^19 took the same time). At least MIN_SLOTS slots, or the loop costs more than its products.
-BLOCK, MIN_SLOTS = 2 ** 17, 64
+BLOCK, MIN_SLOTS = 2 ** 18, 64
 
 
 def whole(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=None, page_table_BS=None, window=None,
