@@ -88,8 +88,10 @@ class LearnedStep(Quantizer):
     """For a weight, one step to a tile of the format; `range` (default: the class's) fits the first ones."""
     layout = Layout.of(weight)
     w_NK = layout.matrix(weight.materialize())
-    step_qn = cls.accepted(format).scales_for(w_NK, range or cls.range).scale
-    numbers = w_NK.shape[-2] * w_NK.shape[-1] // math.prod(step_qn.shape[-2:])
+    (N, K), step_qn = w_NK.shape[-2:], cls.accepted(format).scales_for(w_NK, range or cls.range).scale
+    # A tile of zeros says nothing of its size; with the smallest of all steps it would never leave 0.
+    step_qn = jnp.where(step_qn > jnp.finfo(jnp.float32).tiny, step_qn, K ** -0.5 / format.largest)
+    numbers = N * K // math.prod(step_qn.shape[-2:])
     return cls(format, step_qn, layout.experts + layout.letters[-1] + layout.letters[-2], numbers)
 
   @classmethod
