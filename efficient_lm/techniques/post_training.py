@@ -27,6 +27,9 @@ weights = lazy('efficient_lm.weights')
 wiring = lazy('efficient_lm.wiring')
 
 
+ROWS = 128   # of each matrix, about, that the output error is measured on
+
+
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class RoundToNearest(calibration.Method):
   """Each number by itself, no calibration. `range`: of the scales, None for the format's own."""
@@ -105,7 +108,7 @@ class Layers:
   """Rounds one layer after the other, as `calibration.layer_by_layer` brings them, and keeps account.
 
   done: paths of the weights that have been rounded. counts: of each, by layer, the tokens that it was calibrated on;
-  gains: the squared output error that is left, in parts of that of rounding to nearest.
+  gains: the squared output error that is left, in parts of that of rounding the same (prepared) matrix to nearest.
   """
 
   def __init__(self, stage: Quantize, decided: dict[str, Rule]):
@@ -176,5 +179,7 @@ def _encoded(w_NK, found, least, *, method, format):
   enough = found['count'][..., None] >= least
   rounded = jax.tree.map(lambda a, b: jnp.where(enough, a, b), method.encode(w_NK, format, found), nearest)
   if 'gram' not in found: return rounded, None
-  error = lambda encoded: jnp.sum(hessian.output_error(format.decode(encoded) - w_NK, found['gram']))
+  every = max(1, w_NK.shape[-2] // ROWS)   # some rows tell: each has its error for itself
+  change = lambda encoded: (format.decode(encoded) - w_NK)[..., ::every, :]
+  error = lambda encoded: jnp.sum(hessian.output_error(change(encoded), found['gram']))
   return rounded, error(rounded) / jnp.maximum(error(nearest), jnp.finfo(jnp.float32).tiny)
