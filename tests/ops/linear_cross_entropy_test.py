@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from efficient_lm.ops.linear_cross_entropy import BACKWARD, IMPLEMENTATIONS, limits, linear_cross_entropy, vocabulary, xla
+from efficient_lm.ops.linear_cross_entropy import (
+  BACKWARD,
+  IMPLEMENTATIONS,
+  limits,
+  linear_cross_entropy,
+  tiles,
+  vocabulary,
+  xla,
+)
 from efficient_lm.ops.linear_cross_entropy.cases import CASES, Case, bench
 from efficient_lm.ops.linear_cross_entropy.tiles import SHARED_MEMORY, VMEM, GpuTiles, TpuTiles, candidates
 
@@ -19,7 +27,7 @@ def assert_close(got, wanted, tolerance: float):
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
     assert a.dtype == b.dtype and a.shape == b.shape
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-    np.testing.assert_allclose(a, b, atol=tolerance * max(1, np.abs(b).max()))
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(initial=1e-6))
 
 
 @pytest.fixture
@@ -155,6 +163,18 @@ def tpu_interpreter():
 def test_the_tpu_kernel_equals_the_reference(name, of, tpu_interpreter, narrow_chunks):
   case = dataclasses.replace(KERNEL_CASES[name], of=of)
   got = case.call('pallas_tpu', TpuTiles(16, 128, 128))(*case.arguments())
+  assert_close(got, case.call('reference')(*case.arguments()), case.tolerance)
+
+
+@pytest.mark.parametrize('of', ['forward', 'backward'])
+def test_tokens_are_padded_to_the_tiles_that_tuning_found(of, tpu_interpreter, monkeypatch):
+  """26 tokens in tiles of 16 rows, where the rule alone would have had one of 32."""
+  case = dataclasses.replace(KERNEL_CASES['float32'], of=of)
+  monkeypatch.setitem(tiles.TUNED, ('tpu', of, 256, 332), TpuTiles(16, 128, 128))
+  monkeypatch.setattr(vocabulary, 'width_for', lambda V: 128)
+  from efficient_lm.ops.linear_cross_entropy import pallas_tpu
+  run = pallas_tpu.linear_cross_entropy if of == 'forward' else pallas_tpu.backward
+  got = run(*case.arguments())
   assert_close(got, case.call('reference')(*case.arguments()), case.tolerance)
 
 

@@ -40,7 +40,6 @@ def backward(*arguments, tiles: GpuTiles | None = None):
 
 
 def _forward(hidden_MD, head_DV, labels_M, tiles):
-  tiles = tiles or gpu_tiles_for('forward', *head_DV.shape)
   M, V = hidden_MD.shape[0], head_DV.shape[1]
   num_tiles = pl.cdiv(V, tiles.columns)
 
@@ -71,7 +70,6 @@ def _forward(hidden_MD, head_DV, labels_M, tiles):
 
 
 def _dlogits(hidden_MD, head_DV, per_token, start, width: int, tiles):
-  tiles = tiles or gpu_tiles_for('backward', *head_DV.shape)
   transforms = swizzled(STORE_COLUMNS, hidden_MD.dtype)
 
   def epilogue(logits, rows, n, half, out, smem):
@@ -159,4 +157,4 @@ def product(hidden, head, start, width: int, tiles: GpuTiles, smem, epilogue):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-KERNELS = vocabulary.Kernels(_forward, _dlogits, lambda M, tiles: 2 * (tiles or GpuTiles()).rows)
+KERNELS = vocabulary.Kernels(_forward, _dlogits, gpu_tiles_for, lambda tiles: 2 * tiles.rows)

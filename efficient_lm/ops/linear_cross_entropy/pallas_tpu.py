@@ -30,22 +30,12 @@ def backward(*arguments, tiles: TpuTiles | None = None):
   return vocabulary.backward(KERNELS, *arguments, tiles)
 
 
-def _tiles(of: str, hidden_MD, head_DV, tiles) -> TpuTiles:
-  (M, D), V = hidden_MD.shape, head_DV.shape[1]
-  return tiles or tpu_tiles_for(of, M, D, V, hidden_MD.dtype.itemsize)
-
-
-def _rows(M: int, tiles) -> int:
-  return tiles.rows if tiles else min(512, -(-M // 16) * 16)
-
-
 def lanes(x_M):
   """(M,) -> (M, 128): a token's value in every lane, which is how a vector of a column per row is kept."""
   return jnp.broadcast_to(x_M[:, None], (x_M.size, LANES))
 
 
 def _forward(hidden_MD, head_DV, labels_M, tiles):
-  tiles = _tiles('forward', hidden_MD, head_DV, tiles)
   (M, D), V = hidden_MD.shape, head_DV.shape[1]
   per_token = pl.BlockSpec((tiles.rows, LANES), lambda m, v, d: (m, 0))
   logsumexp, label = pl.pallas_call(
@@ -106,7 +96,6 @@ def _forward_kernel(hidden_ref, head_ref, labels_ref, logsumexp_ref, label_ref, 
 
 def _dlogits(hidden_MD, head_DV, per_token, start, width: int, tiles):
   # The columns of a chunk begin at a traced place: the kernel is given which tile that is, before its blocks are fetched.
-  tiles = _tiles('backward', hidden_MD, head_DV, tiles)
   M, D = hidden_MD.shape
   block = pl.BlockSpec((tiles.rows, LANES), lambda m, v, d, first: (m, 0))
   return pl.pallas_call(
@@ -152,4 +141,4 @@ def head_columns(head_DV, start, width: int):
   )(jnp.reshape(start, 1).astype(jnp.int32), head_DV)
 
 
-KERNELS = vocabulary.Kernels(_forward, _dlogits, _rows, head_columns)
+KERNELS = vocabulary.Kernels(_forward, _dlogits, tpu_tiles_for, lambda tiles: tiles.rows, head_columns)

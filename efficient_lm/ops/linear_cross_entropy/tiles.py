@@ -45,7 +45,7 @@ class TpuTiles:
 TUNED: dict = {}
 
 
-def gpu_tiles_for(of: str, D: int, V: int) -> GpuTiles:
+def gpu_tiles_for(of: str, M: int, D: int, V: int, itemsize: int) -> GpuTiles:
   """What to use where nothing was given: as tuned, or else the largest tile that registers hold."""
   return TUNED.get(('hopper', of, D, V), GpuTiles())
 

@@ -82,12 +82,14 @@ class Kernels:
   forward: (hidden_MD, head_DV, labels_M, tiles) -> logsumexp_M and the logit of the label, label_M.
   dlogits: (hidden_MD, head_DV, per_token_4M, start, width, tiles) -> d_MC for the columns start … start + width - 1:
     exp(logits - logsumexp) * p_scale - (at label) * label_scale, per_token being labels, logsumexp and those two scales.
-  rows: (M, tiles) -> the multiple to which tokens are padded.
+  tiles: (pass, M, D, V, bytes of an element) -> what to use where nothing was given.
+  rows: tiles -> the multiple to which tokens are padded.
   columns: see `gradients`.
   """
   forward: Callable
   dlogits: Callable
-  rows: Callable[[int, Any], int]
+  tiles: Callable[..., Any]
+  rows: Callable[[Any], int]
   columns: Callable = columns_of
 
 
@@ -95,7 +97,7 @@ class Kernels:
 def linear_cross_entropy(kernels: Kernels, hidden_BTD, head_DV, labels_BT, tiles):
   """See the API."""
   M = labels_BT.size
-  hidden_PD, labels_P = _flat(kernels, tiles, M, hidden_BTD, labels_BT)
+  tiles, hidden_PD, labels_P = _flat('forward', kernels, tiles, head_DV, hidden_BTD, labels_BT)
   logsumexp_BT, label_BT = (x_P[:M].reshape(labels_BT.shape) for x_P in
                             kernels.forward(hidden_PD, head_DV, labels_P, tiles))
   return logsumexp_BT - label_BT, logsumexp_BT
@@ -104,18 +106,21 @@ def linear_cross_entropy(kernels: Kernels, hidden_BTD, head_DV, labels_BT, tiles
 def backward(kernels: Kernels, hidden_BTD, head_DV, labels_BT, logsumexp_BT, g_nll_BT, g_logsumexp_BT, tiles):
   """Gradients by hidden and head. What pads the tokens has zeros for scales, so nothing comes of it."""
   M = labels_BT.size
-  hidden_PD, *per_token = _flat(kernels, tiles, M, hidden_BTD, labels_BT, logsumexp_BT, g_nll_BT + g_logsumexp_BT,
-                                g_nll_BT)
+  tiles, hidden_PD, *per_token = _flat('backward', kernels, tiles, head_DV, hidden_BTD, labels_BT, logsumexp_BT,
+                                       g_nll_BT + g_logsumexp_BT, g_nll_BT)
   dlogits = lambda start, width: kernels.dlogits(hidden_PD, head_DV, tuple(per_token), start, width, tiles)
   dhidden_PD, dhead_DV = gradients(dlogits, hidden_PD, head_DV, width_for(head_DV.shape[1]), kernels.columns)
   return dhidden_PD[:M].reshape(hidden_BTD.shape), dhead_DV
 
 
-def _flat(kernels: Kernels, tiles, M: int, hidden_BTD, *per_token_BT):
-  """As a matrix and vectors, padded with zeros to a whole number of tiles."""
-  padding = -M % kernels.rows(M, tiles)
+def _flat(of: str, kernels: Kernels, tiles, head_DV, hidden_BTD, *per_token_BT):
+  """The tiles of a pass; and a matrix and vectors, padded with zeros to a whole number of them."""
+  (B, T, D), V = hidden_BTD.shape, head_DV.shape[1]
+  M = B * T
+  tiles = tiles or kernels.tiles(of, M, D, V, hidden_BTD.dtype.itemsize)
+  padding = -M % kernels.rows(tiles)
   hidden_MD = jnp.pad(hidden_BTD.reshape(M, -1), ((0, padding), (0, 0)))
-  return hidden_MD, *(jnp.pad(x_BT.reshape(M), (0, padding)) for x_BT in per_token_BT)
+  return tiles, hidden_MD, *(jnp.pad(x_BT.reshape(M), (0, padding)) for x_BT in per_token_BT)
 
 
 def _forward(kernels, hidden_BTD, head_DV, labels_BT, tiles):
