@@ -196,6 +196,9 @@ class FakeQuantized(Weight):
   def rounded(self, x, axes: str):
     return rounded_rows(self.activations, self.inner.rounded(x, axes), axes, self.inputs)
 
+  def multiply(self, *arguments): return self.inner.multiply(*arguments)
+  def multiply_grouped(self, *arguments): return self.inner.multiply_grouped(*arguments)
+
   def converted(self) -> Weight:
     """The same numbers, stored in few bits."""
     if self.weights is None: return self

@@ -37,12 +37,20 @@ class Weight(nnx.Module):
   def contract(self, equation: str, x, dtype=None):
     """einsum(equation, x, weight) in x's dtype; `dtype` asks for another one of the result (float32 logits)."""
     x = self.rounded(x, equation.split(',')[0])
-    return contract(equation, x, self.materialize().astype(x.dtype), dtype=dtype)
+    return self.multiply(equation, x, self.materialize().astype(x.dtype), dtype)
 
   def contract_grouped(self, x_MD, sizes_E):
     """Rows of x sorted by expert, `sizes_E` rows each, times that expert's matrix; rows past the sum give zeros."""
     x_MD = self.rounded(x_MD, 'M' + self.inputs)
-    return grouped_matmul(x_MD, self.materialize().astype(x_MD.dtype), sizes_E)
+    return self.multiply_grouped(x_MD, self.materialize().astype(x_MD.dtype), sizes_E)
+
+  def multiply(self, equation: str, x, array, dtype=None):
+    """How this weight multiplies an array that it is worth; a kind that only changes what it is worth asks its `inner`."""
+    return contract(equation, x, array, dtype=dtype)
+
+  def multiply_grouped(self, x_MD, array, sizes_E):
+    """As `multiply`, for rows sorted by expert."""
+    return grouped_matmul(x_MD, array, sizes_E)
 
   def rounded(self, x, axes: str):
     """What a product of this weight does to x first; activation quantization lives here."""

@@ -120,7 +120,7 @@ def test_techniques_compose_in_every_order(names):
   else: assert not dict(select(state.model, FakeQuantized))
   if 'prune' in names: assert_pruned(state.model)
   # Fake quantization around it multiplies in its place.
-  if 'lowprec' in names: assert_lowered(state.model, 0 if 'quant' in names[names.index('lowprec'):] else 2)
+  if 'lowprec' in names: assert_lowered(state.model, 2)
 
 
 @pytest.mark.parametrize('names', ORDERS, ids='-'.join)
