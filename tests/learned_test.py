@@ -113,9 +113,8 @@ def test_gradients_are_those_of_the_paper(kind, format):
   assert 0 < np.mean(got[1] == 0) < 0.8, 'some are out of reach, some within'
 
 
-@pytest.mark.parametrize('format', [Int(scales=Tensor()), MidRise(scales=Tensor())], ids=name)
-def test_only_clipped_activations_move_the_limit_of_pact(format):
-  x, g = draw(2, N, K), draw(2, N, K, seed=1)
+def test_only_clipped_activations_move_the_limit_of_pact():
+  x, g, format = draw(2, N, K), draw(2, N, K, seed=1), Int(bits=4, scales=Tensor())
   quantizer = ClippedActivation.of_tokens(Dense(draw(K, N), 'DF', 'D'), format)
   quantizer.exponent.set_value(exponent_of(jnp.full((1, 1), 0.9 / format.largest)))
   loss = lambda quantizer: jnp.vdot(g, quantizer(x, Reduce()))
