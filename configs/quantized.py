@@ -9,7 +9,7 @@ rounded, most with 8-bit activations, and store them so at their end; those of A
 nothing and calibrate. tiny (default, int4): minutes on a CPU, in bits per byte beside configs/baseline.py; the table is in
 experiments/quantization. gpt2_124m: for one H100 or a v5e-8, not run yet.
 
-BitNet wants two to five times the peak of a float model and no weight decay in the second half, as in
+BitNet's recipe has a higher peak than a float model and no weight decay in the second half; not tried at that size:
 --config.train.optimizer.schedule.peak=1.8e-3 --config.train.optimizer.decay_until=0.5 for bitnet_gpt2_124m.
 """
 import dataclasses

@@ -32,6 +32,12 @@ class LowPrecision(Weight):
   @property
   def inputs(self): return self.inner.inputs
 
+  @property
+  def kind(self): return self.inner.kind
+
+  @property
+  def product(self): return f'{dict(self.formats)["forward"] or "float"} x the same, rounded as it is multiplied'
+
   def materialize(self):
     return self.inner.materialize()
 

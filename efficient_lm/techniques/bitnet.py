@@ -17,7 +17,7 @@ class BitNet:
   layer stands in front of them (Ma et al. 2024, arXiv 2402.17764, section 2; the scaled layer is that of Wang et al. 2023,
   arXiv 2310.11453). Gradients pass straight through. Embedding and head stay float.
 
-  The recipe asks for more than layers: a peak learning rate several times that of a float model of the size, since a weight
+  The recipe asks for more than layers: a higher peak learning rate than that of a float model of the size, since a weight
   that moves a little mostly rounds to what it was, and weight decay 0 in the second half of training, when small weights
   shall no longer be drawn to the border between two levels: AdamW(schedule=…, decay_until=0.5). It is for training from the
   start: a float model loses most of what it knows.

@@ -13,7 +13,7 @@ def decode_attention(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_sc
                      window: int | None = None, scale: float | None = None, implementation: str = 'auto'):
   """o_BNH = softmax(scale * q k^T) v over the slots first … length - 1 of each sequence, softmax in float32.
 
-  first is 0, or max(0, length - window). Slots outside may hold anything, NaN included: they do not reach the result. A
+  first is 0, or max(0, length - window). Slots outside may hold any finite numbers: they do not reach the result. A
   sequence of length 0 has o = 0. Of the N = K * G query heads, k * G … k * G + G - 1 read key-value head k.
 
   A quantized cache holds integers, and a scale for each head and token or for each head and group of successive tokens:

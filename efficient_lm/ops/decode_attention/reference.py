@@ -16,8 +16,6 @@ def decode_attention(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_sc
   precise = jax.lax.Precision.HIGHEST
   scores_BKGS = scale * jnp.einsum('BKGH,BKSH->BKGS', q_BKGH, k_BKSH, precision=precise)
   p_BKGS = jax.nn.softmax(scores_BKGS, axis=-1, where=seen_BS[:, None, None])
-  # Slots that are not seen may hold anything, NaN included.
-  v_BKSH = jnp.where(seen_BS[:, None, :, None], v_BKSH, 0)
   o_BKGH = jnp.einsum('BKGS,BKSH->BKGH', jnp.where(seen_BS[:, None, None], p_BKGS, 0), v_BKSH, precision=precise)
   return o_BKGH.reshape(B, N, -1).astype(q_BNH.dtype)
 

@@ -39,7 +39,7 @@ def blocks(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=No
   first_B = first_slots(lengths_B, window)
 
   def at_once():
-    return _partial(q_BKGH, *cache, _seen(jnp.arange(S), first_B, lengths_B), scale, _times_cleared_if_needed)[::2]
+    return _partial(q_BKGH, *cache, _seen(jnp.arange(S), first_B, lengths_B), scale)[::2]
 
   def step(i, carry):
     o_BKGH, m_BKG1, l_BKG1 = carry
@@ -47,7 +47,7 @@ def blocks(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=No
     start = jnp.minimum(i * size, S - size)
     block = (None if x is None else _slots(x, page_table_BS, start, size) for x in cache)
     seen_BS = _seen(start + jnp.arange(size), jnp.maximum(first_B, i * size), lengths_B)
-    o, m, total = _partial(q_BKGH, *block, seen_BS, scale, _times_cleared_if_needed)
+    o, m, total = _partial(q_BKGH, *block, seen_BS, scale)
     new_m = jnp.maximum(m_BKG1, m)
     old, now = jnp.exp(m_BKG1 - new_m), jnp.exp(m - new_m)
     return o_BKGH * old + o * now, new_m, l_BKG1 * old + total * now
@@ -97,20 +97,7 @@ def _slots(x, page_table_BS, start, size: int):
   return x[lax.dynamic_index_in_dim(page_table_BS, start // size, axis=1, keepdims=False)]
 
 
-def _times_cleared(p_BKGS, v_BKSH, seen_BS):
-  """p v. A slot that is not seen may hold NaN, and 0 * NaN is NaN: select, then multiply. Integers need none of that."""
-  if jnp.issubdtype(v_BKSH.dtype, jnp.floating): v_BKSH = jnp.where(seen_BS[:, None, :, None], v_BKSH, 0)
-  return _times_values(p_BKGS, v_BKSH)
-
-
-def _times_cleared_if_needed(p_BKGS, v_BKSH, seen_BS):
-  """The same where selecting costs a copy of the values: multiply, and select only if a NaN or an infinity came out."""
-  o_BKGH = _times_values(p_BKGS, v_BKSH)
-  if not jnp.issubdtype(v_BKSH.dtype, jnp.floating): return o_BKGH
-  return lax.cond(jnp.isfinite(o_BKGH).all(), lambda: o_BKGH, lambda: _times_cleared(p_BKGS, v_BKSH, seen_BS))
-
-
-def _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale: float, times_values=_times_cleared):
+def _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale: float):
   """Over the slots seen: sum of e^(s - m) v, m = max s, and sum of e^(s - m)."""
   seen_B11S = seen_BS[:, None, None]
   s_BKGS = scale * _against_keys(q_BKGH, k_BKSH)
@@ -120,7 +107,7 @@ def _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale: f
   p_BKGS = jnp.where(seen_B11S, jnp.exp(s_BKGS - m_BKG1), 0)
   l_BKG1 = jnp.sum(p_BKGS, axis=-1, keepdims=True)
   if v_scale_BKS is not None: p_BKGS = jnp.where(seen_B11S, p_BKGS * v_scale_BKS[:, :, None], 0)
-  return times_values(p_BKGS.astype(q_BKGH.dtype), v_BKSH, seen_BS), m_BKG1, l_BKG1
+  return _times_values(p_BKGS.astype(q_BKGH.dtype), v_BKSH), m_BKG1, l_BKG1
 
 
 def _parts(x_BKSH, dtype):
