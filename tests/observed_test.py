@@ -74,7 +74,7 @@ def routed():
   return jnp.asarray(rng.normal(size=(8, 5, D)), jnp.float32), choice
 
 
-@pytest.mark.parametrize('sizes', [(2, 1, 4, 1), (1, 1, 4, 2), (2, 2, 1, 2)], ids=str)
+@pytest.mark.parametrize('sizes', [(1, 1, 4, 2), (2, 2, 1, 2)], ids=str)
 def test_a_mesh_sees_the_same_as_one_device(mesh, sizes):
   """Experts cut by 'expert', their hidden units by 'tensor', tokens by all the others."""
   x_BTD, choice = routed()
