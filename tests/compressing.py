@@ -78,6 +78,3 @@ def assert_structure(abstract, model):
   assert jax.tree.structure(abstract) == jax.tree.structure(model)
   shapes = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
   assert shapes(abstract) == shapes(model)
-
-
-__all__ = [name for name in dir() if not name.startswith('_') and name not in ('axes',)]

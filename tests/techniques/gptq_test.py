@@ -61,7 +61,7 @@ def test_it_stores_no_bit_more_and_errs_less(name):
   """In the mean over seeds; 8 bits and float8 leave hardly an error to begin with, and the same holds of them."""
   format, ratios = FORMATS[name], []
   for seed in range(4):
-    found, plain = run(weight(seed), gram(seed), format), nearest(weight(seed), format)
+    found, plain = run(weight(seed), gram(seed), format, block=8), nearest(weight(seed), format)
     assert [(x.shape, x.dtype) for x in jax.tree.leaves(found)] == [(x.shape, x.dtype) for x in jax.tree.leaves(plain)]
     assert_equal(found.scales, plain.scales)
     ratios.append(error(format, found, seed) / error(format, plain, seed))

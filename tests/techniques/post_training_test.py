@@ -1,5 +1,6 @@
 """The stage: what rules say is stored, by any method, on any model, and said truly beforehand."""
 import functools
+import json
 import re
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm import tree
-from efficient_lm.formats import Channel, Group, Int, packing
+from efficient_lm import fields, tree
+from efficient_lm.formats import Channel, Group, Int, MeanSquaredError, packing
 from efficient_lm.quantized import Quantized, quantized
 from efficient_lm.rotation import Rotated, innermost
 from efficient_lm.rules import Rule
@@ -148,6 +149,13 @@ def test_qwix_rounds_to_nearest_no_better(bits):
   theirs = qwix.dequantize(qwix.quantize(w_NK, f'int{bits}', channelwise_axes=(0,), tiled_axes={1: 16}))
   errors = [float(jnp.mean(jnp.square(one - w_NK))) for one in (ours, theirs)]
   assert 0.8 < errors[0] / errors[1] < 1.25
+
+
+@pytest.mark.parametrize('method', [Gptq(range=MeanSquaredError()), Awq(), RoundToNearest()], ids=repr)
+def test_a_config_can_hold_it(method):
+  whole = Quantize(method=method, before=(SmoothQuant(where=r'norm$'), Rotate(hidden=64)))
+  fields.check(whole)
+  assert fields.from_json(json.loads(json.dumps(fields.to_json(whole)))) == whole
 
 
 def test_a_wrong_field_is_named():
