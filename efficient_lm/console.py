@@ -15,6 +15,7 @@ rich_text = lazy('rich.text')
 
 CPU_FLOPS = 1e11          # what two cores of a laptop reach on float32 products: to say how long a run would take there
 LONG_RUN = 6 * 3600       # seconds on a CPU from which a run is told to look for an accelerator
+TABLE_WIDTH = 120         # characters
 PLAIN_EVERY = 30          # seconds between progress lines where there is no terminal
 
 
@@ -69,6 +70,9 @@ def costs(run) -> dict[str, str]:
               f'{human(memory.total, "B")} with gradients'}
 
 
+TABLE = ('weight', 'stored as', 'multiplied', 'bytes', 'of float32')   # of a stage's weights
+
+
 class Progress:
   """Steps done, loss, tokens per second, MFU where the peak is known, time left."""
 
@@ -112,9 +116,10 @@ class Progress:
 def stage(name: str, notes, lines):
   """What a stage has done: its notes, and every weight with its format, what multiplies it, and its bytes."""
   console = terminal()
+  if not console.is_terminal: console.width = TABLE_WIDTH   # in a file there is room
   console.print(f'[bold]stage {name}[/]')
   for note in notes: console.print(f'  {note}', soft_wrap=True)
-  table = rich_table.Table('weight', 'stored as', 'multiplied', 'bytes', 'of float32', box=None)
+  table = rich_table.Table(*(rich_table.Column(name, overflow='fold') for name in TABLE), box=None)
   for line in lines:
     table.add_row(line.path, line.kind, line.product, human(line.num_bytes, 'B'), f'{line.num_bytes / line.float_bytes:.3f}')
   console.print(table)

@@ -1,6 +1,8 @@
 """From an experiment to a trained model in a folder, and back: what `main`, `generate` and `evaluate` have in common."""
 import contextlib
+import dataclasses
 import itertools
+import json
 import math
 import time
 from pathlib import Path
@@ -218,7 +220,10 @@ class Run:
         seconds = time.perf_counter() - clock
         saved.save(self.training.steps, {'model': model}, wait=True)
       settled = (*settled, *notes)
-      console.stage(name, notes, rules.table(model))
+      table = rules.table(model)
+      if jax.process_index() == 0:
+        (folder / 'weights.json').write_text(json.dumps([dataclasses.asdict(line) for line in table], indent=2))
+      console.stage(name, notes, table)
       self._measure(self.training.steps, model, f'stage/{i + 1}', f'stage_{i + 1}')
       self._enter(name, model, 0, seconds, energy, folder, settled)
 

@@ -171,6 +171,8 @@ def test_a_stage_gets_its_own_row(workdir, stored):
   assert stage.quality.bits_per_byte != start.quality.bits_per_byte and stage.notes == ('Stored: in 8 bits',)
   assert stage.size.bytes_in_memory < 0.6 * start.size.bytes_in_memory and stage.size.parameters == start.size.parameters
   assert (stored / 'samples' / 'stage_1.txt').is_file()
+  lines = json.loads((stored / 'stages' / '1_stored' / 'weights.json').read_text())
+  assert {line['kind'] for line in lines} == {'float32', 'int8 per channel'}
 
 
 def test_what_a_run_leaves_is_the_model_of_its_last_stage(stored, capsys):
