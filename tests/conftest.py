@@ -1,9 +1,18 @@
 """Eight virtual CPU devices for every test; the flag is read when JAX starts."""
 import os
+import sys
 
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 
 import pytest
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forgotten():
+  """Programs of one file are of no use to the next. Each compiled one maps some memory, of which a process may have 65530
+  pieces on Linux by default; XLA aborts where it gets no more."""
+  yield
+  if 'jax' in sys.modules: sys.modules['jax'].clear_caches()
 
 
 @pytest.fixture
