@@ -1,4 +1,5 @@
 """Cases that run a whole model, ours against PyTorch: training a dense model or a mixture, and decoding."""
+import functools
 import importlib.util
 
 import jax
@@ -121,7 +122,8 @@ def prefill(spec: specs.Transformer, length: int, target: float | None = None) -
   stored = jax.jit(lambda model: rules.apply(model, (rules.Rule(weights=formats.Int()),), lambda path, weight, rule: (
     quantized.quantized(weight, rule.weights, rounding))))(model)
   prompt_BT = np.random.default_rng(0).integers(0, spec.vocab_size, (1, length)).astype(np.int32)
-  call = lambda model: lambda: decode.prefill(model, prompt_BT, length=length, vocab_size=spec.vocab_size)[0]
+  prefill = functools.partial(decode.prefill, length=length, vocab_size=spec.vocab_size)
+  call = lambda model: lambda: jax.block_until_ready(prefill(model, prompt_BT))[0]
   candidates = {OURS: call(stored), f'ours in {spec.dtype}': call(model)}
   ours, theirs = (np.asarray(candidate()) for candidate in candidates.values())
   apart = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
