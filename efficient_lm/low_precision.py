@@ -8,12 +8,12 @@ from jax import lax
 
 from efficient_lm.clock import Clock, ticking
 from efficient_lm.ops.low_precision import low_precision_contract, low_precision_grouped_matmul
-from efficient_lm.weights import Frozen, Weight
+from efficient_lm.weights import Frozen, Weight, Wrapper
 
 ROWS = 1024   # rows of logits that `nll` has at a time
 
 
-class LowPrecision(Weight):
+class LowPrecision(Wrapper):
   """Multiplies as `ops.low_precision` does; is worth what `inner` is. Looking up an embedding rounds nothing.
 
   Gradients that are rounded at random need a key that differs from step to step, layer to layer and device to device: it is
@@ -27,33 +27,10 @@ class LowPrecision(Weight):
     self.clock, self.seed = clock, seed
 
   @property
-  def axes(self): return self.inner.axes
-
-  @property
-  def inputs(self): return self.inner.inputs
-
-  @property
-  def kind(self): return self.inner.kind
-
-  @property
   def product(self): return f'{dict(self.formats)["forward"] or "float"} x the same, rounded as it is multiplied'
-
-  def materialize(self):
-    return self.inner.materialize()
-
-  def rounded(self, x, axes: str):
-    return self.inner.rounded(x, axes)
 
   def narrowed(self, dtype):
     return LowPrecision(self.inner.narrowed(dtype), dict(self.formats), self.clock, self.seed)
-
-  def contract(self, equation: str, x, dtype=None):
-    x = self.rounded(x, equation.split(',')[0])
-    return self.multiply(equation, x, self.materialize().astype(x.dtype), dtype)
-
-  def contract_grouped(self, x_MD, sizes_E):
-    x_MD = self.rounded(x_MD, 'M' + self.inputs)
-    return self.multiply_grouped(x_MD, self.materialize().astype(x_MD.dtype), sizes_E)
 
   def multiply(self, equation: str, x, array, dtype=None):
     """einsum(equation, x, array) as this weight multiplies."""

@@ -20,7 +20,7 @@ from jax import lax
 
 from efficient_lm.ops.grouped_matmul import grouped_matmul
 from efficient_lm.quantized import Layout
-from efficient_lm.weights import Weight
+from efficient_lm.weights import Weight, Wrapper
 
 
 class Statistic(nnx.Variable):
@@ -37,7 +37,7 @@ def joined(statistic: str, a, b):
   return jnp.maximum(a, b) if statistic == 'peak' else a + b
 
 
-class Observed(Weight):
+class Observed(Wrapper):
   """Multiplies as `inner`. `wanted` names the statistics, which are zero until a gradient says otherwise."""
 
   def __init__(self, inner: Weight, wanted: tuple[str, ...]):
@@ -49,19 +49,6 @@ class Observed(Weight):
     # On a mesh experts' statistics lie where the experts do, those of others everywhere.
     self.statistics = nnx.Dict({name: Statistic(jnp.zeros((*lead, *size)), axes=layout.experts + '1' * len(size))
                                 for name, size in sizes.items()})
-
-  @property
-  def axes(self): return self.inner.axes
-
-  @property
-  def inputs(self): return self.inner.inputs
-
-  @property
-  def kind(self): return self.inner.kind
-
-  def materialize(self): return self.inner.materialize()
-
-  def rounded(self, x, axes: str): return self.inner.rounded(x, axes)
 
   def contract(self, equation, x, dtype=None):
     """Products over other dims than the inputs, and dense ones of all experts, are not observed."""

@@ -22,7 +22,7 @@ from efficient_lm.formats.ranges import Reduce
 from efficient_lm.ops.contract import is_matrix_product
 from efficient_lm.ops.grouped_matmul import grouped_matmul
 from efficient_lm.ops.quantized_matmul import QuantizedMatrix, quantized_matmul
-from efficient_lm.weights import Frozen, Weight
+from efficient_lm.weights import Frozen, Weight, Wrapper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,17 +172,11 @@ def rounded_rows(quantizer: Quantizer | None, x, axes: str, inputs: str):
   return quantizer(rows, reduction(spanned)).reshape(x.shape)
 
 
-class FakeQuantized(Weight):
+class FakeQuantized(Wrapper):
   """Trains as `inner`, multiplies as its rounding. `weights` and `activations` are Quantizers, or None for floats."""
 
   def __init__(self, inner: Weight, weights: Quantizer | None, activations: Quantizer | None = None):
     self.inner, self.weights, self.activations = inner, weights, activations
-
-  @property
-  def axes(self): return self.inner.axes
-
-  @property
-  def inputs(self): return self.inner.inputs
 
   @property
   def kind(self):
@@ -196,9 +190,6 @@ class FakeQuantized(Weight):
   def rounded(self, x, axes: str):
     return rounded_rows(self.activations, self.inner.rounded(x, axes), axes, self.inputs)
 
-  def multiply(self, *arguments): return self.inner.multiply(*arguments)
-  def multiply_grouped(self, *arguments): return self.inner.multiply_grouped(*arguments)
-
   def converted(self) -> Weight:
     """The same numbers, stored in few bits."""
     if self.weights is None: return self
@@ -211,7 +202,7 @@ class FakeQuantized(Weight):
     return Quantized(self.weights.format.encode(matrix, scales), self.weights.format, layout, activations)
 
 
-class Normalized(Weight):
+class Normalized(Wrapper):
   """Divides what `inner` is multiplied with by its root mean square over the inputs, before anything else: an RMSNorm (Zhang
   and Sennrich 2019, arXiv 1910.07467) without parameters. Rounding tokens to few levels asks for it where a layer has no
   norm in front of a product: sub-LN (Wang et al. 2022, arXiv 2210.06423) as BitNet has it."""
@@ -220,22 +211,12 @@ class Normalized(Weight):
     self.inner, self.eps = inner, eps
 
   @property
-  def axes(self): return self.inner.axes
-
-  @property
-  def inputs(self): return self.inner.inputs
-
-  @property
   def kind(self): return f'{self.inner.kind}, after a norm'
-
-  @property
-  def product(self): return self.inner.product
 
   def around(self, change) -> 'Normalized':
     """With change(inner) in place of `inner`."""
     return Normalized(change(self.inner), self.eps)
 
-  def materialize(self): return self.inner.materialize()
   def narrowed(self, dtype): return self.around(lambda inner: inner.narrowed(dtype))
   def take(self, ids): return self.inner.take(ids)
 

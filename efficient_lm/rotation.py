@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_lm.quantized import Layout
-from efficient_lm.weights import Weight
+from efficient_lm.weights import Weight, Wrapper
 
 FACTOR = 64   # a larger matrix is the Kronecker product of such, applied one after the other
 
@@ -40,7 +40,7 @@ def hadamard(x, block: int):
   return (y * size ** -.5).astype(x.dtype).reshape(x.shape)
 
 
-class Rotated(Weight):
+class Rotated(Wrapper):
   """Multiplies rotated inputs: `inner` holds the rotated weight, so that together they are worth what it was before. For
   inputs that nothing before can rotate, such as those of a gated layer's last product (the online rotation of QuaRot,
   Ashkboos et al. 2024, arXiv 2404.00456, section 4)."""
@@ -49,21 +49,14 @@ class Rotated(Weight):
     self.inner, self.block = inner, block
 
   @property
-  def axes(self): return self.inner.axes
-
-  @property
-  def inputs(self): return self.inner.inputs
-
-  @property
   def kind(self): return f'{self.inner.kind}, inputs rotated'
-
-  @property
-  def product(self): return self.inner.product
 
   def materialize(self):
     layout = Layout.of(self.inner)
     matrix_NK = layout.matrix(self.inner.materialize())
     return layout.array(hadamard(matrix_NK.astype(jnp.float32), self.block).astype(matrix_NK.dtype))
+
+  def rounded(self, x, axes: str): return x   # what is rounded is rotated before
 
   def narrowed(self, dtype): return Rotated(self.inner.narrowed(dtype), self.block)
 

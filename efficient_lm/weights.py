@@ -72,6 +72,28 @@ class Weight(nnx.Module):
     return alphabet.constrain(self.materialize(), 'VD')[ids]
 
 
+class Wrapper(Weight):
+  """A weight around another one, as techniques nest them: what a subclass does not say anew is as `inner` has it."""
+  inner: Weight
+
+  @property
+  def axes(self): return self.inner.axes
+
+  @property
+  def inputs(self): return self.inner.inputs
+
+  @property
+  def kind(self): return self.inner.kind
+
+  @property
+  def product(self): return self.inner.product
+
+  def materialize(self): return self.inner.materialize()
+  def rounded(self, x, axes: str): return self.inner.rounded(x, axes)
+  def multiply(self, *arguments): return self.inner.multiply(*arguments)
+  def multiply_grouped(self, *arguments): return self.inner.multiply_grouped(*arguments)
+
+
 class Dense(Weight):
   """A plain trainable array."""
 
