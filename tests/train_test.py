@@ -269,7 +269,15 @@ def test_a_signal_at_the_last_step_is_too_late_to_matter(recorder):
   assert recorder.fit(during=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 10 else None).step == 10
 
 
-def test_a_second_signal_ends_at_once(recorder):
+@pytest.fixture
+def interruptible():
+  """As at a terminal: a shell has programs that it starts in the background ignore SIGINT."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_ends_at_once(recorder, interruptible):
   def twice(step):
     for _ in range(2): os.kill(os.getpid(), signal.SIGINT)
   with pytest.raises(KeyboardInterrupt): recorder.fit(during=twice)
