@@ -24,6 +24,13 @@ def terminal():
   return rich_console.Console(quiet=jax.process_index() != 0, highlight=False)
 
 
+def for_tables():
+  """The same, with room for a table where a file is written."""
+  console = terminal()
+  if not console.is_terminal: console.width = TABLE_WIDTH
+  return console
+
+
 def human(number: float, unit: str = '') -> str:
   """1234567 -> '1.23M'."""
   for power, letter in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
@@ -115,8 +122,7 @@ class Progress:
 
 def stage(name: str, notes, lines):
   """What a stage has done: its notes, and every weight with its format, what multiplies it, and its bytes."""
-  console = terminal()
-  if not console.is_terminal: console.width = TABLE_WIDTH   # in a file there is room
+  console = for_tables()
   console.print(f'[bold]stage {name}[/]')
   for note in notes: console.print(f'  {note}', soft_wrap=True)
   table = rich_table.Table(*(rich_table.Column(name, overflow='fold') for name in TABLE), box=None)

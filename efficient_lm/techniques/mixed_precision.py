@@ -5,6 +5,8 @@ else float; it is taken to add up, which holds while it is small. The plan is a 
 
   found = sensitivities(model, batches, formats=(Int(bits=2, scales=g), Int(bits=4, scales=g), Int()))
   print(pasted(choose(found, budget=500_000)))
+
+`python -m efficient_lm.sensitivity` does so for a trained model, and measures what the plan as a whole is worth.
 """
 import dataclasses
 import math
@@ -38,20 +40,45 @@ class Sensitivity:
 
 def sensitivities(model, batches, formats, where: str = rules.LAYERS) -> list[Sensitivity]:
   """Of each weight whose path matches `where`, in each format. Raises ValueError if no weight does, or there is no batch."""
-  batches, found = list(batches), []
-  if not batches: raise ValueError(EMPTY)
-  chosen = list(tree.select(model, weights.Weight, where))
-  if not chosen: tree.rewrite(model, weights.Weight, lambda _, weight: weight, where)   # says what there is
-  for path, weight in chosen:
-    for format in formats:
-      inner, noise = compiled(_rounded, static_argnames='format')(rotation.innermost(weight), format=format)
-      changed = tree.rewrite(model, weights.Weight, lambda at, old, path=path, weight=weight, inner=inner: (
-        rotation.within(weight, lambda _: inner) if at == path else old))
-      divergence = sum(float(compiled(_divergence)(model, changed, batch)) for batch in batches) / len(batches)
-      size = tree.num_bytes(jax.eval_shape(lambda weight, format=format: quantized.quantized(weight, format),
-                                           rotation.innermost(weight)))
-      found.append(Sensitivity(path, format, size, -10 * math.log10(max(float(noise), 1e-30)), divergence))
+  batches = list(batches)
+  found = chosen(model, where)
+  return [_sensitivity(model, path, weight, format, batches) for path, weight in found.items() for format in formats]
+
+
+def chosen(model, where: str) -> dict[str, Any]:
+  """Weights by path. Raises ValueError if there is none."""
+  found = dict(tree.select(model, weights.Weight, where))
+  if not found: tree.rewrite(model, weights.Weight, lambda _, weight: weight, where)   # says what there is
   return found
+
+
+def _sensitivity(model, path: str, weight, format, batches) -> Sensitivity:
+  inner, noise = compiled(_rounded, static_argnames='format')(rotation.innermost(weight), format=format)
+  changed = tree.rewrite(model, weights.Weight, lambda at, old: (
+    rotation.within(old, lambda _: inner) if at == path else old))
+  size = num_bytes(weight, format)
+  return Sensitivity(path, format, size, -10 * math.log10(max(float(noise), 1e-30)), divergence(model, changed, batches))
+
+
+def num_bytes(weight, format) -> int:
+  """Of a weight as it would be stored."""
+  return tree.num_bytes(jax.eval_shape(lambda weight: quantized.quantized(weight, format), rotation.innermost(weight)))
+
+
+def together(model, batches, plan) -> tuple[int, float]:
+  """Of all that the rules of a plan name, rounded to nearest at once: their bytes, and the divergence of the model."""
+  found, decided = dict(tree.select(model, weights.Weight)), rules.assign(model, plan)
+  size = sum(num_bytes(found[path], rule.weights) for path, rule in decided.items() if rule.weights is not None)
+  to_nearest = compiled(_rounded, static_argnames='format')
+  change = lambda path, weight, rule: rotation.within(weight, lambda inner: to_nearest(inner, format=rule.weights)[0])
+  return size, divergence(model, rules.apply(model, plan, change), batches)
+
+
+def divergence(model, changed, batches) -> float:
+  """Mean over the tokens of all batches of KL(model || changed), in nats. Raises ValueError if there is no batch."""
+  found = [float(compiled(_divergence)(model, changed, batch)) for batch in batches]
+  if not found: raise ValueError(EMPTY)
+  return sum(found) / len(found)
 
 
 def _rounded(weight, *, format):

@@ -1,9 +1,11 @@
-"""Which rounding costs what? One variant a run of the table: float-SEED, rtn-BITS-SEED, gptq-…, awq-…, qat-BITS-SEED.
+"""Which rounding costs what? One variant a run of the table: METHOD-BITS-SEED, or METHOD-SEED where nothing is rounded.
 
   python -m efficient_lm.main --config=experiments/quantization/config.py:gptq-3-0 --workdir=runs/quantization/gptq-3-0
 
-All but float start from runs/quantization/float-SEED and round the weights of the layers, 32 inputs to a scale, activations
-staying float. rtn, gptq and awq train nothing; qat trains 200 more steps as rounded, and then stores.
+float is configs/baseline.py, and more trains it for 200 steps more. rtn, gptq and awq start from float, gptq_more from more,
+and train nothing; qat trains from float as rounded, for 200 steps as more does, and then stores. All round the weights of
+the layers, 32 inputs to a scale, activations staying float. whole-4-SEED is about bytes: a model of 14 million parameters,
+not trained, all of it in 4 bits, 128 inputs to a scale.
 """
 import dataclasses
 
@@ -20,26 +22,34 @@ from efficient_lm.techniques.post_training import Quantize, RoundToNearest
 from efficient_lm.techniques.quant_aware import LearnedSteps, QuantAware, StretchedLevels
 
 SCALES = Group(size=32)
-METHODS = {'rtn': RoundToNearest(), 'gptq': Gptq(), 'awq': Awq()}
+METHODS = {'rtn': RoundToNearest(), 'gptq': Gptq(), 'awq': Awq(), 'gptq_more': Gptq()}
 # Two bits: a zero point and four levels afterwards; in training four levels around zero, and three for 1.58 bits.
 AFTERWARDS = {'8': Int(scales=SCALES), '4': Int(bits=4, scales=SCALES), '3': Int(bits=3, scales=SCALES),
               '2': Int(bits=2, symmetric=False, scales=SCALES)}
 TRAINED = {'4': (Int(bits=4, scales=SCALES), LearnedSteps()), '3': (Int(bits=3, scales=SCALES), LearnedSteps()),
            '2': (MidRise(bits=2, scales=SCALES), StretchedLevels()), '1.58': (Int(bits=2, scales=SCALES), StretchedLevels())}
+WHOLE = (Rule(where='stacks/|embed', weights=Int(bits=4, scales=Group(size=128))),)
 
 
 def get_config(variant: str = 'float-0') -> Experiment:
   method, *bits, seed = variant.split('-')
-  experiment = dataclasses.replace(baseline.get_config(), seed=int(seed))
+  experiment = dataclasses.replace(baseline.get_config('small' if method == 'whole' else 'tiny'), seed=int(seed))
   if method == 'float': return experiment
-  start = FromRun(path=f'runs/quantization/float-{seed}')
-  experiment = dataclasses.replace(experiment, model=None, start=start)
-  if method == 'qat':
+  untrained = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=0))
+  if method == 'whole': return dataclasses.replace(untrained, stages=(Quantize(rules=WHOLE),))
+  if method in ('more', 'qat'):
+    longer = dataclasses.replace(experiment.train, steps=200, optimizer=Muon(schedule=WarmupCosine(peak=1e-3, warmup=10)))
+    experiment = dataclasses.replace(experiment, model=None, start=earlier('float', seed), train=longer)
+    if method == 'more': return experiment
     format, how = TRAINED[bits[0]]
-    optimizer = Muon(schedule=WarmupCosine(peak=1e-3, warmup=10))
     return dataclasses.replace(
-      experiment, techniques=(QuantAware(rules=(Rule(weights=format),), method=how),), stages=(Convert(),),
-      train=dataclasses.replace(experiment.train, steps=200, optimizer=optimizer))
-  if method not in METHODS: raise ConfigError('--config variant', variant, f'begin with float, qat, {", ".join(METHODS)}')
+      experiment, techniques=(QuantAware(rules=(Rule(weights=format),), method=how),), stages=(Convert(),))
+  if method not in METHODS:
+    raise ConfigError('--config variant', variant, f'begin with float, more, qat, whole, {", ".join(METHODS)}')
   stage = Quantize(rules=(Rule(weights=AFTERWARDS[bits[0]]),), method=METHODS[method])
-  return dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=0), stages=(stage,))
+  start = earlier('more' if method == 'gptq_more' else 'float', seed)
+  return dataclasses.replace(untrained, model=None, start=start, stages=(stage,))
+
+
+def earlier(method: str, seed: str) -> FromRun:
+  return FromRun(path=f'runs/quantization/{method}-{seed}')

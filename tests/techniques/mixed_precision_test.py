@@ -9,7 +9,7 @@ from efficient_lm import tree
 from efficient_lm.formats import Group, Int
 from efficient_lm.quantized import Quantized
 from efficient_lm.rules import Rule
-from efficient_lm.techniques.mixed_precision import Sensitivity, choose, pasted, sensitivities
+from efficient_lm.techniques.mixed_precision import Sensitivity, choose, pasted, sensitivities, together
 from efficient_lm.techniques.post_training import Quantize
 from tests.compressing import Context, batch_of, model_of
 
@@ -49,6 +49,14 @@ def test_the_plan_keeps_to_its_budget_and_spends_it_where_it_helps():
   assert harm(plans[least]) > harm(plans[(least + most) // 2]) > harm(plans[most])
   with pytest.raises(ValueError, match=f'{least - 1} bytes are too few: the smallest formats take {least}'):
     choose(found(), least - 1)
+
+
+def test_a_plan_as_a_whole_is_measured_as_it_would_be_stored():
+  size, harm = together(model_of(), [batch_of()], plan := choose(found(), 10 ** 9))
+  assert size == stored(plan) and harm > 0
+  one = next(one for one in found() if one.format == FORMATS[0])
+  size, harm = together(model_of(), [batch_of()], (Rule(where=f'^{one.path}$', weights=one.format),))
+  assert (size, harm) == (one.num_bytes, one.divergence), 'of a single weight it is its sensitivity'
 
 
 def test_a_byte_goes_to_the_weight_that_gains_most_by_it():

@@ -1,0 +1,50 @@
+"""The command measures each weight, and prints a plan that a config can hold and that the run's model takes."""
+import re
+
+import jax
+import pytest
+
+from efficient_lm import experiment, run, sensitivity
+from efficient_lm.commands import exit_code
+from efficient_lm.formats import Group, Int
+from efficient_lm.rules import Rule, assign
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('run')
+  config, default = experiment.load('tests/minute.py:dense', ['--config.train.steps=0'])
+  jax.config.update('jax_disable_most_optimizations', True)   # compiling is all that takes time here
+  run.run(config, default, folder)
+  yield folder
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def printed(capsys, workdir, *words, code=0):
+  """What it says: on standard output where it succeeds, else on standard error."""
+  try: assert exit_code(sensitivity.main, ['sensitivity', f'--run={workdir}', '--sequences=8', *words]) == code
+  finally:
+    for flag in ('formats', 'group', 'where', 'budget', 'sequences'): sensitivity.FLAGS[flag].unparse()
+  said = capsys.readouterr()
+  return said.err if code else said.out
+
+
+def test_it_prints_every_weight_in_every_format_and_a_plan_within_the_budget(workdir, capsys):
+  said = printed(capsys, workdir, '--formats=int2,int8', '--group=16', '--where=(up|gate)$', '--budget=1500')
+  assert len(re.findall(r'int2 with zero point per group of 16 +\d', said)) == len(re.findall('(up|gate) .*int2', said)) + 1
+  plan = eval(said[said.index('rules=') + len('rules='):], {'Rule': Rule, 'Int': Int, 'Group': Group})
+  decided = assign(run.abstract_result(experiment.read(str(workdir))), plan)
+  assert len(decided) == len(plan) == len(re.findall('(up|gate) .*int2', said))
+  size, = re.findall(r'this plan +([\d,]+)', said)
+  assert int(size.replace(',', '')) <= 1500
+
+
+@pytest.mark.parametrize('words, wrong', [
+  (('--formats=int5',), "--formats = 'int5': choose from int2, int3"), (('--group=0',), '--group = 0: must be at least 1'),
+  (('--group=7',), 'groups of 7 do not divide'), (('--where=blcoks',), "--where = 'blcoks': "),
+  (('--where=(',), "--where = '(': must be a regular expression"), (('--sequences=0',), '--sequences = 0: must be'),
+  (('--formats=int2', '--group=16', '--budget=1'), '--budget = 1: 1 bytes are too few'),
+])
+def test_what_is_wrong_is_one_line(workdir, capsys, words, wrong):
+  said = printed(capsys, workdir, *words, code=2)
+  assert wrong in said and said.count('\n') == 1
