@@ -69,12 +69,23 @@ def dispatch_experts(experts: Callable, x_BTD, routing, dispatch: Dispatch, num_
 
 
 def weight_specs(tree, mesh) -> list[PartitionSpec]:
-  """How each leaf of `tree` enters the map: as `axes.weight_spec` lays it out, gathered over 'fsdp'."""
-  def specs(node):
-    axes = node.get_metadata().get('axes', '') if alphabet.is_variable(node) else ''
-    whole = [alphabet.weight_spec(axes, leaf.shape, mesh) for leaf in jax.tree.leaves(node)]
-    return [PartitionSpec(*[None if name == 'fsdp' else name for name in spec]) for spec in whole]
-  return [spec for node in jax.tree.leaves(tree, is_leaf=alphabet.is_variable) for spec in specs(node)]
+  """How each leaf of `tree` enters the map: as `axes.weight_spec` lays it out, gathered over 'fsdp'.
+
+  'tensor' cuts all leaves with a letter that it cuts, or none: codes of 24 inputs divide in two where the three scales of
+  their groups do not, and each device must hold what belongs together. A dimension of 1 is shared by all.
+  """
+  leaves = [(axes_of(node), leaf) for node in jax.tree.leaves(tree, is_leaf=alphabet.is_variable)
+            for leaf in jax.tree.leaves(node)]
+  whole = [alphabet.weight_spec(axes, leaf.shape, mesh) for axes, leaf in leaves]
+  left = any('tensor' not in spec and any(size > 1 and alphabet.WEIGHT.get(letter) == 'tensor' for letter, size in zip(
+    axes, leaf.shape[leaf.ndim - len(axes):])) for (axes, leaf), spec in zip(leaves, whole) if len(axes) > 1)
+  gathered = ('fsdp', 'tensor') if left else ('fsdp',)
+  return [PartitionSpec(*[None if name in gathered else name for name in spec]) for spec in whole]
+
+
+def axes_of(node) -> str:
+  """The letters of a Variable; none of what is not one, or carries none."""
+  return node.get_metadata().get('axes', '') if alphabet.is_variable(node) else ''
 
 
 def _check_divides(what: str, size: int, axis: str, shards: int):

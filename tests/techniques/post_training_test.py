@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm import fields, tree
+from efficient_lm import axes, fields, stages, train, tree
 from efficient_lm.formats import Channel, Group, Int, MeanSquaredError, packing
 from efficient_lm.quantized import Quantized, quantized
 from efficient_lm.rotation import Rotated, innermost
@@ -161,3 +161,25 @@ def test_a_config_can_hold_it(method):
 def test_a_wrong_field_is_named():
   wrong = Quantize(rules=(), sequences=0, least_tokens=-1)
   assert [name for name, _, _ in wrong.check()] == ['rules', 'sequences', 'least_tokens']
+
+
+@pytest.mark.parametrize('mlp, method, format', [
+  ('dense', METHODS['awq'], FORMAT), ('experts', METHODS['gptq'], FORMAT),   # 24 hidden units are 3 groups: not cut in two
+  ('experts', METHODS['nearest'], Int(bits=4, scales=Group(size=4)))],
+  ids=['dense', 'experts', 'experts that are cut'])
+def test_over_eight_devices_it_calibrates_and_stores_as_on_one(mesh, mlp, method, format):
+  """Fully sharded weights, experts and hidden units are cut in two; what comes out lies on the mesh. Sums in another order
+  turn some roundings around, so models are compared by what they compute."""
+  chosen = stage(method=method, rules=(Rule(weights=format),))
+  alone, notes = chosen(model_of(mlp=mlp), Context())
+  with mesh(1, 2, 2, 2):
+    here = jax.sharding.get_mesh()
+    batches = lambda count: (train.place(batch, here) for batch in Context().batches(count))
+    spread = jax.device_put(model_of(mlp=mlp), axes.shardings(model_of(mlp=mlp), here))
+    model, notes_here = chosen(spread, stages.Context(jax.random.key(3), batches, here))
+    for leaf, sharding in zip(jax.tree.leaves(model), jax.tree.leaves(axes.shardings(model, here)), strict=True):
+      assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    logits = np.asarray(logits_of(model, train.place(batch_of(77), here)))
+  assert notes_here[0] == notes[0] and len(notes_here) == len(notes)
+  change = jnp.mean(jnp.square(logits - logits_of(alone, batch_of(77))))
+  assert change < 0.1 * error(alone, mlp)
