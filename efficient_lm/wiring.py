@@ -15,7 +15,7 @@ from efficient_lm.models.attention import GroupedQueryAttention, LatentAttention
 from efficient_lm.models.layers import RMSNorm
 from efficient_lm.models.mlp import FeedForward
 from efficient_lm.models.moe import MoE
-from efficient_lm.quantized import Layout, Quantized
+from efficient_lm.quantized import FakeQuantized, Layout, Normalized, Quantized
 from efficient_lm.rotation import Rotated
 from efficient_lm.weights import Dense, Weight
 
@@ -95,11 +95,17 @@ def matrix_shape(weight: Weight) -> tuple[int, int]:
 
 
 def with_matrix(weight: Weight, matrix_NK) -> Dense:
-  """A float weight with another matrix, in float32. Raises ValueError for one that is in few bits: it would lose them."""
-  if isinstance(weight, Quantized):
-    raise ValueError(f'a weight stored as {weight.kind} takes up no scale or rotation: do that before it is rounded')
+  """A float weight with another matrix, in float32. Raises ValueError for one that is in few bits, or was trained as if: it
+  would lose them."""
+  if not is_float(weight):
+    raise ValueError(f'a weight that is {weight.kind} takes up no scale or rotation: do that before it is rounded')
   layout = Layout.of(weight)
   return Dense(layout.array(matrix_NK), layout.axes, layout.inputs)
+
+
+def is_float(weight: Weight) -> bool:
+  """Whether it may have another matrix. A weight in low precision may: that is how gradients were computed."""
+  return not isinstance(weight, (Quantized, FakeQuantized, Normalized))
 
 
 def updated(layer, changes: dict):
@@ -117,7 +123,8 @@ def of_experts(node) -> bool:
 def foldable(layer, fan: Fan) -> bool:
   """Whether the fan's channels can be scaled: not where they are rotated on the way, nor where a weight is in few bits."""
   nodes = dict(tree.select(layer, Weight))
-  return not any(isinstance(nodes.get(path), (Rotated, Quantized)) for path in (fan.source, *fan.readers))
+  found = [nodes[path] for path in (fan.source, *fan.readers) if path in nodes]
+  return all(is_float(weight) and not isinstance(weight, Rotated) for weight in found)
 
 
 def multiplied(layer, fan: Fan, s_C) -> dict[str, Weight]:

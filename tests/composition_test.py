@@ -9,24 +9,30 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_lm import learner, optim, train
-from efficient_lm.formats import Int
+from efficient_lm import learner, losses, optim, stages, train
+from efficient_lm.formats import Group, Int, Ternary
 from efficient_lm.low_precision import LowPrecision
 from efficient_lm.models import spec
 from efficient_lm.models.moe import MoE
 from efficient_lm.models.routing import SoftmaxTopK
-from efficient_lm.quantized import FakeQuantized
+from efficient_lm.quantized import FakeQuantized, Quantized
 from efficient_lm.rules import Rule
+from efficient_lm.techniques.bitnet import BitNet
+from efficient_lm.techniques.convert import Convert
 from efficient_lm.techniques.distill import Distill
+from efficient_lm.techniques.gptq import Gptq
 from efficient_lm.techniques.low_precision import LowPrecisionTraining
+from efficient_lm.techniques.post_training import Quantize
 from efficient_lm.techniques.prune import Prune
 from efficient_lm.techniques.quant_aware import QuantAware
+from efficient_lm.techniques.rotate import Rotate
+from efficient_lm.techniques.smooth_quant import SmoothQuant
 from efficient_lm.techniques.upcycle import Upcycle
-from efficient_lm.tree import select
+from efficient_lm.tree import rewrite, select
 from efficient_lm.weights import Dense, Weight
 
 V, D, B, T = 12, 8, 2, 8
-REACHED = r'(query|key|value|output|gate|up|down)(/inner)?$'   # the weight, or what another technique wraps in it
+REACHED = r'(query|key|value|output|gate|up|down)(/inner)*$'   # the weight, or what another technique wraps in it
 PRUNED = r'(query|up)$'   # not all of them: sorts are slow to compile
 
 
@@ -57,7 +63,7 @@ class Teacher:
 TECHNIQUES = {'quant': QuantAware(rules=(Rule(weights=Int(bits=4), activations=Int()),)),
               'distill': Distill(teacher=Teacher()),
               'prune': Prune(sparsity=0.5, start=0, end=2, every=2, where=PRUNED), 'upcycle': Upcycle(num_experts=2),
-              'lowprec': LowPrecisionTraining()}
+              'lowprec': LowPrecisionTraining(), 'bitnet': BitNet()}
 ORDERS = [*itertools.permutations(TECHNIQUES, 2), tuple(TECHNIQUES), tuple(reversed(TECHNIQUES))]
 
 
@@ -93,6 +99,20 @@ def assert_quantized(model):
   assert not dict(select(model, FakeQuantized, '(embed|own_head|router)$'))
 
 
+def assert_ternary(model):
+  """Seven weights are three levels times a scale, whatever else is done to them."""
+  found = [node for _, weight in select(model, Weight) for node in jax.tree.leaves(weight, is_leaf=is_ternary)
+           if is_ternary(node)]
+  assert len(found) == 7
+  for weight in found:
+    matrices = np.asarray(weight.materialize()).reshape(-1, *weight.materialize().shape[-len(weight.axes):])
+    assert all(len(np.unique(np.abs(matrix))) <= 2 for matrix in (matrices if 'E' not in weight.axes else matrices[0]))
+
+
+def is_ternary(node):
+  return isinstance(node, FakeQuantized) and isinstance(node.weights.format, Ternary)
+
+
 def assert_lowered(model, steps):
   """Seven weights in low precision, each of which was multiplied in each step."""
   found = dict(select(model, LowPrecision, REACHED))
@@ -117,7 +137,8 @@ def test_techniques_compose_in_every_order(names):
   assert ('teacher_kl' in rows[0]) == ('distill' in names)
   assert bool(dict(select(state.model, MoE))) == ('upcycle' in names)
   if 'quant' in names: assert_quantized(state.model)
-  else: assert not dict(select(state.model, FakeQuantized))
+  elif 'bitnet' not in names: assert not dict(select(state.model, FakeQuantized))
+  if 'bitnet' in names: assert_ternary(state.model)
   if 'prune' in names: assert_pruned(state.model)
   # Fake quantization around it multiplies in its place.
   if 'lowprec' in names: assert_lowered(state.model, 2)
@@ -160,3 +181,52 @@ def test_each_technique_is_reported_in_the_order_of_the_list():
     notes = learner_of([TECHNIQUES[name] for name in names]).notes
     assert [note.split()[0].rstrip(':').lower() for note in notes] == [
       {'quant': 'quantaware', 'lowprec': 'lowprecisiontraining'}.get(name, name) for name in names]
+
+
+# ------------------------------------------------------------------ stages, after what techniques have trained
+
+FOUR_BITS = Rule(weights=Int(bits=4, scales=Group(size=4)))
+ROUNDED = ('quant', 'bitnet')   # these train weights as rounded
+
+
+def context():
+  return stages.Context(jax.random.key(2), lambda count: itertools.repeat(batch(), count))
+
+
+def logits(model):
+  return losses.outputs_of(model, batch()).logits_BTV
+
+
+@pytest.mark.parametrize('name', [name for name in TECHNIQUES if name not in ROUNDED])
+@pytest.mark.parametrize('before', [(SmoothQuant(sequences=2), Rotate()), (Rotate(), SmoothQuant(sequences=2))],
+                         ids=['smooth-rotate', 'rotate-smooth'])
+def test_a_float_model_is_smoothed_and_turned_in_either_order_and_then_stored_in_four_bits(name, before):
+  model = after_steps([TECHNIQUES[name]])[0].model
+  # Products in 8 bits are for training: what has been trained is a float model.
+  wanted = logits(rewrite(model, LowPrecision, lambda _, weight: weight.inner) if name == 'lowprec' else model)
+  for stage in before:
+    model, _ = stage(model, context())
+    np.testing.assert_allclose(logits(model), wanted, atol=1e-4 * np.abs(wanted).max())   # float32 sums in other orders
+  stage = Quantize(rules=(FOUR_BITS,), method=Gptq(block=8), sequences=2, least_tokens=1)
+  stored, _ = stage(model, context())
+  assert len(dict(select(stored, Quantized, REACHED))) == 7
+  assert jax.tree.structure(jax.eval_shape(stage.abstract, model)) == jax.tree.structure(stored)
+  assert np.isfinite(logits(stored)).all()
+
+
+@pytest.mark.parametrize('name', ROUNDED)
+def test_what_was_trained_as_rounded_is_stored_so_and_the_rest_may_follow(name):
+  model = after_steps([TECHNIQUES[name]])[0].model
+  for stage in (Quantize(rules=(FOUR_BITS,)), Rotate()):
+    with pytest.raises(ValueError, match='float32, rounded to'): stage(model, context())
+  stored, _ = Convert()(model, context())
+  np.testing.assert_allclose(logits(stored), logits(model), atol=1e-4 * np.abs(logits(model)).max())
+  whole, _ = Quantize(rules=(Rule(where='embed', weights=Int()),))(stored, context())
+  assert len(dict(select(whole, Quantized))) == 8
+  with pytest.raises(ValueError, match=r'stored as .* already'): Quantize(rules=(FOUR_BITS,))(whole, context())
+
+
+def test_what_was_pruned_is_zero_in_four_bits_too():
+  stored, _ = Quantize(rules=(FOUR_BITS,))(after_steps([TECHNIQUES['prune']])[0].model, context())
+  for path, weight in select(stored, Quantized, PRUNED):
+    np.testing.assert_array_less(0.5 - 1e-6, np.mean(np.asarray(weight.materialize()) == 0), err_msg=path)

@@ -77,7 +77,7 @@ def test_weights_in_few_bits_take_up_no_scales():
   layer = layer_of()
   rounded = wiring.updated(layer, {'mlp/up': quantized(layer.mlp.up, Int())})
   assert [wiring.foldable(rounded, fan) for fan in wiring.fans(rounded)] == [True, True, False, False]
-  with pytest.raises(ValueError, match='stored as int8 per channel takes up no scale'):
+  with pytest.raises(ValueError, match='is int8 per channel takes up no scale'):
     wiring.divided(rounded, wiring.fans(rounded)[2], jnp.ones((2, 32)))
 
 

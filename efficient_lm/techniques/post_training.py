@@ -82,8 +82,10 @@ class Quantize:
     for path, rule in rules.assign(model, self.rules).items():
       weight = found[path]
       if rule.keeps: continue
-      if isinstance(rotation.innermost(weight), quantized.Quantized):
-        raise ValueError(f'{path} is stored as {weight.kind} already')
+      if not wiring.is_float(rotation.innermost(weight)):
+        stored = dict(tree.select(weight, quantized.Quantized))
+        raise ValueError(f'{path} is stored as {weight.kind} already' if stored else
+                         f'{path} was trained as {weight.kind}: the stage Convert() stores it so')
       try: jax.eval_shape(lambda weight, path=path, rule=rule: self.nearest(path, weight, rule), weight)
       except ValueError as error: raise ValueError(f'{path}: {error}') from error
 

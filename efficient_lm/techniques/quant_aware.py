@@ -11,6 +11,7 @@ from efficient_lm.rules import Rule
 jax = lazy('jax')
 learned = lazy('efficient_lm.learned')
 quantized = lazy('efficient_lm.quantized')
+rotation = lazy('efficient_lm.rotation')
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -78,7 +79,11 @@ class QuantAware:
     return learner.replace(model=model, notes=(*learner.notes, note))
 
   def rounding(self, path: str, weight, rule: Rule):
-    """The weight as it is trained by a rule."""
+    """The weight as it is trained by a rule; of one whose inputs are rotated, what is multiplied with them."""
+    return rotation.within(weight, lambda inner: self.rounded(inner, rule))
+
+  def rounded(self, weight, rule: Rule):
+    """One that is not rotated."""
     weights = None if rule.weights is None else self.method.of_weight(weight, rule.weights)
     activations = None if rule.activations is None else self.activation_method.of_tokens(weight, rule.activations)
     return quantized.FakeQuantized(weight, self.delayed(weights, weight), self.delayed(activations, weight))

@@ -16,7 +16,9 @@ from efficient_lm.learner import Learner
 from efficient_lm.losses import Distilled, NextToken
 from efficient_lm.models import spec
 from efficient_lm.quantized import Delayed, FakeQuantized, Layout, Quantized, Rounding
+from efficient_lm.rotation import Rotated
 from efficient_lm.rules import Rule
+from efficient_lm.techniques.post_training import stored
 from efficient_lm.techniques.prune import Prune
 from efficient_lm.techniques.quant_aware import LearnedClip, LearnedSteps, QuantAware, StraightThrough, StretchedLevels
 from efficient_lm.techniques.upcycle import Upcycle
@@ -272,3 +274,13 @@ def test_a_float_teacher_and_a_quantized_student_never_affect_each_other(first):
   loss = Distilled(NextToken(), teacher, 1.0, 1.0)
   divergence = jit(lambda model: loss(train.outputs_of(model, batch()), batch())[1]['teacher_kl'])
   assert divergence(student) > 1e-3 and abs(divergence(teacher)) < 1e-6
+
+
+def test_where_inputs_are_rotated_what_they_are_multiplied_with_is_rounded():
+  """As storing it does: the turned matrix, not the one that it stands for."""
+  turned = Rotated(Dense(jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32), 'DF', 'D'), 8)
+  rule = Rule(weights=Int(bits=3))
+  aware = QuantAware(rules=(rule,)).rounding('up', turned, rule)
+  assert isinstance(aware, Rotated) and isinstance(aware.inner, FakeQuantized)
+  nearest = stored(turned, rule, lambda w_NK: rule.weights.encode(w_NK, rule.weights.scales_for(w_NK)))
+  np.testing.assert_array_equal(aware.inner.materialize(), nearest.inner.materialize())
