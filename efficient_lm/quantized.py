@@ -167,9 +167,10 @@ def rounded_rows(quantizer: Quantizer | None, x, axes: str, inputs: str):
   a product over other dims than those (queries taken into a latent space, say)."""
   if quantizer is None or not axes.endswith(inputs): return x
   rows = x.reshape(*x.shape[:x.ndim - len(inputs)], -1)
-  # A row of one token (T = 1) is a matrix with one output.
-  spanned = {'NK': axes, 'K': inputs, '': ''}[quantizer.format.scales.spans]
-  return quantizer(rows, reduction(spanned)).reshape(x.shape)
+  # What tokens share, each would see of those after it: where a format has such, every token is a matrix of its own.
+  if quantizer.format.by_rows: rounded = quantizer(rows, reduction(inputs))
+  else: rounded = quantizer(rows[..., None, :], reduction(inputs))
+  return rounded.reshape(x.shape)
 
 
 class FakeQuantized(Wrapper):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from efficient_lm.axes import shardings
-from efficient_lm.formats import Float8, Group, Int, MidRise, Tensor, Ternary
+from efficient_lm.formats import Block, Float8, Group, Int, MidRise, Tensor, Ternary
 from efficient_lm.quantized import FakeQuantized, Layout, Quantized, Rounding, quantized, straight_through
 from efficient_lm.tree import num_bytes
 from efficient_lm.weights import Dense, Transposed
@@ -146,6 +146,22 @@ def test_over_devices_a_stored_weight_is_cut_and_multiplies_as_on_one(mesh, size
     assert shard.size * sizes[1] * sizes[3] == stored.values.get_value().size
     # Integers sum exactly; floats in another order.
     np.testing.assert_allclose(run(placed, x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('format', [one for one in FORMATS if not isinstance(one.scales, Block)], ids=lambda one: one.name)
+def test_no_token_s_rounding_depends_on_another_token(format):
+  """Those after it, above all: rounding must not make a model look ahead."""
+  x_BTD = draw('BTD', seed=3)
+  weight = FakeQuantized(Dense(draw('DF'), 'DF', 'D'), None, Rounding(format))
+  changed = x_BTD.at[:, 2:].multiply(100)
+  rounded = lambda x_BTD: weight.rounded(x_BTD, 'BTD')[:, :2]
+  np.testing.assert_array_equal(rounded(changed), rounded(x_BTD))
+  assert np.any(rounded(x_BTD) != x_BTD[:, :2])
+
+
+def test_blocks_of_tokens_are_refused():
+  weight = FakeQuantized(Dense(draw('DF'), 'DF', 'D'), None, Rounding(Float8(scales=Block(outputs=8, inputs=32))))
+  with pytest.raises(ValueError, match='blocks of 8 x 32 do not divide 1 outputs'): weight.rounded(draw('BTD'), 'BTD')
 
 
 def test_a_float_teacher_and_a_quantized_student_never_affect_each_other():

@@ -2,7 +2,7 @@
 from typing import Any, NamedTuple
 
 from efficient_lm.formats import packing
-from efficient_lm.formats.granularity import tile, untile
+from efficient_lm.formats.granularity import Channel, Group, tile, untile
 from efficient_lm.formats.ranges import AbsMax, Reduce
 from efficient_lm.lazy import lazy
 
@@ -41,6 +41,11 @@ class Format:
   @property
   def range(self):
     return AbsMax()
+
+  @property
+  def by_rows(self) -> bool:
+    """Whether each row of a matrix is rounded by itself."""
+    return isinstance(self.scales, (Channel, Group))
 
   def codes(self, y):
     """The nearest code to each y, which is in steps; int8, uint8 or float8. Of equally near ones the even."""
