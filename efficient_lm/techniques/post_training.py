@@ -154,15 +154,21 @@ class Layers:
     if gains:
       mean, worst = np.mean(list(gains.values())), max(gains, key=gains.get)
       helped = f': output error {mean:.2f} of that of rounding to nearest, at worst {gains[worst]:.2f} ({worst})'
-    return [f'calibrated on {tokens} tokens{helped}', *filter(None, map(self.of_experts, self.counts))]
+    return [f'calibrated on {tokens} tokens{helped}', *self.of_experts()]
 
-  def of_experts(self, path: str) -> str:
-    """How many tokens the experts of a weight saw, and which saw too few; nothing for other weights."""
-    counts_LE = np.stack(self.counts[path])
-    if counts_LE.ndim < 2: return ''
+  def of_experts(self) -> list[str]:
+    """How many tokens each expert saw, and which saw too few: a line for all weights that saw the same."""
+    same = {}
+    for path, counts in self.counts.items():
+      counts_LE = np.stack(counts)
+      if counts_LE.ndim == 2: same.setdefault(tuple(map(tuple, counts_LE.astype(int))), []).append(path)
+    return [f'{", ".join(paths)}: {self.seen(np.array(counts_LE))}' for counts_LE, paths in same.items()]
+
+  def seen(self, counts_LE) -> str:
     few = ', '.join(f'{layer}.{expert}' for layer, expert in np.argwhere(counts_LE < self.least))
     fallen = f'; rounded to nearest, for want of {self.least}, those of layer.expert {few}' if few else ''
-    return f'{path}: an expert saw {counts_LE.min():.0f} to {counts_LE.max():.0f} tokens{fallen}'
+    each = '; '.join(f'layer {i}: {" ".join(map(str, counts_E))}' for i, counts_E in enumerate(counts_LE))
+    return f'an expert saw {counts_LE.min()} to {counts_LE.max()} tokens{fallen} ({each})'
 
 
 def _nearest(method) -> RoundToNearest:

@@ -82,6 +82,8 @@ def test_an_expert_that_saw_too_few_tokens_is_rounded_to_nearest_and_named():
   assert re.search(r'saw \d+ to \d+ tokens; rounded to nearest, for want of 1000000, .* 0\.0, 0\.1, 0\.2, 0\.3, 1\.0', line)
   counts = next(note for note in after('gptq', 'experts')[1] if 'experts/gate' in note)
   low, high = map(int, re.search(r'saw (\d+) to (\d+) tokens', counts).groups())
+  layers = re.findall(r'layer \d: ([\d ]+)', counts)
+  assert [sum(map(int, layer.split())) for layer in layers] == [2 * 256] * 2 and len(layers[0].split()) == 4
   assert 0 < low <= 2 * 256 / 4 <= high, 'each of 256 tokens visits two of four experts'
 
 
