@@ -2,7 +2,7 @@
 
   python -m efficient_lm.report runs/moe runs/dense --out=runs
 
-Reads config.json, metrics.jsonl, ledger.json and samples/, and makes do with those that are there.
+Reads config.json, metrics.jsonl, ledger.json, samples/ and stages/*/weights.json, and makes do with those that are there.
 """
 import argparse
 import base64
@@ -32,12 +32,13 @@ SERIES = ('learning_rate', 'grad_norm', 'tokens_per_second', 'mfu', 'load_balanc
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What a folder holds of a run; `name` is the folder's."""
+  """What a folder holds of a run; `name` is the folder's. `weights`: of each stage, lines of `rules.table`."""
   name: str
   config: dict
   metrics: list[dict]
   rows: list[ledger.Row]
   sample: str
+  weights: dict[str, list[dict]] = dataclasses.field(default_factory=dict)
 
   def curve(self, name: str):
     """Steps and values of the rows that have `name`."""
@@ -65,7 +66,9 @@ def load(folder) -> Run:
   try:
     return Run(folder.resolve().name, json.loads(config.read_text(encoding='utf-8')) if config.is_file() else {},
                tracking.read(folder / 'metrics.jsonl'), ledger.read(folder / 'ledger.json'),
-               samples[-1].read_text(encoding='utf-8', errors='replace') if samples else '')
+               samples[-1].read_text(encoding='utf-8', errors='replace') if samples else '',
+               {path.parent.name: json.loads(path.read_text(encoding='utf-8'))
+                for path in sorted((folder / 'stages').glob('*/weights.json'))})
   except ValueError as error: raise ConfigError('run', str(folder), f'cannot be read: {error}') from error
 
 
@@ -117,6 +120,9 @@ def page(runs: list[Run]) -> str:
     if run.load_LE: sections.append(_section(f'Expert load{suffix}', _image(tracking.load_heatmap(run.load_LE))))
     if len(runs) == 1: sections.append(_section('Along the way', _small(run)))
     sections.append(_section(f'Sample{suffix}', f'<pre>{html.escape(run.sample)}</pre>' * bool(run.sample.strip())))
+    for stage, lines in run.weights.items():
+      heading = html.escape(f'Weights after {stage.partition("_")[2]}{suffix}')
+      sections.append(f'<details><summary>{heading}</summary>{_weights_table(lines)}</details>')
     if run.config:
       text = html.escape(json.dumps(run.config, indent=2, ensure_ascii=False))
       sections.append(f'<details><summary>Configuration{html.escape(suffix)}</summary><pre>{text}</pre></details>')
@@ -173,6 +179,17 @@ def _cost_table(rows: dict[str, ledger.Row]) -> str:
   notes = dict.fromkeys(note for row in rows.values() for note in row.notes)   # each once, in order
   return (f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
           + ''.join(f'<p class="note">{html.escape(note)}</p>' for note in [*notes, ' · '.join(made)]))
+
+
+def _weights_table(lines: list[dict]) -> str:
+  """What each weight is stored as and multiplied by, and its bytes."""
+  head = ''.join(f'<th>{heading}</th>' for heading in ('weight', 'stored as', 'multiplied', 'bytes', 'of float32'))
+  texts = ((line['path'], line['kind'], line['product'], ledger.quantity(line['num_bytes'], 'B', 1024),
+            f'{line["num_bytes"] / line["float_bytes"]:.3f}') for line in lines)
+  body = ''.join(f'<tr><th>{html.escape(path)}</th>' + ''.join(
+    f'<td{" class=text" if i < 2 else ""}>{html.escape(cell)}</td>' for i, cell in enumerate(cells)) + '</tr>'
+    for path, *cells in texts)
+  return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _small(run: Run) -> str:

@@ -28,6 +28,9 @@ def make_run(folder, bits=1.5, nbytes=100):
       origin=Origin(hardware='a <fast> machine', seed=0)))
   (folder / 'samples').mkdir()
   (folder / 'samples' / '00000299.txt').write_text('if a < b: <script>alert(1)</script>')
+  (folder / 'stages' / '1_quantize').mkdir(parents=True)
+  (folder / 'stages' / '1_quantize' / 'weights.json').write_text(json.dumps([
+    {'path': 'mlp/up', 'kind': 'int4 per <group>', 'product': 'float x int4', 'num_bytes': 2048, 'float_bytes': 16384}]))
   (folder / 'config.json').write_text(json.dumps({'train': {'steps': 300}, 'note': '</pre>'}))
   return folder
 
@@ -45,7 +48,8 @@ def page(runs):
 
 def test_the_page_shows_quality_yardsticks_cost_load_sample_and_config(page, runs):
   for part in ('bits per byte', 'xz 2.000', 'order-3 1.750', 'training loss', 'held-out text', 'quantize', 'Expert load',
-               'Sample', 'Configuration', 'a &lt;fast&gt; machine', 'not finite'):
+               'Sample', 'Configuration', 'a &lt;fast&gt; machine', 'not finite', 'Weights after quantize', '<th>mlp/up</th>',
+               'int4 per &lt;group&gt;', '2 KiB', '0.125'):
     assert part in page, part
   assert (runs[0] / 'report.png').read_bytes().startswith(b'\x89PNG')
 
