@@ -48,8 +48,8 @@ def page(runs):
 
 def test_the_page_shows_quality_yardsticks_cost_load_sample_and_config(page, runs):
   for part in ('bits per byte', 'xz 2.000', 'order-3 1.750', 'training loss', 'held-out text', 'quantize', 'Expert load',
-               'Sample', 'Configuration', 'a &lt;fast&gt; machine', 'not finite', 'Weights after quantize', '<th>mlp/up</th>',
-               'int4 per &lt;group&gt;', '2 KiB', '0.125'):
+               'Sample', 'Configuration', 'a &lt;fast&gt; machine', 'not finite', 'Weights after quantize',
+               '<th>mlp/up</th>', 'int4 per &lt;group&gt;', '2 KiB', '0.125'):
     assert part in page, part
   assert (runs[0] / 'report.png').read_bytes().startswith(b'\x89PNG')
 
