@@ -185,3 +185,17 @@ def test_over_eight_devices_it_calibrates_and_stores_as_on_one(mesh, mlp, method
   assert notes_here[0] == notes[0] and len(notes_here) == len(notes)
   change = jnp.mean(jnp.square(logits - logits_of(alone, batch_of(77))))
   assert change < 0.1 * error(alone, mlp)
+
+
+def test_eight_bit_rules_reach_the_experts_in_the_compiled_model():
+  """Of four experts of 32 x 24 no float copy is left in the whole model's program, and rows times them are integers."""
+  rules = (Rule(weights=Int(), activations=Int()),)
+  model, _ = stage(rules=rules, method=METHODS['nearest'])(model_of(mlp='experts'), Context())
+  experts = dict(tree.select(model, Quantized, 'experts/'))
+  assert len(experts) == 3 and {weight.product for weight in experts.values()} == {'int8 x int8'}
+  text = logits_of.lower(model, batch_of()).compile().as_text()
+  for shape in ('4,32,24', '4,24,32'):
+    assert f's8[{shape}]' in text and not re.search(rf'f(32|16)\[(2,)?{shape}\]', text), shape
+  assert re.search(r's32\[\d+,24\]\S* dot\(', text)
+  floats = logits_of.lower(model_of(mlp='experts'), batch_of()).compile().as_text()
+  assert re.search(r'f32\[(2,)?4,32,24\]', floats), 'the float model has what is looked for'
