@@ -12,7 +12,7 @@ import dataclasses
 from configs import baseline
 from efficient_lm.errors import ConfigError
 from efficient_lm.experiment import Experiment, FromRun
-from efficient_lm.formats import Group, Int, MeanSquaredError, MidRise
+from efficient_lm.formats import Group, Int, MidRise
 from efficient_lm.optim import Muon, WarmupCosine
 from efficient_lm.rules import Rule
 from efficient_lm.techniques.awq import Awq
@@ -26,10 +26,8 @@ METHODS = {'rtn': RoundToNearest(), 'gptq': Gptq(), 'awq': Awq(), 'gptq_more': G
 # Two bits: a zero point and four levels afterwards; in training four levels around zero, and three for 1.58 bits.
 AFTERWARDS = {'8': Int(scales=SCALES), '4': Int(bits=4, scales=SCALES), '3': Int(bits=3, scales=SCALES),
               '2': Int(bits=2, symmetric=False, scales=SCALES)}
-# Steps and levels are learned, beginning with those of the least squared error: 200 steps move them by a few percent.
-STEPS, LEVELS = LearnedSteps(range=MeanSquaredError()), StretchedLevels(range=MeanSquaredError())
-TRAINED = {'4': (Int(bits=4, scales=SCALES), STEPS), '3': (Int(bits=3, scales=SCALES), STEPS),
-           '2': (MidRise(bits=2, scales=SCALES), LEVELS), '1.58': (Int(bits=2, scales=SCALES), LEVELS)}
+TRAINED = {'4': (Int(bits=4, scales=SCALES), LearnedSteps()), '3': (Int(bits=3, scales=SCALES), LearnedSteps()),
+           '2': (MidRise(bits=2, scales=SCALES), StretchedLevels()), '1.58': (Int(bits=2, scales=SCALES), StretchedLevels())}
 WHOLE = (Rule(where='stacks/|embed', weights=Int(bits=4, scales=Group(size=128))),)
 
 

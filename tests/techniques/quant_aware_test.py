@@ -284,3 +284,13 @@ def test_where_inputs_are_rotated_what_they_are_multiplied_with_is_rounded():
   assert isinstance(aware, Rotated) and isinstance(aware.inner, FakeQuantized)
   nearest = stored(turned, rule, lambda w_NK: rule.weights.encode(w_NK, rule.weights.scales_for(w_NK)))
   np.testing.assert_array_equal(aware.inner.materialize(), nearest.inner.materialize())
+
+
+@pytest.mark.parametrize('method, format', [(LearnedSteps, Int(bits=4)), (StretchedLevels, MidRise())])
+def test_learned_grids_begin_with_less_error_than_the_paper_s(method, format):
+  weight = Dense(jnp.asarray(np.random.default_rng(0).normal(size=(64, 32)), jnp.float32), 'DF', 'D')
+
+  def error(chosen):
+    rounded = FakeQuantized(weight, chosen.of_weight(weight, format)).materialize()
+    return jnp.mean(jnp.square(rounded - weight.materialize()))
+  assert error(method()) < 0.8 * error(method(range=None))
