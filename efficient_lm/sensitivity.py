@@ -5,6 +5,7 @@
   --run=FOLDER      workdir of a training run
   --formats=A,B     of int8, int4, int3, int2, nf4, mxfp8, mxfp4, nvfp4 (default int2,int3,int4,int8)
   --group=N         inputs that share a scale in int8 to int2 and nf4 (default 32)
+  --each_layer      each layer by itself (default: all layers of a stack that is run by one loop have one format)
   --where=PATTERN   a regular expression that finds the weights (default: the matrices of the layers)
   --budget=BYTES    of those weights together: prints a plan, rules to be pasted into a config, and what it is worth
   --sequences=N     of training text to measure on (default 32)
@@ -26,6 +27,7 @@ rich_table = lazy('rich.table')
 rules = lazy('efficient_lm.rules')
 run = lazy('efficient_lm.run')
 train = lazy('efficient_lm.train')
+transformer = lazy('efficient_lm.models.transformer')
 
 FORMATS = {
   'int2': lambda scales: formats.Int(bits=2, symmetric=False, scales=scales),
@@ -37,6 +39,7 @@ FLAGS = flags.FLAGS
 commands.define_run()
 flags.DEFINE_list('formats', 'int2,int3,int4,int8', 'to choose from')
 flags.DEFINE_integer('group', 32, 'inputs that share a scale')
+flags.DEFINE_bool('each_layer', False, 'layers apart')
 flags.DEFINE_string('where', None, 'regular expression')
 flags.DEFINE_integer('budget', None, 'bytes')
 flags.DEFINE_integer('sequences', 32, 'to measure on')
@@ -52,6 +55,7 @@ def main(overrides: list[str]):
   mesh = run.single_device_mesh()
   with jax.set_mesh(mesh):
     model, batches = run.load_model(FLAGS.run, mesh), batches_of(experiment.read(FLAGS.run), mesh)
+    if FLAGS.each_layer: model = transformer.unrolled(model)
     found = measured(model, batches, choices, where)
     print_table(found)
     if FLAGS.budget is not None: print_plan(model, batches, found)
@@ -112,6 +116,7 @@ def print_plan(model, batches, found):
     table.add_row(name, f'{size:,}', f'{harm:.2e}')
   print()
   console.for_tables().print(table)
+  if FLAGS.each_layer: print('\nThese rules are for layers apart: stages=(Unroll(), Quantize(rules=…))', end='')
   print(f'\nrules={mixed_precision.pasted(plan)}')
 
 

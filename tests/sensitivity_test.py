@@ -24,19 +24,30 @@ def printed(capsys, workdir, *words, code=0):
   """What it says: on standard output where it succeeds, else on standard error."""
   try: assert exit_code(sensitivity.main, ['sensitivity', f'--run={workdir}', '--sequences=8', *words]) == code
   finally:
-    for flag in ('formats', 'group', 'where', 'budget', 'sequences'): sensitivity.FLAGS[flag].unparse()
+    for flag in ('formats', 'group', 'where', 'budget', 'sequences', 'each_layer'): sensitivity.FLAGS[flag].unparse()
   said = capsys.readouterr()
   return said.err if code else said.out
+
+
+def plan_of(said):
+  """The rules that it printed, as a config would read them."""
+  return eval(said.partition('\nrules=')[2], {'Rule': Rule, 'Int': Int, 'Group': Group})
 
 
 def test_it_prints_every_weight_in_every_format_and_a_plan_within_the_budget(workdir, capsys):
   said = printed(capsys, workdir, '--formats=int2,int8', '--group=16', '--where=(up|gate)$', '--budget=1500')
   assert len(re.findall(r'int2 with zero point per group of 16 +\d', said)) == len(re.findall('(up|gate) .*int2', said)) + 1
-  plan = eval(said[said.index('rules=') + len('rules='):], {'Rule': Rule, 'Int': Int, 'Group': Group})
+  plan = plan_of(said)
   decided = assign(run.abstract_result(experiment.read(str(workdir))), plan)
   assert len(decided) == len(plan) == len(re.findall('(up|gate) .*int2', said))
   size, = re.findall(r'this plan +([\d,]+)', said)
   assert int(size.replace(',', '')) <= 1500
+
+
+def test_layers_apart_have_rules_of_their_own(workdir, capsys):
+  said = printed(capsys, workdir, '--each_layer', '--formats=int2,int8', '--group=16', '--where=up$', '--budget=600')
+  plan = eval(said[said.index('rules=(') + len('rules='):].replace('rules=…', ''), {'Rule': Rule, 'Int': Int, 'Group': Group})
+  assert 'Unroll()' in said and [rule.where for rule in plan] == [f'^stacks/0/blocks/{i}/mlp/up$' for i in range(2)]
 
 
 @pytest.mark.parametrize('words, wrong', [
