@@ -46,8 +46,8 @@ def test_it_prints_every_weight_in_every_format_and_a_plan_within_the_budget(wor
 
 def test_layers_apart_have_rules_of_their_own(workdir, capsys):
   said = printed(capsys, workdir, '--each_layer', '--formats=int2,int8', '--group=16', '--where=up$', '--budget=600')
-  plan = eval(said[said.index('rules=(') + len('rules='):].replace('rules=…', ''), {'Rule': Rule, 'Int': Int, 'Group': Group})
-  assert 'Unroll()' in said and [rule.where for rule in plan] == [f'^stacks/0/blocks/{i}/mlp/up$' for i in range(2)]
+  assert 'stages=(Unroll(), Quantize(rules=…))' in said
+  assert [rule.where for rule in plan_of(said)] == [f'^stacks/0/blocks/{i}/mlp/up$' for i in range(2)]
 
 
 @pytest.mark.parametrize('words, wrong', [
