@@ -13,7 +13,7 @@ from absl import flags
 
 from efficient_lm import experiment
 from efficient_lm.allocator import keep_freed_memory
-from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted
+from efficient_lm.errors import CheckpointError, ConfigError, Misfit, NonFinite, Preempted
 from efficient_lm.models import spec
 
 FLAGS = flags.FLAGS
@@ -83,7 +83,7 @@ def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
   try:
     main(_parse(argv))
     return 0
-  except (ConfigError, CheckpointError, NonFinite, Preempted) as error:
+  except (ConfigError, Misfit, CheckpointError, NonFinite, Preempted) as error:
     print(' '.join(str(error).split()), file=sys.stderr)
     return error.exit_code
   except KeyboardInterrupt:

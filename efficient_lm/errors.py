@@ -1,4 +1,5 @@
 """What a user can be told. A command that catches one of these ends with its `exit_code`."""
+import contextlib
 import numbers
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,19 @@ class ConfigError(ValueError):
     value = repr(self.value)
     if len(value) > 120: value = value[:117] + '...'
     return ' '.join(f'{self.field} = {value}: {self.fix}'.split())
+
+
+class Misfit(ValueError):
+  """What a config asks of a model that the model cannot give, in ONE line: a rule that finds nothing, groups that do not
+  divide. Who knows which setting it was adds that, by `blaming`."""
+  exit_code = 2
+
+
+@contextlib.contextmanager
+def blaming(field: str, value: Any):
+  """A Misfit inside is the fault of this setting: ConfigError, with the name of what it holds."""
+  try: yield
+  except Misfit as error: raise ConfigError(field, type(value).__name__, str(error)) from error
 
 
 class CheckpointError(Exception):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from efficient_lm.errors import Misfit
 from efficient_lm.formats import Format, Int, MeanSquaredError, MidRise, Ternary
 from efficient_lm.formats.floating import power_of_two
 from efficient_lm.formats.format import Scales
@@ -76,11 +77,11 @@ class LearnedStep(Quantizer):
 
   @classmethod
   def accepted(cls, format: Format) -> Format:
-    """A copy of the format. Raises ValueError if its steps are not free, to be any positive float."""
+    """A copy of the format. Raises Misfit if its steps are not free, to be any positive float."""
     end = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     scale, zero, outer = jax.eval_shape(format.fit, end, end)
     if not (zero is None and outer is None and scale.dtype == jnp.float32):
-      raise ValueError(f'{format.name}: only a grid around 0 with one float32 scale to a tile can be learned')
+      raise Misfit(f'{format.name}: only a grid around 0 with one float32 scale to a tile can be learned')
     return Quantizer.copied(format)
 
   @classmethod
@@ -102,7 +103,7 @@ class LearnedStep(Quantizer):
     the first step is the one with the least squared error for a normal distribution of deviation 1.
     """
     if format.scales != Tensor():
-      raise ValueError(f'{format.name}: tokens that are yet to come cannot each have a learned step: give the activations '
+      raise Misfit(f'{format.name}: tokens that are yet to come cannot each have a learned step: give the activations '
                        f'scales=Tensor(), one step for all')
     layout = Layout.of(weight)
     *lead, _, K = jax.eval_shape(lambda weight: layout.matrix(weight.materialize()), weight).shape
@@ -157,7 +158,7 @@ class Stretched(LearnedStep):
   @classmethod
   def accepted(cls, format: Format) -> Format:
     if not isinstance(format, (Int, MidRise, Ternary)):
-      raise ValueError(f'{format.name}: only grids of equal steps can be stretched: choose MidRise(…), Int(…) or Ternary()')
+      raise Misfit(f'{format.name}: only grids of equal steps can be stretched: choose MidRise(…), Int(…) or Ternary()')
     return super().accepted(format)
 
   @property

@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 
 from efficient_lm.axes import shardings
+from efficient_lm.errors import blaming
 from efficient_lm.losses import NextToken
 from efficient_lm.optim import descend_rated, guarded
 
@@ -42,10 +43,11 @@ def new_model(spec, key, mesh=None):
 
 
 def assemble(model, optimizer, techniques, key) -> Learner:
-  """The plain learner with each technique applied in turn; `optimizer` is a config's, already built."""
+  """The plain learner with each technique applied in turn; `optimizer` is a config's, already built. Raises ConfigError for
+  a technique that the model does not suit."""
   learner = Learner(model, NextToken(), descend_rated(optimizer))
   for i, technique in enumerate(techniques):
-    learner = technique(learner, jax.random.fold_in(key, i))
+    with blaming(f'config.techniques[{i}]', technique): learner = technique(learner, jax.random.fold_in(key, i))
   # The guard goes around all that a technique may have wrapped: a refused step changes nothing.
   return learner.replace(optimizer=guarded(learner.optimizer))
 

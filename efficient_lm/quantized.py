@@ -250,6 +250,14 @@ def quantized(weight: Weight, format: Format, activations: Quantizer | None = No
   return Quantized(format.encode(matrix, format.scales_for(matrix, range)), format, layout, activations)
 
 
+def check_fits(weight: Weight, weights: Format | None = None, activations: Format | None = None):
+  """Raises Misfit where the weight, or one token of its inputs, cannot be cut into tiles as these formats ask."""
+  matrix = jax.eval_shape(lambda weight: Layout.of(weight).matrix(weight.materialize()), weight)
+  if weights is not None: jax.eval_shape(weights.scales_for, matrix)
+  token = jax.ShapeDtypeStruct((1, matrix.shape[-1]), jnp.float32)
+  if activations is not None: jax.eval_shape(activations.scales_for, token)
+
+
 class Quantized(Weight):
   """A frozen weight in few bits.
 

@@ -8,6 +8,7 @@ import math
 import re
 from typing import Any
 
+from efficient_lm.errors import Misfit
 from efficient_lm.lazy import lazy
 
 coverage = lazy('efficient_lm.coverage')
@@ -41,7 +42,7 @@ def check_rules(rules):
 
 
 def assign(model, rules) -> dict[str, Rule]:
-  """The rule of each weight that one decides, by path. Raises ValueError for a rule that decides nothing."""
+  """The rule of each weight that one decides, by path. Raises Misfit for a rule that decides nothing."""
   paths = [path for path, _ in tree.select(model, weights.Weight)]
   decided = {path: rule for path in paths if (rule := first(rules, path)) is not None}
   for i, rule in enumerate(rules):
@@ -49,7 +50,7 @@ def assign(model, rules) -> dict[str, Rule]:
     found = [path for path in paths if re.search(rule.where, path)]
     why = f'the rules before it decide all that it matches, such as {found[0]}' if found else (
       f'no weight matches; the paths are {", ".join(paths[:8])}{" …" if len(paths) > 8 else ""}')
-    raise ValueError(f'rules[{i}] with where={rule.where!r} decides nothing: {why}')
+    raise Misfit(f'rules[{i}] with where={rule.where!r} decides nothing: {why}')
   return decided
 
 
@@ -59,10 +60,15 @@ def first(rules, path: str) -> Rule | None:
 
 
 def apply(model, rules, change):
-  """The model with change(path, weight, rule) for each weight that a rule decides and does not keep; itself if all do."""
+  """The model with change(path, weight, rule) for each weight that a rule decides and does not keep; itself if all do.
+  What `change` refuses is refused with the weight's path."""
   decided = {path: rule for path, rule in assign(model, rules).items() if not rule.keeps}
   if not decided: return model
-  of = lambda path, weight: change(path, weight, decided[path]) if path in decided else weight
+
+  def of(path, weight):
+    if path not in decided: return weight
+    try: return change(path, weight, decided[path])
+    except Misfit as error: raise Misfit(f'{path}: {error}') from error
   return tree.rewrite(model, weights.Weight, of)
 
 

@@ -17,7 +17,7 @@ from efficient_lm import experiment as experiments
 from efficient_lm.checkpoint import Checkpoints, lock
 from efficient_lm.data import tokenizers
 from efficient_lm.data.yardsticks import yardsticks
-from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.errors import CheckpointError, ConfigError, blaming
 from efficient_lm.learner import Learner, assemble, initial_state, new_model
 from efficient_lm.report import write_report
 from efficient_lm.tracking import Tracker, load_heatmap
@@ -118,9 +118,16 @@ class Run:
       model = starting_model(experiment, key_model, self.mesh)
       self.learner = assemble(model, training.optimizer.build(training.steps), experiment.techniques, key_techniques)
       self.state = initial_state(self.learner, self.mesh)
+      self._check_stages()
     self.learner = self.learner.replace(model=None)   # the state has its own copy; keep no second one alive
     self.flops = measure.flops_per_token(self.state.model, training.sequence_length)
     self.load, self.result, self.speeds, self.latency, self.sample, self.row = None, {}, [], None, None, None
+
+  def _check_stages(self):
+    """Refuses what would only be found after training."""
+    model = self.state.model
+    for i, stage in enumerate(self.experiment.stages):
+      with blaming(f'config.stages[{i}]', stage): model = jax.eval_shape(stage.abstract, model)
 
   def train(self):
     """Trains to the last step, resuming where the workdir left off; then the stages, the ledger and the report."""
@@ -216,7 +223,8 @@ class Run:
           model = saved.restore_model(placed(jax.eval_shape(stage.abstract, model), self.mesh))
           continue
         key = jax.random.fold_in(jax.random.key(self.experiment.seed), i)
-        model, notes = stage(model, stages.Context(key, self._calibration, self.mesh))
+        with blaming(f'config.stages[{i}]', stage):
+          model, notes = stage(model, stages.Context(key, self._calibration, self.mesh))
         seconds = time.perf_counter() - clock
         saved.save(self.training.steps, {'model': model}, wait=True)
       settled = (*settled, *notes)

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from efficient_lm.errors import Misfit
+
 
 def path_name(path) -> str:
   """'stacks/0/blocks/mlp/up': the only spelling of a path in this project (Module and State spell theirs differently)."""
@@ -18,14 +20,14 @@ def select(tree, kind: type, where: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def rewrite(tree, kind: type, change: Callable[[str, Any], Any], where: str = ''):
-  """Replaces every node that `select` finds by `change(path, node)`. A selector that finds nothing raises ValueError."""
+  """Replaces every node that `select` finds by `change(path, node)`. A selector that finds nothing raises Misfit."""
   found = []
   def visit(path, node):
     if not (isinstance(node, kind) and re.search(where, path_name(path))): return node
     found.append(path)
     return change(path_name(path), node)
   result = jax.tree_util.tree_map_with_path(visit, tree, is_leaf=lambda node: isinstance(node, kind))
-  if not found: raise ValueError(f'no {kind.__name__} on a path that matches {where!r}; {_paths(tree, kind)}')
+  if not found: raise Misfit(f'no {kind.__name__} on a path that matches {where!r}; {_paths(tree, kind)}')
   return result
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_lm import tree
+from efficient_lm.errors import Misfit
 from efficient_lm.models.attention import GroupedQueryAttention, LatentAttention
 from efficient_lm.models.layers import RMSNorm
 from efficient_lm.models.mlp import FeedForward
@@ -95,10 +96,10 @@ def matrix_shape(weight: Weight) -> tuple[int, int]:
 
 
 def with_matrix(weight: Weight, matrix_NK) -> Dense:
-  """A float weight with another matrix, in float32. Raises ValueError for one that is in few bits, or was trained as if: it
+  """A float weight with another matrix, in float32. Raises Misfit for one that is in few bits, or was trained as if: it
   would lose them."""
   if not is_float(weight):
-    raise ValueError(f'a weight that is {weight.kind} takes up no scale or rotation: do that before it is rounded')
+    raise Misfit(f'a weight that is {weight.kind} takes up no scale or rotation: do that before it is rounded')
   layout = Layout.of(weight)
   return Dense(layout.array(matrix_NK), layout.axes, layout.inputs)
 

@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from efficient_lm import rules
+from efficient_lm.errors import Misfit
 from efficient_lm.formats import Group, Int
 from efficient_lm.models import spec
 from efficient_lm.quantized import Quantized, quantized
@@ -76,3 +77,9 @@ def test_large_weights_left_in_float_are_named():
 def test_wrong_settings_are_named():
   assert [field for field, _, _ in Rule(where='(').check()] == ['where']
   assert [field for field, _, _ in rules.check_rules(())] == ['rules']
+
+
+def test_what_a_change_refuses_is_refused_with_the_weight_s_path():
+  def refuse(path, weight, rule): raise Misfit('no')
+  with pytest.raises(Misfit, match=r'^stacks/0/blocks/mlp/up: no$'):
+    rules.apply(model(), (Rule(where='up$', weights=Int()),), refuse)

@@ -8,10 +8,12 @@ import pytest
 
 from efficient_lm import decode, evaluate, experiment, generate, ledger, rules, run, train
 from efficient_lm.commands import exit_code
-from efficient_lm.errors import CheckpointError
-from efficient_lm.formats import Int
+from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.formats import Group, Int
 from efficient_lm.quantized import Quantized, quantized
 from efficient_lm.rules import Rule
+from efficient_lm.techniques.post_training import Quantize
+from efficient_lm.techniques.quant_aware import QuantAware
 from efficient_lm.tree import select
 
 
@@ -193,3 +195,19 @@ def test_a_run_taken_up_again_does_no_stage_twice(stored):
 def test_a_run_that_has_not_come_to_its_stage_says_so(stored, tmp_path):
   (tmp_path / 'config.json').write_text((stored / 'config.json').read_text())
   with pytest.raises(CheckpointError, match='has not come to its last stage'): run.load_model(tmp_path)
+
+
+@pytest.mark.parametrize('rule, said', [
+  (Rule(where='blcoks', weights=Int()), "rules[0] with where='blcoks' decides nothing: no weight matches; the paths are"),
+  (Rule(weights=Int(scales=Group(size=48))), 'stacks/0/blocks/attention/key: groups of 48 do not divide 16 inputs: choose'),
+  (Rule(weights=Int(), activations=Int(scales=Group(size=48))), 'groups of 48 do not divide 16 inputs'),
+], ids=['nothing matches', 'weights', 'activations'])
+@pytest.mark.parametrize('field', ['techniques', 'stages'])
+def test_what_does_not_suit_the_model_is_refused_in_one_line_before_anything_is_written(tmp_path, field, rule, said):
+  """By a stage, too: not after hours of training."""
+  config, default = experiment.load('tests/minute.py:dense', ['--config.train.steps=1'])
+  made = {'techniques': QuantAware, 'stages': Quantize}[field](rules=(rule,))
+  config = dataclasses.replace(config, **{field: (made,)})
+  with pytest.raises(ConfigError) as caught: run.run(config, default, tmp_path / 'run')
+  assert str(caught.value).startswith(f"config.{field}[0] = '{type(made).__name__}': ") and said in str(caught.value)
+  assert '\n' not in str(caught.value) and not (tmp_path / 'run').exists()

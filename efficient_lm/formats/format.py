@@ -1,6 +1,7 @@
 """What all formats have in common: scales from tiles, rounding, packing, and back."""
 from typing import Any, NamedTuple
 
+from efficient_lm.errors import Misfit
 from efficient_lm.formats import packing
 from efficient_lm.formats.granularity import Channel, Group, tile, untile
 from efficient_lm.formats.ranges import AbsMax, Reduce
@@ -91,7 +92,7 @@ class Format:
     return untile(self.snap_tiles(tile(w, self.counts(w, scales)), scales))
 
   def encode(self, w, scales: Scales) -> Encoded:
-    """A matrix (..., N, K), rounded and packed. Raises ValueError where K numbers do not fill whole bytes."""
+    """A matrix (..., N, K), rounded and packed. Raises Misfit where K numbers do not fill whole bytes."""
     tiles = tile(w.astype(jnp.float32), self.counts(w, scales))
     step, zero = (None if x is None else x[..., :, None, :, None] for x in self.steps(scales))
     y = tiles / step
@@ -114,11 +115,11 @@ class Format:
     return untile((tiles if zero is None else tiles - zero) * step)
 
   def counts(self, w, scales: Scales) -> tuple[int, int]:
-    """The tiles that scales are for. Raises ValueError if those of (..., N, K) are others: a mesh that cuts a matrix within
+    """The tiles that scales are for. Raises Misfit if those of (..., N, K) are others: a mesh that cuts a matrix within
     a tile leaves a device without its scale."""
     counts = self.scales.counts(*w.shape[-2:])
     if scales.scale.shape[-2:] != counts[::-1]:
-      raise ValueError(f'a matrix of {w.shape[-2]} outputs x {w.shape[-1]} inputs has {counts} scales by {self.scales}, not '
+      raise Misfit(f'a matrix of {w.shape[-2]} outputs x {w.shape[-1]} inputs has {counts} scales by {self.scales}, not '
                        f'{scales.scale.shape[:-3:-1]}: a mesh axis must cut scales as it cuts the matrix')
     return counts
 

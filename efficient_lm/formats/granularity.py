@@ -1,6 +1,8 @@
 """Which numbers of a matrix (N, K), outputs first, share a scale: the tiles that it is cut into."""
 import dataclasses
 
+from efficient_lm.errors import Misfit
+
 config = dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 
 
@@ -41,7 +43,7 @@ class Group:
     if self.size < 1: yield 'size', self.size, 'must be at least 1 input'
 
   def counts(self, N: int, K: int) -> tuple[int, int]:
-    if K % self.size: raise ValueError(f'groups of {self.size} do not divide {K} inputs: choose a divisor of {K}')
+    if K % self.size: raise Misfit(f'groups of {self.size} do not divide {K} inputs: choose a divisor of {K}')
     return N, K // self.size
 
 
@@ -62,7 +64,7 @@ class Block:
 
   def counts(self, N: int, K: int) -> tuple[int, int]:
     if N % self.outputs or K % self.inputs:
-      raise ValueError(f'blocks of {self.outputs} x {self.inputs} do not divide {N} outputs x {K} inputs')
+      raise Misfit(f'blocks of {self.outputs} x {self.inputs} do not divide {N} outputs x {K} inputs')
     return N // self.outputs, K // self.inputs
 
 

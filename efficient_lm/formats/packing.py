@@ -5,6 +5,7 @@ fill three bytes.
 """
 import math
 
+from efficient_lm.errors import Misfit
 from efficient_lm.lazy import lazy
 
 jnp = lazy('jax.numpy')
@@ -14,7 +15,7 @@ def pack(codes, bits: int):
   """int8 or uint8 codes (..., K), of which the low `bits` count, -> uint8 (..., K * bits / 8); of 8 bits themselves."""
   if bits == 8: return codes
   per_byte, K = 8 // math.gcd(bits, 8), codes.shape[-1]
-  if K % per_byte: raise ValueError(f'{K} codes of {bits} bits do not fill whole bytes: their number must be a multiple of '
+  if K % per_byte: raise Misfit(f'{K} codes of {bits} bits do not fill whole bytes: their number must be a multiple of '
                                     f'{per_byte}')
   # per_byte codes are one integer of up to 24 bits, and that is cut into bytes.
   fields = codes.astype(jnp.int32).reshape(*codes.shape[:-1], K // per_byte, per_byte) & (2 ** bits - 1)

@@ -1,6 +1,7 @@
 """Between which numbers a tile's grid is stretched. What lies outside is rounded to the grid's end."""
 import dataclasses
 
+from efficient_lm.errors import Misfit
 from efficient_lm.lazy import lazy
 
 jnp = lazy('jax.numpy')
@@ -54,7 +55,7 @@ class Percentile:
     if not 50 < self.percent <= 100: yield 'percent', self.percent, 'must be above 50 and at most 100'
 
   def extremes(self, tiles, format, reduce: Reduce):
-    if reduce.names: raise ValueError(f'a percentile over devices {reduce.names} is not defined: choose AbsMax()')
+    if reduce.names: raise Misfit(f'a percentile over devices {reduce.names} is not defined: choose AbsMax()')
     if format.symmetric:
       high = jnp.percentile(jnp.abs(tiles), self.percent, axis=WITHIN)
       return -high, high

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from efficient_lm.axes import by_shard, constrain
+from efficient_lm.errors import Misfit
 from efficient_lm.ops.attention import attention
 from efficient_lm.ops.decode_attention import decode_attention
 from efficient_lm.ops.decode_attention.cache import per_token, unpacked
@@ -63,8 +64,8 @@ class IntegerRows:
 
   @classmethod
   def empty(cls, batch: int, heads: int, length: int, dim: int, dtype, *, bits: int, group: int):
-    """Rows of `dim` numbers for `length` tokens, by head. Raises ValueError for an odd dim in four bits."""
-    if bits == 4 and dim % 2: raise ValueError(f'a cache in 4 bits of rows of {dim}: must be even, for two to share a byte')
+    """Rows of `dim` numbers for `length` tokens, by head. Raises Misfit for an odd dim in four bits."""
+    if bits == 4 and dim % 2: raise Misfit(f'a cache in 4 bits of rows of {dim}: must be even, for two to share a byte')
     # Groups are written whole, and sometimes one that holds nothing after them: see `append`.
     slots = length if group == 1 else (-(-length // group) + 1) * group
     values, scales = jax.eval_shape(lambda x: quantize_cache(x, bits=bits, group=group),

@@ -3,6 +3,7 @@ import dataclasses
 import re
 
 from efficient_lm import rules
+from efficient_lm.errors import Misfit
 from efficient_lm.formats import Int, Ternary
 from efficient_lm.lazy import lazy
 from efficient_lm.rules import Rule
@@ -45,6 +46,6 @@ class BitNet:
     model = rules.apply(learner.model, (rule,), ternary)
     if not found:
       paths = ', '.join(rules.assign(learner.model, (rule,)))
-      raise ValueError(f'normalized={self.normalized!r} matches none of the weights that become ternary: {paths}')
+      raise Misfit(f'normalized={self.normalized!r} matches none of the weights that become ternary: {paths}')
     note = f'{rules.describe(learner.model, (rule,), "BitNet")}; a norm before {", ".join(found)}'
     return learner.replace(model=model, notes=(*learner.notes, note))

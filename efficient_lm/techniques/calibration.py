@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from efficient_lm.errors import Misfit
 from efficient_lm.lazy import lazy
 
 axes = lazy('efficient_lm.axes')
@@ -51,14 +52,14 @@ class Method:
 
 
 def first_batches(batches, sequences: int) -> list[dict]:
-  """As many batches as hold `sequences` rows, the last one whole. Raises ValueError if there are none or too few."""
+  """As many batches as hold `sequences` rows, the last one whole. Raises Misfit if there are none or too few."""
   kept, count = [], 0
   for batch in batches:
     kept.append(batch)
     count += batch['inputs_BT'].shape[0]
     if count >= sequences: return kept
-  if not count: raise ValueError(EMPTY)
-  raise ValueError(f'calibration asks for {sequences} sequences, but the data has {count}: lower `sequences`')
+  if not count: raise Misfit(EMPTY)
+  raise Misfit(f'calibration asks for {sequences} sequences, but the data has {count}: lower `sequences`')
 
 
 # ------------------------------------------------------------------ collecting
@@ -99,12 +100,12 @@ def join(a: dict[str, dict], b: dict[str, dict]) -> dict[str, dict]:
 
 def statistics(model, batches, wanted: dict[str, tuple[str, ...]]) -> dict[str, dict]:
   """Of the whole model as it is. Layers of a stack, and experts, are dimensions in front of each statistic. `batches` is
-  any iterable of batches, on the mesh if there is one; it is read once. Raises ValueError if it is empty."""
+  any iterable of batches, on the mesh if there is one; it is read once. Raises Misfit if it is empty."""
   watched, run, found = watch(model, wanted), compiled(_of_batch), None
   for batch in batches:
     new = axes.settle(run(watched, batch))
     found = new if found is None else join(found, new)
-  if found is None: raise ValueError(EMPTY)
+  if found is None: raise Misfit(EMPTY)
   return check_finite(found)
 
 
@@ -119,10 +120,10 @@ def compiled(function, **options):
 
 
 def check_finite(found: dict[str, dict]) -> dict[str, dict]:
-  """What it is given. Raises ValueError for statistics that are not finite: the model overflows on this data."""
+  """What it is given. Raises Misfit for statistics that are not finite: the model overflows on this data."""
   for path, named in found.items():
     for name, value in named.items():
-      if not bool(jnp.isfinite(jnp.sum(value))): raise ValueError(f'{path}: its inputs are not finite ({name})')
+      if not bool(jnp.isfinite(jnp.sum(value))): raise Misfit(f'{path}: its inputs are not finite ({name})')
   return found
 
 
@@ -178,7 +179,7 @@ def layer_by_layer(model, batches, change):
   is scanned. Stacks stay stacks: layers of one have to come back with equal structure.
   """
   hidden, stacks = [embedded(model, batch) for batch in batches], []
-  if not hidden: raise ValueError(EMPTY)
+  if not hidden: raise Misfit(EMPTY)
   for i, stack in enumerate(model.stacks):
     scanned, changed = isinstance(stack, transformer.Stack), []
     for j in range(stack.num_layers if scanned else len(stack.blocks)):

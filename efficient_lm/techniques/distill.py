@@ -2,6 +2,7 @@
 import dataclasses
 from typing import Any
 
+from efficient_lm.errors import Misfit
 from efficient_lm.lazy import lazy
 
 losses = lazy('efficient_lm.losses')
@@ -25,6 +26,6 @@ class Distill:
     teacher = self.teacher.load()
     student, taught = learner.model.embed.materialize().shape[0], teacher.embed.materialize().shape[0]
     if student != taught:
-      raise ValueError(f'teacher with a vocabulary of {taught}, student with {student}: they must share one tokenizer')
+      raise Misfit(f'teacher with a vocabulary of {taught}, student with {student}: they must share one tokenizer')
     return learner.replace(loss=losses.Distilled(learner.loss, teacher, self.weight, self.temperature),
                            notes=(*learner.notes, f'Distill: {self.weight:g} of the loss is the teacher\'s'))

@@ -1,6 +1,7 @@
 """Low-precision training: the products of training in eight bits, forward and backward, from float weights."""
 import dataclasses
 
+from efficient_lm.errors import Misfit
 from efficient_lm.lazy import lazy
 
 coverage = lazy('efficient_lm.coverage')
@@ -39,7 +40,7 @@ class LowPrecisionTraining:
     keys = dict(zip(found, jax.random.split(key, max(len(found), 1))))
     def lower(path, weight):
       if weight.axes.startswith('V'):
-        raise ValueError(f'{path} is looked up, and where it is the head too it stays float: narrow where = {self.where!r}')
+        raise Misfit(f'{path} is looked up, and where it is the head too it stays float: narrow where = {self.where!r}')
       return kinds.low_precision(weight, formats, keys[path] if noisy else None)
     model = tree.rewrite(learner.model, weights.Weight, lower, self.where)
     if not any(formats.values()): return learner

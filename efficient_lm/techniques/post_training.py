@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 from efficient_lm import rules
+from efficient_lm.errors import Misfit
 from efficient_lm.formats import Group, Int
 from efficient_lm.lazy import lazy
 from efficient_lm.rules import Rule
@@ -60,7 +61,7 @@ class Quantize:
     for stage in self.before:
       model, said = stage(model, context)
       notes += said
-    self.check_fits(model)
+    jax.eval_shape(self.rounded, model)   # refuses what does not fit before anything is calibrated
     notes.append(rules.describe(model, self.rules, f'Quantize ({type(self.method).__name__})'))
     layers = Layers(self, rules.assign(model, self.rules))
     if self.method.needs:
@@ -74,23 +75,18 @@ class Quantize:
   def abstract(self, model):
     """A model of the same structure and shapes, from shapes alone under `jax.eval_shape`."""
     for stage in self.before: model = stage.abstract(model)
-    return rules.apply(model, self.rules, self.nearest)
+    return self.rounded(model)
 
-  def check_fits(self, model):
-    """Raises ValueError, with the weight's path, where a format cannot hold a matrix of that shape."""
-    found = dict(tree.select(model, weights.Weight))
-    for path, rule in rules.assign(model, self.rules).items():
-      weight = found[path]
-      if rule.keeps: continue
-      if not wiring.is_float(rotation.innermost(weight)):
-        stored = dict(tree.select(weight, quantized.Quantized))
-        raise ValueError(f'{path} is stored as {weight.kind} already' if stored else
-                         f'{path} was trained as {weight.kind}: the stage Convert() stores it so')
-      try: jax.eval_shape(lambda weight, path=path, rule=rule: self.nearest(path, weight, rule), weight)
-      except ValueError as error: raise ValueError(f'{path}: {error}') from error
+  def rounded(self, model):
+    """All that rules name rounded to nearest. Raises Misfit, with its path, for a weight that cannot be stored so."""
+    return rules.apply(model, self.rules, self.nearest)
 
   def nearest(self, path: str, weight, rule: Rule):
     """The weight rounded to nearest, by the method's range where it has one."""
+    if not wiring.is_float(rotation.innermost(weight)):
+      already = dict(tree.select(weight, quantized.Quantized))
+      raise Misfit(f'is stored as {weight.kind} already' if already else
+                   f'was trained as {weight.kind}: the stage Convert() stores it so')
     encode = calibration.compiled(_to_nearest, static_argnames=('method', 'format'))
     return stored(weight, rule, lambda w_NK: encode(w_NK, method=_nearest(self.method), format=rule.weights))
 
@@ -100,6 +96,7 @@ def stored(weight, rule: Rule, encode):
   activations = None if rule.activations is None else quantized.Rounding(rule.activations)
 
   def change(inner):
+    quantized.check_fits(inner, activations=rule.activations)
     if rule.weights is None: return quantized.FakeQuantized(inner, None, activations)
     layout = quantized.Layout.of(inner)
     return quantized.Quantized(encode(layout.matrix(inner.materialize())), rule.weights, layout, activations)

@@ -89,6 +89,7 @@ class QuantAware:
 
   def rounded(self, weight, rule: Rule):
     """One that is not rotated."""
+    quantized.check_fits(weight, rule.weights, rule.activations)
     weights = None if rule.weights is None else self.method.of_weight(weight, rule.weights)
     activations = None if rule.activations is None else self.activation_method.of_tokens(weight, rule.activations)
     return quantized.FakeQuantized(weight, self.delayed(weights, weight), self.delayed(activations, weight))

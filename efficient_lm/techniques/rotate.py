@@ -12,6 +12,7 @@ Rotations are Hadamard matrices with random signs, in blocks of the largest powe
 import dataclasses
 import functools
 
+from efficient_lm.errors import Misfit
 from efficient_lm.lazy import lazy
 from efficient_lm.techniques.calibration import compiled
 
@@ -86,7 +87,7 @@ def _residual_of_layer(prefix: str, layer, turn):
   nodes, fans = dict(tree.select(layer, (weights.Weight, layers.RMSNorm))), {fan.source: fan for fan in wiring.fans(layer)}
   changes = {}
   for norm in wiring.RESIDUAL_NORMS:
-    if norm not in fans: raise ValueError(f'{prefix}/{norm}: who reads it is not known, so the stream cannot be turned')
+    if norm not in fans: raise Misfit(f'{prefix}/{norm}: who reads it is not known, so the stream cannot be turned')
     scaled = wiring.multiplied(layer, fans[norm], nodes[norm].scale.get_value())
     changes |= {path: wiring.with_matrix(weight, turn(wiring.matrix_of(weight))) for path, weight in scaled.items()}
     changes[norm] = _without_scales(nodes[norm])

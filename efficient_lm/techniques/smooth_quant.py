@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import re
 
+from efficient_lm.errors import Misfit
 from efficient_lm.lazy import lazy
 from efficient_lm.techniques import calibration
 from efficient_lm.techniques.calibration import compiled
@@ -48,12 +49,12 @@ class SmoothQuant:
     return _smoothed(model, calibration.unseen(model, self.wanted(model)), stage=self)
 
   def wanted(self, model) -> dict[str, tuple[str, ...]]:
-    """The weights to be observed. Raises ValueError if no source matches `where`."""
+    """The weights to be observed. Raises Misfit if no source matches `where`."""
     found = {}
     for prefix, layer in tree.select(model, transformer.Block):
       first = calibration.sharing(layer)
       for fan in self.fans(layer): found |= {f'{prefix}/{first[path]}': ('peak',) for path in fan.readers}
-    if not found: raise ValueError(f'SmoothQuant: no source of scales matches {self.where!r}')
+    if not found: raise Misfit(f'SmoothQuant: no source of scales matches {self.where!r}')
     return found
 
   def fans(self, layer):
