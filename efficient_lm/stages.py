@@ -5,8 +5,9 @@ A stage is a dataclass of a config with
   stage(model, context) -> (model, notes)     what it makes, and what it has to say, a line each
   stage.abstract(model) -> model              the same for shapes; called under `jax.eval_shape`
 
-so that what a run has left is known by its shapes before it is read: loaded, evaluated, generated from, started from. Each
-stage's model is saved as it is done, and adds one row to the run's ledger.
+so that what a run has left is known by its shapes before it is read: loaded, evaluated, generated from, started from. What
+does not suit a model is an `errors.Misfit`, from `abstract` too: a run asks that before it trains. Each stage's model is
+saved as it is done, and adds one row to the run's ledger.
 """
 import dataclasses
 from collections.abc import Callable, Iterator

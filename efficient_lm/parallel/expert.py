@@ -74,13 +74,18 @@ def weight_specs(tree, mesh) -> list[PartitionSpec]:
   'tensor' cuts all leaves with a letter that it cuts, or none: codes of 24 inputs divide in two where the three scales of
   their groups do not, and each device must hold what belongs together. A dimension of 1 is shared by all.
   """
-  leaves = [(axes_of(node), leaf) for node in jax.tree.leaves(tree, is_leaf=alphabet.is_variable)
+  leaves = [(axes_of(node), leaf.shape) for node in jax.tree.leaves(tree, is_leaf=alphabet.is_variable)
             for leaf in jax.tree.leaves(node)]
-  whole = [alphabet.weight_spec(axes, leaf.shape, mesh) for axes, leaf in leaves]
-  left = any('tensor' not in spec and any(size > 1 and alphabet.WEIGHT.get(letter) == 'tensor' for letter, size in zip(
-    axes, leaf.shape[leaf.ndim - len(axes):])) for (axes, leaf), spec in zip(leaves, whole) if len(axes) > 1)
+  specs = [alphabet.weight_spec(axes, shape, mesh) for axes, shape in leaves]
+  left = any('tensor' not in spec and _has_width(axes, shape) for (axes, shape), spec in zip(leaves, specs))
   gathered = ('fsdp', 'tensor') if left else ('fsdp',)
-  return [PartitionSpec(*[None if name in gathered else name for name in spec]) for spec in whole]
+  return [PartitionSpec(*[None if name in gathered else name for name in spec]) for spec in specs]
+
+
+def _has_width(axes: str, shape: tuple[int, ...]) -> bool:
+  """Whether a matrix has a dimension of more than 1 that 'tensor' would cut if it divided it."""
+  sizes = shape[len(shape) - len(axes):]
+  return len(axes) > 1 and any(alphabet.WEIGHT.get(letter) == 'tensor' and size > 1 for letter, size in zip(axes, sizes))
 
 
 def axes_of(node) -> str:
