@@ -16,6 +16,7 @@ from jax import lax
 
 from efficient_lm.axes import WEIGHT
 from efficient_lm.clock import Clock, ticking
+from efficient_lm.errors import Misfit
 from efficient_lm.formats import MXFP8, Channel, Encoded, Float8, Format, Int
 from efficient_lm.formats.format import Scales
 from efficient_lm.formats.ranges import Reduce
@@ -69,9 +70,10 @@ class Layout:
     rest = [dict(self.inner)[letter] for letter in letters[1:]]
     return [size // math.prod(rest), *rest]
 
-  def reduce(self, scales) -> Reduce:
-    """Reductions over a tile of this granularity, over devices too where `shard_map` has cut it."""
-    spanned = {'NK': self.outputs + self.inputs, 'K': self.inputs, '': ''}[scales.spans]
+  def reduce(self, format: Format) -> Reduce:
+    """Reductions over a tile of the format, over devices too where `shard_map` has cut it."""
+    _refuse_cut(format, self.outputs + self.inputs)
+    spanned = {'NK': self.outputs + self.inputs, 'K': self.inputs, '': ''}[format.scales.spans]
     return reduction(spanned)
 
 
@@ -80,6 +82,14 @@ def reduction(letters: str) -> Reduce:
   manual = jax.sharding.get_abstract_mesh().manual_axes
   cut = any(WEIGHT.get(letter) == 'tensor' for letter in letters) and 'tensor' in manual
   return Reduce(('tensor',) if cut else ())
+
+
+def _refuse_cut(format: Format, letters: str):
+  """Raises Misfit where scales have a factor in common and `shard_map` has cut what it is for: devices would find others."""
+  names = reduction(letters).names
+  if names and format.joint:
+    raise Misfit(f'{format.name}: its scales have a factor in common, which devices that share an expert over {names} would '
+                 f'each find for themselves: choose MXFP4(), or mesh.tensor=1')
 
 
 def _outputs(axes: str, inputs: str) -> str:
@@ -166,6 +176,7 @@ def rounded_rows(quantizer: Quantizer | None, x, axes: str, inputs: str):
   """Activations as a product over `inputs` reads them: each token's numbers are a row. x itself without a quantizer, and for
   a product over other dims than those (queries taken into a latent space, say)."""
   if quantizer is None or not axes.endswith(inputs): return x
+  _refuse_cut(quantizer.format, inputs)
   rows = x.reshape(*x.shape[:x.ndim - len(inputs)], -1)
   # What tokens share, each would see of those after it: where a format has such, every token is a matrix of its own.
   if quantizer.format.by_rows: rounded = quantizer(rows, reduction(inputs))
@@ -186,7 +197,7 @@ class FakeQuantized(Wrapper):
   def materialize(self):
     if self.weights is None: return self.inner.materialize()
     layout = Layout.of(self.inner)
-    return layout.array(self.weights(layout.matrix(self.inner.materialize()), layout.reduce(self.weights.format.scales)))
+    return layout.array(self.weights(layout.matrix(self.inner.materialize()), layout.reduce(self.weights.format)))
 
   def rounded(self, x, axes: str):
     return rounded_rows(self.activations, self.inner.rounded(x, axes), axes, self.inputs)
@@ -198,7 +209,7 @@ class FakeQuantized(Wrapper):
       return self.inner.around(lambda inner: FakeQuantized(inner, self.weights, self.activations).converted())
     layout = Layout.of(self.inner)
     matrix = layout.matrix(self.inner.materialize())
-    scales = self.weights.scales(matrix, layout.reduce(self.weights.format.scales))
+    scales = self.weights.scales(matrix, layout.reduce(self.weights.format))
     activations = None if self.activations is None else self.activations.settled()
     return Quantized(self.weights.format.encode(matrix, scales), self.weights.format, layout, activations)
 

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from efficient_lm.axes import shardings
-from efficient_lm.formats import Block, Float8, Group, Int, MidRise, Tensor, Ternary
+from efficient_lm.errors import Misfit
+from efficient_lm.formats import MXFP4, NVFP4, Block, Float8, Group, Int, MidRise, Tensor, Ternary
 from efficient_lm.quantized import FakeQuantized, Layout, Quantized, Rounding, quantized, straight_through
 from efficient_lm.tree import num_bytes
 from efficient_lm.weights import Dense, Transposed
@@ -157,6 +159,18 @@ def test_no_token_s_rounding_depends_on_another_token(format):
   rounded = lambda x_BTD: weight.rounded(x_BTD, 'BTD')[:, :2]
   np.testing.assert_array_equal(rounded(changed), rounded(x_BTD))
   assert np.any(rounded(x_BTD) != x_BTD[:, :2])
+
+
+@pytest.mark.parametrize('format, refused', [(NVFP4(), True), (MXFP4(), False)], ids=lambda value: str(value))
+def test_a_factor_that_devices_would_have_to_share_is_refused(mesh, format, refused):
+  """Where `shard_map` cuts an expert, each would find a factor of its own, and train what is not stored."""
+  local = lambda w_DF: FakeQuantized(Dense(w_DF, 'DF', 'D'), Rounding(format)).materialize()
+  with mesh(1, 1, 4, 2):
+    cut = PartitionSpec(None, 'tensor')
+    mapped = jax.shard_map(local, in_specs=cut, out_specs=cut, check_vma=False)
+    if refused:
+      with pytest.raises(Misfit, match=r"NVFP4 .*share an expert over \('tensor',\)"): mapped(draw('DF'))
+    else: np.testing.assert_array_equal(mapped(draw('DF')), local(draw('DF')))
 
 
 def test_blocks_of_tokens_are_refused():

@@ -124,7 +124,7 @@ class NVFP4(_E2M1):
   """4-bit floats in groups of 16 that share a float8 e4m3 scale, and a float32 scale for the matrix (NVIDIA 2025, arXiv
   2509.25149, section 2). That one is a power of two here, so that a product with it is exact in whichever order a compiler
   puts it; the float8 scales have range to spare for it."""
-  element, scales, by_rows = 'NVFP4', Group(size=16), False
+  element, scales, joint = 'NVFP4', Group(size=16), True
 
   def fit(self, low, high):
     extent = jnp.maximum(-low, high)

@@ -30,6 +30,7 @@ class Format:
   element: what one number is, in a word. bits: of a stored code, 8 or fewer. scales: the granularity.
   symmetric: whether the grid is one around 0. largest: of the numbers of a symmetric grid.
   offset: what a number is more than its code; None where the two differ otherwise.
+  joint: whether all scales of a matrix have a factor in common.
   range: how extremes are found where nobody says.
   """
   element: str
@@ -37,6 +38,7 @@ class Format:
   scales: Any
   symmetric = True
   offset: float | None = 0.
+  joint = False
   largest: float
 
   @property
@@ -46,7 +48,7 @@ class Format:
   @property
   def by_rows(self) -> bool:
     """Whether each row of a matrix is rounded by itself."""
-    return isinstance(self.scales, (Channel, Group))
+    return isinstance(self.scales, (Channel, Group)) and not self.joint
 
   def codes(self, y):
     """The nearest code to each y, which is in steps; int8, uint8 or float8. Of equally near ones the even."""
