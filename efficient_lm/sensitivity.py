@@ -15,7 +15,7 @@ import re
 from absl import flags
 
 from efficient_lm import commands, experiment, formats
-from efficient_lm.errors import ConfigError
+from efficient_lm.errors import ConfigError, Misfit
 from efficient_lm.lazy import lazy
 
 console = lazy('efficient_lm.console')
@@ -82,11 +82,11 @@ def batches_of(trained, mesh) -> list:
 def measured(model, batches, choices, where: str) -> list:
   """Sensitivities, with a progress bar. What does not fit a format is one clear line."""
   try: paths = list(mixed_precision.chosen(model, where))
-  except ValueError as error: raise ConfigError('--where', where, str(error)) from error
+  except Misfit as error: raise ConfigError('--where', where, str(error)) from error
   found = []
   for path in rich_progress.track(paths, 'measuring', console=console.terminal(), transient=True):
     try: found += mixed_precision.sensitivities(model, batches, choices, f'^{re.escape(path)}$')
-    except ValueError as error: raise ConfigError('--formats', ','.join(FLAGS.formats), f'{path}: {error}') from error
+    except Misfit as error: raise ConfigError('--formats', ','.join(FLAGS.formats), f'{path}: {error}') from error
   return found
 
 
@@ -105,7 +105,7 @@ def print_table(found):
 def print_plan(model, batches, found):
   """The rules, and what they come to beside those of one format for all."""
   try: plan = mixed_precision.choose(found, FLAGS.budget)
-  except ValueError as error: raise ConfigError('--budget', FLAGS.budget, str(error)) from error
+  except Misfit as error: raise ConfigError('--budget', FLAGS.budget, str(error)) from error
   table = rich_table.Table('all together', rich_table.Column('bytes', justify='right'),
                            rich_table.Column('KL, nats a token', justify='right'), box=None)
   paths = dict.fromkeys(one.path for one in found)

@@ -17,7 +17,7 @@ from efficient_lm.models.layers import RMSNorm
 from efficient_lm.models.mlp import FeedForward
 from efficient_lm.models.moe import MoE
 from efficient_lm.quantized import FakeQuantized, Layout, Normalized, Quantized
-from efficient_lm.rotation import Rotated
+from efficient_lm.rotation import Rotated, innermost
 from efficient_lm.weights import Dense, Weight
 
 
@@ -107,6 +107,13 @@ def with_matrix(weight: Weight, matrix_NK) -> Dense:
 def is_float(weight: Weight) -> bool:
   """Whether it may have another matrix. A weight in low precision may: that is how gradients were computed."""
   return not isinstance(weight, (Quantized, FakeQuantized, Normalized))
+
+
+def require_float(weight: Weight):
+  """Raises Misfit, with what it is, for a weight that is to be rounded and has been already."""
+  if is_float(innermost(weight)): return
+  if dict(tree.select(weight, Quantized)): raise Misfit(f'is stored as {weight.kind} already')
+  raise Misfit(f'was trained as {weight.kind}: the stage Convert() stores it so')
 
 
 def updated(layer, changes: dict):

@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 from efficient_lm import rules
+from efficient_lm.errors import Misfit
 from efficient_lm.lazy import lazy
 from efficient_lm.rules import Rule
 from efficient_lm.techniques.calibration import EMPTY, compiled
@@ -25,6 +26,7 @@ quantized = lazy('efficient_lm.quantized')
 rotation = lazy('efficient_lm.rotation')
 tree = lazy('efficient_lm.tree')
 weights = lazy('efficient_lm.weights')
+wiring = lazy('efficient_lm.wiring')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +41,18 @@ class Sensitivity:
 
 
 def sensitivities(model, batches, formats, where: str = rules.LAYERS) -> list[Sensitivity]:
-  """Of each weight whose path matches `where`, in each format. Raises ValueError if no weight does, or there is no batch."""
+  """Of each weight whose path matches `where`, in each format. Raises Misfit if no weight does, or there is no batch."""
   batches = list(batches)
   found = chosen(model, where)
   return [_sensitivity(model, path, weight, format, batches) for path, weight in found.items() for format in formats]
 
 
 def chosen(model, where: str) -> dict[str, Any]:
-  """Weights by path. Raises ValueError if there is none."""
+  """Weights by path. Raises Misfit if there is none, or one that has been rounded already."""
   found = dict(tree.select(model, weights.Weight, where))
+  for path, weight in found.items():
+    try: wiring.require_float(weight)
+    except Misfit as error: raise Misfit(f'{path} {error}') from error
   if not found: tree.rewrite(model, weights.Weight, lambda _, weight: weight, where)   # says what there is
   return found
 
@@ -75,9 +80,9 @@ def together(model, batches, plan) -> tuple[int, float]:
 
 
 def divergence(model, changed, batches) -> float:
-  """Mean over the tokens of all batches of KL(model || changed), in nats. Raises ValueError if there is no batch."""
+  """Mean over the tokens of all batches of KL(model || changed), in nats. Raises Misfit if there is no batch."""
   found = [float(compiled(_divergence)(model, changed, batch)) for batch in batches]
-  if not found: raise ValueError(EMPTY)
+  if not found: raise Misfit(EMPTY)
   return sum(found) / len(found)
 
 
@@ -98,12 +103,12 @@ def _divergence(model, changed, batch):
 
 def choose(found: list[Sensitivity], budget: int) -> tuple[Rule, ...]:
   """Rules under which the weights take at most `budget` bytes together. All start in their smallest format, and as long as
-  there is room the change that prevents most divergence for a byte is made. Raises ValueError for too small a budget."""
+  there is room the change that prevents most divergence for a byte is made. Raises Misfit for too small a budget."""
   options = {one.path: sorted((other for other in found if other.path == one.path), key=lambda other: other.num_bytes)
              for one in found}
   now = {path: choices[0] for path, choices in options.items()}
   spent = sum(one.num_bytes for one in now.values())
-  if spent > budget: raise ValueError(f'{budget} bytes are too few: the smallest formats take {spent}')
+  if spent > budget: raise Misfit(f'{budget} bytes are too few: the smallest formats take {spent}')
   while better := [new for path, old in now.items() for new in options[path] if old.num_bytes < new.num_bytes <=
                    old.num_bytes + budget - spent and new.divergence < old.divergence]:
     gain = lambda new: (now[new.path].divergence - new.divergence) / (new.num_bytes - now[new.path].num_bytes)

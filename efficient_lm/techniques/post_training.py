@@ -10,7 +10,6 @@ import dataclasses
 from typing import Any
 
 from efficient_lm import rules
-from efficient_lm.errors import Misfit
 from efficient_lm.formats import Group, Int
 from efficient_lm.lazy import lazy
 from efficient_lm.rules import Rule
@@ -83,10 +82,7 @@ class Quantize:
 
   def nearest(self, path: str, weight, rule: Rule):
     """The weight rounded to nearest, by the method's range where it has one."""
-    if not wiring.is_float(rotation.innermost(weight)):
-      already = dict(tree.select(weight, quantized.Quantized))
-      raise Misfit(f'is stored as {weight.kind} already' if already else
-                   f'was trained as {weight.kind}: the stage Convert() stores it so')
+    wiring.require_float(weight)
     encode = calibration.compiled(_to_nearest, static_argnames=('method', 'format'))
     return stored(weight, rule, lambda w_NK: encode(w_NK, method=_nearest(self.method), format=rule.weights))
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from efficient_lm import tree
+from efficient_lm.errors import Misfit
 from efficient_lm.formats import Group, Int
 from efficient_lm.quantized import Quantized
 from efficient_lm.rules import Rule
@@ -73,6 +74,12 @@ def test_the_printed_plan_is_the_plan():
 def test_no_data_and_no_weight_are_refused():
   with pytest.raises(ValueError, match=r'^calibration has no data'): sensitivities(model_of(), [], FORMATS)
   with pytest.raises(ValueError, match="matches 'blcoks'"): sensitivities(model_of(), [batch_of()], FORMATS, 'blcoks')
+
+
+def test_what_is_in_few_bits_already_is_refused():
+  model, _ = Quantize(rules=(Rule(where='up$', weights=FORMATS[1]),))(model_of(), Context())
+  with pytest.raises(Misfit, match='stacks/0/blocks/mlp/up is stored as int4 per group of 8 already'):
+    sensitivities(model, [batch_of()], FORMATS, 'up$')
 
 
 def test_measuring_leaves_the_model_as_it_was():
