@@ -7,10 +7,10 @@ tiny (default): minutes on a CPU. With 600 steps 1.59 bits per byte on held-out 
 7 minutes on one core.
 gpt2_124m: for one H100 or a v5e-8, not run yet. llama3_8b: to plan with and for a pod.
 """
+from efficient_lm.config.experiment import Experiment, FromRun, Mesh, Training, choose
 from efficient_lm.data import BPE, Corpus
-from efficient_lm.experiment import Experiment, FromRun, Mesh, Training, choose
 from efficient_lm.models import zoo
-from efficient_lm.optim import AdamW, Muon, WarmupCosine
+from efficient_lm.training.optimizers import AdamW, Muon, WarmupCosine
 
 
 def get_config(variant: str = 'tiny') -> Experiment:

@@ -11,9 +11,9 @@ gpt2_124m: for one H100 or a v5e-8, not run yet; its teacher is runs/baseline-gp
 import dataclasses
 
 from configs import baseline
-from efficient_lm.experiment import Experiment
+from efficient_lm.config.experiment import Experiment
 from efficient_lm.models.spec import SwiGLU
-from efficient_lm.techniques.distill import Distill
+from efficient_lm.techniques.distillation.distill import Distill
 
 
 def get_config(variant: str = 'tiny') -> Experiment:

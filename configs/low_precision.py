@@ -12,8 +12,8 @@ gpt2_124m: for one H100 or a v5e-8, not run yet.
 import dataclasses
 
 from configs import baseline
-from efficient_lm.experiment import Experiment
-from efficient_lm.techniques.low_precision import LowPrecisionTraining
+from efficient_lm.config.experiment import Experiment
+from efficient_lm.techniques.quantization.low_precision_training import LowPrecisionTraining
 
 
 def get_config(variant: str = 'tiny') -> Experiment:

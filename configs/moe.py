@@ -7,10 +7,10 @@
 tiny (default): 4 min 46 s on 2 CPU cores, 1.60 bits per byte on held-out Python source. With 600 steps 1.53, beside 1.59 of
 configs/baseline.py (means of three seeds). gpt2_124m: for one H100 or a v5e-8, not run yet. Published shapes: to plan with.
 """
+from efficient_lm.config.experiment import Experiment, Mesh, Training, choose
 from efficient_lm.data import BPE, Corpus
-from efficient_lm.experiment import Experiment, Mesh, Training, choose
 from efficient_lm.models import zoo
-from efficient_lm.optim import AdamW, Muon, WarmupCosine
+from efficient_lm.training.optimizers import AdamW, Muon, WarmupCosine
 
 
 def get_config(variant: str = 'tiny') -> Experiment:

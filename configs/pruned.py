@@ -11,8 +11,8 @@ gpt2_124m: for one H100 or a v5e-8, not run yet.
 import dataclasses
 
 from configs import baseline
-from efficient_lm.experiment import Experiment
-from efficient_lm.techniques.prune import Prune
+from efficient_lm.config.experiment import Experiment
+from efficient_lm.techniques.pruning.prune import Prune
 
 
 def get_config(variant: str = 'tiny') -> Experiment:

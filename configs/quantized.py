@@ -15,17 +15,17 @@ BitNet's recipe has a higher peak than a float model and no weight decay in the 
 import dataclasses
 
 from configs import baseline
-from efficient_lm.experiment import Experiment, choose
+from efficient_lm.compression.rules import Rule
+from efficient_lm.config.experiment import Experiment, choose
 from efficient_lm.formats import Group, Int, MidRise
-from efficient_lm.rules import Rule
-from efficient_lm.techniques.awq import Awq
-from efficient_lm.techniques.bitnet import BitNet
-from efficient_lm.techniques.convert import Convert
-from efficient_lm.techniques.distill import Distill
-from efficient_lm.techniques.gptq import Gptq
-from efficient_lm.techniques.low_precision import LowPrecisionTraining
-from efficient_lm.techniques.post_training import Quantize
-from efficient_lm.techniques.quant_aware import LearnedSteps, QuantAware, StretchedLevels
+from efficient_lm.techniques.distillation.distill import Distill
+from efficient_lm.techniques.quantization.awq import Awq
+from efficient_lm.techniques.quantization.bitnet import BitNet
+from efficient_lm.techniques.quantization.convert import Convert
+from efficient_lm.techniques.quantization.gptq import Gptq
+from efficient_lm.techniques.quantization.low_precision_training import LowPrecisionTraining
+from efficient_lm.techniques.quantization.ptq import Quantize
+from efficient_lm.techniques.quantization.qat import LearnedSteps, QuantAware, StretchedLevels
 
 GROUPS = Int(bits=4, scales=Group(size=32))
 aware = lambda weights, **more: QuantAware(rules=(Rule(weights=weights, activations=Int()),), **more)

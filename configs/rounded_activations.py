@@ -10,12 +10,12 @@ configs/baseline.py. For one H100: --config.start.path of a larger run, not run 
 import dataclasses
 
 from configs import baseline
-from efficient_lm.experiment import Experiment, choose
+from efficient_lm.compression.rules import Rule
+from efficient_lm.config.experiment import Experiment, choose
 from efficient_lm.formats import Int
-from efficient_lm.rules import Rule
-from efficient_lm.techniques.post_training import Quantize
-from efficient_lm.techniques.rotate import Rotate
-from efficient_lm.techniques.smooth_quant import SmoothQuant
+from efficient_lm.techniques.quantization.ptq import Quantize
+from efficient_lm.techniques.quantization.rotate import Rotate
+from efficient_lm.techniques.quantization.smooth_quant import SmoothQuant
 
 
 def get_config(variant: str = 'tiny') -> Experiment:

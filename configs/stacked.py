@@ -10,12 +10,12 @@ is saved yet. gpt2_124m: for one H100 or a v5e-8, not run yet.
 import dataclasses
 
 from configs import baseline, moe
-from efficient_lm.experiment import Experiment
+from efficient_lm.compression.rules import Rule
+from efficient_lm.config.experiment import Experiment
 from efficient_lm.formats import Int
-from efficient_lm.rules import Rule
-from efficient_lm.techniques.distill import Distill
-from efficient_lm.techniques.prune import Prune
-from efficient_lm.techniques.quant_aware import QuantAware
+from efficient_lm.techniques.distillation.distill import Distill
+from efficient_lm.techniques.pruning.prune import Prune
+from efficient_lm.techniques.quantization.qat import QuantAware
 
 
 def get_config(variant: str = 'tiny') -> Experiment:

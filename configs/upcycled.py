@@ -10,8 +10,8 @@ gpt2_124m: for one H100 or a v5e-8, not run yet; it starts from runs/baseline-gp
 import dataclasses
 
 from configs import baseline
-from efficient_lm.experiment import Experiment
-from efficient_lm.techniques.upcycle import Upcycle
+from efficient_lm.config.experiment import Experiment
+from efficient_lm.techniques.moe.upcycle import Upcycle
 
 
 def get_config(variant: str = 'tiny') -> Experiment:

@@ -32,10 +32,10 @@ from efficient_lm.errors import ConfigError
 from efficient_lm.lazy import lazy
 
 ceilings = lazy('efficient_lm.benches.ceilings')
-console = lazy('efficient_lm.console')
+console = lazy('efficient_lm.runs.console')
 dispatch = lazy('efficient_lm.ops.dispatch')
 jax = lazy('jax')
-ledger = lazy('efficient_lm.ledger')
+ledger = lazy('efficient_lm.runs.ledger')
 models = lazy('efficient_lm.benches.models')
 op_report = lazy('efficient_lm.benches.op_report')
 op_speed = lazy('efficient_lm.benches.op_speed')

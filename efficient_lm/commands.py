@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 from absl import flags
 
-from efficient_lm import experiment
-from efficient_lm.allocator import keep_freed_memory
+from efficient_lm.config import experiment
 from efficient_lm.errors import CheckpointError, ConfigError, Misfit, NonFinite, Preempted
 from efficient_lm.models import spec
+from efficient_lm.runs.allocator import keep_freed_memory
 
 FLAGS = flags.FLAGS
 INTERRUPTED = 130   # what a shell reports of a program that SIGINT ended

@@ -13,17 +13,18 @@ import os
 
 from absl import flags
 
-from efficient_lm import commands, experiment
+from efficient_lm import commands
+from efficient_lm.config import experiment
 from efficient_lm.errors import ConfigError
 from efficient_lm.lazy import lazy
 
-console = lazy('efficient_lm.console')
-decode = lazy('efficient_lm.decode')
+console = lazy('efficient_lm.runs.console')
+decode = lazy('efficient_lm.models.decode')
 jax = lazy('jax')
 packing = lazy('efficient_lm.data.packing')
 pipeline = lazy('efficient_lm.data.pipeline')
-run = lazy('efficient_lm.run')
-train = lazy('efficient_lm.train')
+run = lazy('efficient_lm.runs.run')
+train = lazy('efficient_lm.training.trainer')
 
 FLAGS = flags.FLAGS
 commands.define_run()

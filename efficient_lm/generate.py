@@ -21,8 +21,8 @@ from efficient_lm import commands
 from efficient_lm.errors import ConfigError
 from efficient_lm.lazy import lazy
 
-decode = lazy('efficient_lm.decode')
-run = lazy('efficient_lm.run')
+decode = lazy('efficient_lm.models.decode')
+run = lazy('efficient_lm.runs.run')
 
 FLAGS = flags.FLAGS
 commands.define_run()

@@ -11,10 +11,11 @@ Exit codes: 0 done, 2 wrong config or arguments, 3 no usable checkpoint, 4 train
 """
 from absl import flags
 
-from efficient_lm import commands, experiment
+from efficient_lm import commands
+from efficient_lm.config import experiment
 from efficient_lm.lazy import lazy
 
-run = lazy('efficient_lm.run')
+run = lazy('efficient_lm.runs.run')
 
 FLAGS = flags.FLAGS
 commands.define_config()

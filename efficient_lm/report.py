@@ -13,13 +13,13 @@ import json
 import sys
 from pathlib import Path
 
-from efficient_lm import ledger
 from efficient_lm.errors import ConfigError
 from efficient_lm.lazy import lazy
+from efficient_lm.runs import ledger
 
-charts = lazy('efficient_lm.charts')
+charts = lazy('efficient_lm.runs.charts')
 np = lazy('numpy')
-tracking = lazy('efficient_lm.tracking')
+tracking = lazy('efficient_lm.runs.tracking')
 
 COSTS = {
   'forward FLOPs per token': lambda row: row.size.flops_per_token,

@@ -14,19 +14,20 @@ import re
 
 from absl import flags
 
-from efficient_lm import commands, experiment, formats
+from efficient_lm import commands, formats
+from efficient_lm.config import experiment
 from efficient_lm.errors import ConfigError, Misfit
 from efficient_lm.lazy import lazy
 
-console = lazy('efficient_lm.console')
+console = lazy('efficient_lm.runs.console')
 jax = lazy('jax')
-mixed_precision = lazy('efficient_lm.techniques.mixed_precision')
-calibration = lazy('efficient_lm.techniques.calibration')
+mixed_precision = lazy('efficient_lm.compression.search')
+calibration = lazy('efficient_lm.compression.calibration')
 rich_progress = lazy('rich.progress')
 rich_table = lazy('rich.table')
-rules = lazy('efficient_lm.rules')
-run = lazy('efficient_lm.run')
-train = lazy('efficient_lm.train')
+rules = lazy('efficient_lm.compression.rules')
+run = lazy('efficient_lm.runs.run')
+train = lazy('efficient_lm.training.trainer')
 transformer = lazy('efficient_lm.models.transformer')
 
 FORMATS = {

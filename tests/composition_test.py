@@ -9,27 +9,30 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_lm import learner, losses, optim, stages, train
+from efficient_lm.compression.rules import Rule
 from efficient_lm.formats import Group, Int, Ternary
-from efficient_lm.low_precision import LowPrecision
 from efficient_lm.models import spec
-from efficient_lm.models.moe import MoE
-from efficient_lm.models.routing import SoftmaxTopK
-from efficient_lm.quantized import FakeQuantized, Quantized
-from efficient_lm.rules import Rule
-from efficient_lm.techniques.bitnet import BitNet
-from efficient_lm.techniques.convert import Convert
-from efficient_lm.techniques.distill import Distill
-from efficient_lm.techniques.gptq import Gptq
-from efficient_lm.techniques.low_precision import LowPrecisionTraining
-from efficient_lm.techniques.post_training import Quantize
-from efficient_lm.techniques.prune import Prune
-from efficient_lm.techniques.quant_aware import QuantAware
-from efficient_lm.techniques.rotate import Rotate
-from efficient_lm.techniques.smooth_quant import SmoothQuant
-from efficient_lm.techniques.upcycle import Upcycle
+from efficient_lm.models.moe.layer import MoE
+from efficient_lm.models.moe.routing import SoftmaxTopK
+from efficient_lm.runs import stages
+from efficient_lm.techniques.distillation.distill import Distill
+from efficient_lm.techniques.moe.upcycle import Upcycle
+from efficient_lm.techniques.pruning.prune import Prune
+from efficient_lm.techniques.quantization.bitnet import BitNet
+from efficient_lm.techniques.quantization.convert import Convert
+from efficient_lm.techniques.quantization.gptq import Gptq
+from efficient_lm.techniques.quantization.low_precision_training import LowPrecisionTraining
+from efficient_lm.techniques.quantization.ptq import Quantize
+from efficient_lm.techniques.quantization.qat import QuantAware
+from efficient_lm.techniques.quantization.rotate import Rotate
+from efficient_lm.techniques.quantization.smooth_quant import SmoothQuant
+from efficient_lm.training import learner, losses
+from efficient_lm.training import optimizers as optim
+from efficient_lm.training import trainer as train
 from efficient_lm.tree import rewrite, select
-from efficient_lm.weights import Dense, Weight
+from efficient_lm.weights.low_precision import LowPrecision
+from efficient_lm.weights.quantized import FakeQuantized, Quantized
+from efficient_lm.weights.weight import Dense, Weight
 
 V, D, B, T = 12, 8, 2, 8
 REACHED = r'(query|key|value|output|gate|up|down)(/inner)*$'   # the weight, or what another technique wraps in it

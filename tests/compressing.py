@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from efficient_lm import losses
-from efficient_lm.models import routing, spec
+from efficient_lm.models import spec
+from efficient_lm.models.moe import routing
+from efficient_lm.training import losses
 
 V, D, F, H, B, T = 48, 32, 40, 8, 8, 16
 ATTENTIONS = {

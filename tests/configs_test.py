@@ -7,7 +7,7 @@ import pathlib
 import pytest
 from ml_collections.config_flags import config_flags
 
-from efficient_lm import experiment as experiments
+from efficient_lm.config import experiment as experiments
 from efficient_lm.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def test_a_variant_is_valid_and_exact_through_json(file, variant):
 @every_variant
 def test_a_variant_describes_a_model_that_can_be_built(file, variant):
   """Shapes only: techniques that rewrite the model included, so that their selectors find something."""
-  run = importlib.import_module('efficient_lm.run')
+  run = importlib.import_module('efficient_lm.runs.run')
   experiment, _ = experiments.load(f'{file}:{variant}')
   assert run.abstract_result(experiment) is not None
 

@@ -21,6 +21,6 @@ def mesh():
   import jax
 
   from efficient_lm import axes
-  from efficient_lm.parallel.mesh import Mesh
+  from efficient_lm.config.mesh import Mesh
   if jax.device_count() != 8: pytest.skip('needs eight devices: run the tests on CPU')
   return lambda *sizes: jax.set_mesh(Mesh(**dict(zip(axes.MESH, sizes, strict=True))).build())

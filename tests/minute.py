@@ -1,9 +1,9 @@
 """A config for tests: an experiment that trains in seconds on text whose entropy is known."""
+from efficient_lm.config.experiment import Experiment, Training
 from efficient_lm.data import Corpus, Markov
-from efficient_lm.experiment import Experiment, Training
-from efficient_lm.models.routing import LoadBalance, LossFreeBias, SoftmaxTopK
+from efficient_lm.models.moe.routing import LoadBalance, LossFreeBias, SoftmaxTopK
 from efficient_lm.models.spec import GroupedQuery, MoE, Stack, SwiGLU, Transformer
-from efficient_lm.optim import AdamW, WarmupCosine
+from efficient_lm.training.optimizers import AdamW, WarmupCosine
 
 
 def get_config(variant: str = 'moe') -> Experiment:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from efficient_lm import report
-from efficient_lm.ledger import Ledger, Origin, Quality, Row, Size
-from efficient_lm.tracking import Tracker
+from efficient_lm.runs.ledger import Ledger, Origin, Quality, Row, Size
+from efficient_lm.runs.tracking import Tracker
 
 
 def make_run(folder, bits=1.5, nbytes=100):

@@ -4,10 +4,12 @@ import re
 import jax
 import pytest
 
-from efficient_lm import experiment, run, sensitivity
+from efficient_lm import sensitivity
 from efficient_lm.commands import exit_code
+from efficient_lm.compression.rules import Rule, assign
+from efficient_lm.config import experiment
 from efficient_lm.formats import Group, Int
-from efficient_lm.rules import Rule, assign
+from efficient_lm.runs import run
 
 
 @pytest.fixture(scope='module')

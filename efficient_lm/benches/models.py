@@ -5,14 +5,18 @@ import importlib.util
 import jax
 import numpy as np
 
-from efficient_lm import decode, formats, measure, quantized, rules
+from efficient_lm import formats
 from efficient_lm.benches.result import OURS, Case, Disagreement, difference, within
+from efficient_lm.compression import rules
 from efficient_lm.data.packing import Rows
 from efficient_lm.lazy import lazy
-from efficient_lm.learner import assemble, initial_state, new_model
+from efficient_lm.models import decode
 from efficient_lm.models import spec as specs
-from efficient_lm.optim import AdamW, WarmupCosine
-from efficient_lm.train import compiled_step
+from efficient_lm.runs import measure
+from efficient_lm.training.learner import assemble, initial_state, new_model
+from efficient_lm.training.optimizers import AdamW, WarmupCosine
+from efficient_lm.training.trainer import compiled_step
+from efficient_lm.weights import quantized
 
 torch_models = lazy('efficient_lm.benches.torch_models')   # PyTorch is needed for baselines only
 

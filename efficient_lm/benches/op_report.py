@@ -8,7 +8,7 @@ from efficient_lm.benches.ceilings import Ceilings
 from efficient_lm.benches.result import BUSY
 from efficient_lm.lazy import lazy
 
-ledger = lazy('efficient_lm.ledger')
+ledger = lazy('efficient_lm.runs.ledger')
 rich_box = lazy('rich.box')
 rich_console = lazy('rich.console')
 rich_table = lazy('rich.table')

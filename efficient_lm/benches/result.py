@@ -8,7 +8,7 @@ from pathlib import Path
 
 from efficient_lm.lazy import lazy
 
-ledger = lazy('efficient_lm.ledger')
+ledger = lazy('efficient_lm.runs.ledger')
 np = lazy('numpy')
 rich_box = lazy('rich.box')
 rich_console = lazy('rich.console')

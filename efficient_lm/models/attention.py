@@ -12,7 +12,7 @@ from efficient_lm.models import spec as specs
 from efficient_lm.models.cache import KeyValues, attend
 from efficient_lm.models.layers import RMSNorm, rotate
 from efficient_lm.ops.attention import attention
-from efficient_lm.weights import initial
+from efficient_lm.weights.weight import initial
 
 
 class GroupedQueryAttention(nnx.Module):

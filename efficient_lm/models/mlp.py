@@ -4,7 +4,7 @@ from flax import nnx
 from efficient_lm.axes import constrain
 from efficient_lm.models import spec as specs
 from efficient_lm.models.layers import gated
-from efficient_lm.weights import initial
+from efficient_lm.weights.weight import initial
 
 
 class FeedForward(nnx.Module):

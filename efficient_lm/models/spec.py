@@ -7,12 +7,12 @@ import dataclasses
 from typing import Any
 
 from efficient_lm.lazy import lazy
-from efficient_lm.models import routing
+from efficient_lm.models.moe import routing
 
 attention = lazy('efficient_lm.models.attention')
 cache = lazy('efficient_lm.models.cache')
 mlp = lazy('efficient_lm.models.mlp')
-moe = lazy('efficient_lm.models.moe')
+moe = lazy('efficient_lm.models.moe.layer')
 transformer = lazy('efficient_lm.models.transformer')
 
 ROPE_LAYOUTS = ('half', 'interleaved')

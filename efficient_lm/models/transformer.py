@@ -14,9 +14,9 @@ from jax import lax
 from efficient_lm.axes import constrain
 from efficient_lm.models import spec as specs
 from efficient_lm.models.layers import RMSNorm
-from efficient_lm.parallel.expert import ARRIVED, RETURNED
+from efficient_lm.models.moe.dispatch import ARRIVED, RETURNED
 from efficient_lm.tree import rewrite, select
-from efficient_lm.weights import Dense, OutputsFirst, Transposed, Weight, initial
+from efficient_lm.weights.weight import Dense, OutputsFirst, Transposed, Weight, initial
 
 REMAT_POLICIES = {
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -5,7 +5,7 @@ The published ones have the dimensions of their config.json on Hugging Face and,
 """
 from typing import Any
 
-from efficient_lm.models.routing import LossFreeBias, SigmoidTopK, SoftmaxTopK
+from efficient_lm.models.moe.routing import LossFreeBias, SigmoidTopK, SoftmaxTopK
 from efficient_lm.models.spec import GroupedQuery, Latent, MoE, Rope, Stack, SwiGLU, Transformer
 
 BYTES = 320   # 256 bytes and the end of a document, padded to a multiple of 64

@@ -6,7 +6,7 @@ import json
 import pathlib
 import sys
 
-from efficient_lm import ledger, tracking
+from efficient_lm.runs import ledger, tracking
 
 
 def collect(folder: pathlib.Path) -> dict:

@@ -7,7 +7,7 @@ import pathlib
 import statistics
 import sys
 
-from efficient_lm import ledger
+from efficient_lm.runs import ledger
 
 
 def collect(folder: pathlib.Path) -> dict:

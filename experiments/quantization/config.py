@@ -10,16 +10,16 @@ not trained, all of it in 4 bits, 128 inputs to a scale.
 import dataclasses
 
 from configs import baseline
+from efficient_lm.compression.rules import Rule
+from efficient_lm.config.experiment import Experiment, FromRun
 from efficient_lm.errors import ConfigError
-from efficient_lm.experiment import Experiment, FromRun
 from efficient_lm.formats import Group, Int, MidRise
-from efficient_lm.optim import Muon, WarmupCosine
-from efficient_lm.rules import Rule
-from efficient_lm.techniques.awq import Awq
-from efficient_lm.techniques.convert import Convert
-from efficient_lm.techniques.gptq import Gptq
-from efficient_lm.techniques.post_training import Quantize, RoundToNearest
-from efficient_lm.techniques.quant_aware import LearnedSteps, QuantAware, StretchedLevels
+from efficient_lm.techniques.quantization.awq import Awq
+from efficient_lm.techniques.quantization.convert import Convert
+from efficient_lm.techniques.quantization.gptq import Gptq
+from efficient_lm.techniques.quantization.ptq import Quantize, RoundToNearest
+from efficient_lm.techniques.quantization.qat import LearnedSteps, QuantAware, StretchedLevels
+from efficient_lm.training.optimizers import Muon, WarmupCosine
 
 SCALES = Group(size=32)
 METHODS = {'rtn': RoundToNearest(), 'gptq': Gptq(), 'awq': Awq(), 'gptq_more': Gptq()}

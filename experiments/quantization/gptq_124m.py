@@ -11,14 +11,15 @@ import time
 import jax
 import numpy as np
 
-from efficient_lm import ledger, rules, stages
-from efficient_lm.allocator import keep_freed_memory
+from efficient_lm.compression import rules
+from efficient_lm.compression.rules import Rule
 from efficient_lm.formats import Group, Int
-from efficient_lm.learner import new_model
 from efficient_lm.models import zoo
-from efficient_lm.rules import Rule
-from efficient_lm.techniques.gptq import Gptq
-from efficient_lm.techniques.post_training import Quantize
+from efficient_lm.runs import ledger, stages
+from efficient_lm.runs.allocator import keep_freed_memory
+from efficient_lm.techniques.quantization.gptq import Gptq
+from efficient_lm.techniques.quantization.ptq import Quantize
+from efficient_lm.training.learner import new_model
 
 ROWS, LENGTH, BATCH = 64, 256, 8
 

@@ -11,13 +11,14 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import moe
-from efficient_lm import axes, run
+from efficient_lm import axes
 from efficient_lm.benches import ops
-from efficient_lm.learner import assemble, initial_state
+from efficient_lm.config.mesh import Mesh
 from efficient_lm.ops import attention, dispatch, grouped_matmul, linear_cross_entropy
-from efficient_lm.optim import AdamW
-from efficient_lm.parallel.mesh import Mesh
-from efficient_lm.train import compiled_step
+from efficient_lm.runs import run
+from efficient_lm.training.learner import assemble, initial_state
+from efficient_lm.training.optimizers import AdamW
+from efficient_lm.training.trainer import compiled_step
 from tests.compile import programs, targets
 
 IMPLEMENTATIONS = {module.__name__.rpartition('.')[2]: module.IMPLEMENTATIONS

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm.checkpoint import Checkpoints, lock
 from efficient_lm.errors import CheckpointError
+from efficient_lm.runs.checkpoint import Checkpoints, lock
 
 # Orbax drops the tasks that read the other arrays when one is unreadable; only pytest makes something of it.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
@@ -118,7 +118,7 @@ def break_step(folder, step):
 def test_falling_back_takes_one_line_of_warning(checkpoints, folder, caplog):
   break_step(folder, 2)
   with caplog.at_level(logging.WARNING): assert checkpoints.latest() == 1
-  lines = [record.getMessage() for record in caplog.records if record.name == 'efficient_lm.checkpoint']
+  lines = [record.getMessage() for record in caplog.records if record.name == 'efficient_lm.runs.checkpoint']
   assert len(lines) == 1 and str(folder / '2') in lines[0] and '\n' not in lines[0]
   assert same(checkpoints.restore(ABSTRACT), state(1))
 
@@ -177,7 +177,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_earlier_steps_and_no_debris(t
   program = '''
 import resource, signal, sys
 import jax.numpy as jnp, jax
-from efficient_lm.checkpoint import Checkpoints
+from efficient_lm.runs.checkpoint import Checkpoints
 from efficient_lm.errors import CheckpointError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 checkpoints = Checkpoints(sys.argv[1])
@@ -197,7 +197,7 @@ print(checkpoints.latest(), sorted(entry.name for entry in checkpoints.folder.it
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
   program = '''
 import os, sys
-from efficient_lm.checkpoint import lock
+from efficient_lm.runs.checkpoint import lock
 with lock(sys.argv[1]):
   print('held', flush=True)
   sys.stdin.read()

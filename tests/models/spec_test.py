@@ -5,7 +5,8 @@ import jax
 import pytest
 from flax import nnx
 
-from efficient_lm.models import routing, spec
+from efficient_lm.models import spec
+from efficient_lm.models.moe import routing
 
 GOOD = {
   spec.Rope: {}, spec.SwiGLU: dict(hidden=8),

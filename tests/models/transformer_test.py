@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from efficient_lm.models import routing, spec
+from efficient_lm.models import spec
+from efficient_lm.models.moe import routing
 from efficient_lm.models.transformer import outputs_first, unrolled
 from efficient_lm.tree import size
-from efficient_lm.weights import Transposed
+from efficient_lm.weights.weight import Transposed
 
 B, T, V, D, H, F, E = 2, 8, 24, 16, 4, 20, 4
 PROMPT = 3

@@ -3,8 +3,8 @@ import jax
 import pytest
 from flax import nnx
 
-from efficient_lm import measure
 from efficient_lm.models import zoo
+from efficient_lm.runs import measure
 
 
 def swiglu(dim, hidden): return 3 * dim * hidden

@@ -3,13 +3,14 @@ import jax
 import numpy as np
 import pytest
 
-from efficient_lm import train, tree
+from efficient_lm import tree
+from efficient_lm.compression.rules import Rule
 from efficient_lm.formats import Group, Int
-from efficient_lm.quantized import Quantized
-from efficient_lm.rules import Rule
-from efficient_lm.techniques.gptq import Gptq
-from efficient_lm.techniques.post_training import Quantize
+from efficient_lm.techniques.quantization.gptq import Gptq
+from efficient_lm.techniques.quantization.ptq import Quantize
 from efficient_lm.techniques.unroll import Unroll
+from efficient_lm.training import trainer as train
+from efficient_lm.weights.quantized import Quantized
 from tests.compressing import Context, abstractly, assert_structure, assert_the_same, batch_of, model_of
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')

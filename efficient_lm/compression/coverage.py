@@ -1,0 +1,41 @@
+"""How much of a model a technique reaches. The silent failure of efficiency work is the large weight left as it was."""
+import dataclasses
+
+from efficient_lm.models.moe.layer import MoE
+from efficient_lm.tree import select, size
+from efficient_lm.weights.weight import Weight
+
+LARGE = 0.01   # a weight is named when it is left out and holds at least this share of the parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+  """Shares (0 to 1) of all parameters and of the forward pass's matrix FLOPs that lie in the selected weights; `left`:
+  the paths of large weights that were not selected."""
+  parameters: float
+  flops: float
+  left: tuple[str, ...]
+
+  def describe(self, technique: str) -> str:
+    """One line for the start-up report."""
+    left = f'; left as they are: {", ".join(self.left)}' if self.left else ''
+    return f'{technique} reaches {self.parameters:.1%} of parameters, {self.flops:.1%} of matrix FLOPs{left}'
+
+
+def active_share(model, path: str) -> float:
+  """Share of a weight that one token is multiplied with: below 1 only for weights stacked by expert."""
+  for name, moe in select(model, MoE):
+    if path.startswith(f'{name}/experts/'): return moe.active_experts / moe.num_experts
+  return 1.0
+
+
+def coverage(model, where: str) -> Coverage:
+  """Of the weights whose path matches the regular expression `where`. Works on shapes as on arrays."""
+  chosen = {path for path, _ in select(model, Weight, where)}
+  rows = [(path, size(weight), weight.axes == 'VD', active_share(model, path)) for path, weight in select(model, Weight)]
+  tied = getattr(model, 'own_head', True) is None
+  cost = {path: count * share * (tied or not lookup) for path, count, lookup, share in rows}
+  total = size(model)
+  left = tuple(path for path, count, _, _ in rows if path not in chosen and count >= LARGE * total)
+  return Coverage(sum(count for path, count, _, _ in rows if path in chosen) / total,
+                  sum(cost[path] for path in chosen) / max(sum(cost.values()), 1), left)

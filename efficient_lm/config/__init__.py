@@ -1,0 +1,1 @@
+"""Experiments as typed, nested dataclasses: fields, validation, overrides, mesh."""

@@ -1,0 +1,1 @@
+"""Mixtures of experts: routing, rows, dispatch between devices, the layer."""

@@ -1,0 +1,1 @@
+"""A run: the loop over stages, checkpoints, ledger, tracking, reports."""

@@ -1,0 +1,31 @@
+"""Knowledge distillation from a teacher that runs beside the student."""
+import dataclasses
+from typing import Any
+
+from efficient_lm.errors import Misfit
+from efficient_lm.lazy import lazy
+
+losses = lazy('efficient_lm.training.losses')
+
+
+@dataclasses.dataclass(kw_only=True)
+class Distill:
+  """Mixes the loss with the divergence from a teacher's next-token distribution (Hinton et al. 2015): `weight` 0 leaves
+  the loss as it was, 1 drops the labels. `teacher` is anything with `load() -> model`: an earlier run, say."""
+  teacher: Any
+  weight: float = 0.5
+  temperature: float = 1.0
+
+  touches = 'loss'
+
+  def check(self):
+    if not 0 <= self.weight <= 1: yield 'weight', self.weight, 'must be a share between 0 and 1'
+    if self.temperature <= 0: yield 'temperature', self.temperature, 'must be positive'
+
+  def __call__(self, learner, key):
+    teacher = self.teacher.load()
+    student, taught = learner.model.embed.materialize().shape[0], teacher.embed.materialize().shape[0]
+    if student != taught:
+      raise Misfit(f'teacher with a vocabulary of {taught}, student with {student}: they must share one tokenizer')
+    return learner.replace(loss=losses.Distilled(learner.loss, teacher, self.weight, self.temperature),
+                           notes=(*learner.notes, f'Distill: {self.weight:g} of the loss is the teacher\'s'))

@@ -1,0 +1,1 @@
+"""Quantization: QAT, PTQ, low-precision training."""

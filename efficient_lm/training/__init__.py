@@ -1,0 +1,1 @@
+"""What trains a model: learner, losses, optimizers, the one train step."""

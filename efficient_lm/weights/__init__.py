@@ -1,0 +1,1 @@
+"""Weights: matrices that know how they are multiplied, and what wraps them."""

@@ -1,0 +1,93 @@
+"""A ledger is what was put in, in order, one row a stage; what was not measured is never shown as a number."""
+import dataclasses
+import io
+import json
+
+import pytest
+import rich.console
+
+from efficient_lm.runs import ledger
+from efficient_lm.runs.ledger import Effort, Ledger, Origin, Quality, Row, Size, Speed
+
+FULL = Row(
+  stage='train', quality=Quality(bits_per_byte=1.25, perplexity=5.5, yardsticks={'xz': 2.0}),
+  size=Size(parameters=12_345_678, active_parameters=2_000_000, bytes_on_disk=2 ** 20, bytes_in_memory=3 * 2 ** 20,
+            flops_per_token=4e6),
+  speed=Speed(tokens_per_second=1234.0, latency_seconds=0.0031, peak_memory_bytes=2 ** 30, memory_source='device memory'),
+  effort=Effort(steps=10, tokens=100, wall_seconds=3725.0, joules_per_token=0.01, energy_source='NVML, 1 GPU'),
+  origin=Origin(hardware='1 x NVIDIA H100', versions={'jax': '1'}, corpus_hash='ab', seed=3), notes=('2:4',))
+
+
+def text_of(table, width=80) -> str:
+  console = rich.console.Console(file=io.StringIO(), width=width)
+  console.print(table)
+  return console.file.getvalue()
+
+
+def test_reading_is_the_inverse_of_writing(tmp_path):
+  for row in (FULL, Row(stage='prune')): Ledger(tmp_path).add(row)
+  assert Ledger(tmp_path).rows == ledger.read(tmp_path / 'ledger.json') == [FULL, Row(stage='prune')]
+
+
+def test_a_stage_done_again_replaces_its_row_in_place(tmp_path):
+  book = Ledger(tmp_path)
+  for stage in ('train', 'prune'): book.add(Row(stage=stage))
+  book.add(FULL)
+  assert Ledger(tmp_path).rows == [FULL, Row(stage='prune')]
+
+
+def test_a_failed_write_leaves_the_old_ledger(tmp_path, monkeypatch):
+  Ledger(tmp_path).add(FULL)
+  monkeypatch.setattr('os.replace', lambda *paths: (_ for _ in ()).throw(OSError('killed')))
+  with pytest.raises(OSError): Ledger(tmp_path).add(Row(stage='prune'))
+  assert Ledger(tmp_path).rows == [FULL]
+
+
+def test_a_ledger_of_another_version_is_read(tmp_path):
+  entry = dataclasses.asdict(FULL)
+  entry['size']['bits_per_weight'], entry['carbon'] = 4, {}
+  del entry['speed'], entry['quality']['perplexity']
+  (tmp_path / 'ledger.json').write_text(json.dumps([entry]))
+  row, = Ledger(tmp_path).rows
+  assert row.size == FULL.size and row.speed == Speed() and row.quality.perplexity is None
+
+
+@pytest.mark.parametrize('content', ['', '{"a": 1}', '[1]', '[{}]', 'null'])
+def test_what_is_no_ledger_is_named(tmp_path, content):
+  (tmp_path / 'ledger.json').write_text(content)
+  with pytest.raises(ValueError, match=r'ledger\.json is no ledger'): Ledger(tmp_path)
+
+
+def test_the_table_fits_a_terminal_and_names_hardware_and_energy_source():
+  text = text_of(ledger.table({'moe / train': FULL, 'moe / prune': dataclasses.replace(FULL, stage='prune')}))
+  for part in ('1.250', '12.3 M', '1 MiB', '3.1 ms', '1 h 2 min', 'NVIDIA H100', 'NVML, 1 GPU'): assert part in text
+  assert '…' not in text and max(map(len, text.splitlines())) <= 80
+
+
+def test_what_nobody_measured_has_no_line_and_what_one_lacks_is_a_dash():
+  text = text_of(ledger.table({'a': Row(stage='a', quality=Quality(bits_per_byte=1.5)),
+                               'b': Row(stage='b', size=Size(parameters=10))}))
+  assert 'latency' not in text and 'bits/byte' in text and '–' in text
+  text_of(ledger.table({}))
+
+
+@pytest.mark.parametrize('value, text', [
+  (None, '–'), (0, '0'), (950, '950'), (999, '999'), (1000, '1 k'), (12_345, '12.3 k'), (999_400, '999 k'), (999_600, '1 M'),
+  (7e9, '7 G'), (2.5e15, '2.5 P')])
+def test_quantities(value, text):
+  assert ledger.quantity(value) == text
+
+
+def test_bytes_and_durations():
+  assert [ledger.quantity(value, 'B', 1024) for value in (512, 1023, 1024, 1536 * 1024)] == [
+    '512 B', '1023 B', '1 KiB', '1.5 MiB']
+  assert [ledger.duration(value) for value in (None, 2.5e-4, 0.0032, 41, 725, 12_000)] == [
+    '–', '250 us', '3.2 ms', '41 s', '12 min 5 s', '3 h 20 min']
+
+
+def test_no_group_has_more_than_eight_fields():
+  assert all(len(dataclasses.fields(kind)) <= 8 for kind in (Row, *ledger.GROUPS.values()))
+
+
+def test_hardware_and_versions_say_something():
+  assert ledger.hardware() and set(ledger.versions()) == {'python', *ledger.PACKAGES}

@@ -1,0 +1,121 @@
+"""Logs stay JSON, monotone and whole, whatever killed the run; the picture of the expert load shows what it says."""
+import json
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from efficient_lm.runs.tracking import Tracker, load_heatmap, read
+
+
+def track(folder, steps, resume_step=None, value=0.0):
+  tracker = Tracker(folder, resume_step)
+  for step in steps: tracker.scalars(step, {'loss': value + step})
+  return tracker
+
+
+def board(folder):
+  events = EventAccumulator(str(folder / 'tensorboard'), size_guidance={'scalars': 0, 'tensors': 0})
+  return events.Reload()
+
+
+def test_every_line_is_json_even_when_numbers_are_not(tmp_path):
+  tracker = Tracker(tmp_path)
+  tracker.scalars(1, {'loss': float('nan'), 'norm': np.float32('inf'), 'low': -np.inf, 'tokens': np.int64(7)})
+  tracker.scalars(2, {'loss': jax.numpy.float32(0.5), 'load': np.array([[1.0, np.nan]])})
+  tracker.close()
+  strict = lambda constant: pytest.fail(f'{constant} is not JSON')
+  first, second = [json.loads(line, parse_constant=strict) for line in (tmp_path / 'metrics.jsonl').open()]
+  assert first == {'step': 1, 'loss': 'nan', 'norm': 'inf', 'low': '-inf', 'tokens': 7}
+  assert second == {'step': 2, 'loss': 0.5, 'load': [[1.0, 'nan']]}
+  rows = read(tmp_path / 'metrics.jsonl')
+  assert np.isnan(rows[0]['loss']) and rows[0]['norm'] == np.inf and np.isnan(rows[1]['load'][0][1])
+
+
+def test_a_resume_cuts_what_will_be_done_again(tmp_path):
+  track(tmp_path, range(1, 8)).close()
+  track(tmp_path, range(5, 10), resume_step=4, value=100).close()
+  rows = read(tmp_path / 'metrics.jsonl')
+  assert [row['step'] for row in rows] == list(range(1, 10))
+  assert [row['loss'] for row in rows] == [1, 2, 3, 4, 105, 106, 107, 108, 109]
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+  track(tmp_path, range(1, 8)).close()
+  track(tmp_path, range(5, 10), resume_step=4, value=100).close()
+  shown = board(tmp_path).Scalars('loss')
+  assert [event.step for event in shown] == list(range(1, 10))
+  assert [event.value for event in shown] == [1, 2, 3, 4, 105, 106, 107, 108, 109]
+
+
+def test_each_element_of_a_small_array_is_a_curve(tmp_path):
+  tracker = Tracker(tmp_path)
+  for step in (1, 2): tracker.scalars(step, {'load': [[1.0, 0.5], [step, 4.0]], 'large': np.ones((60, 256))})
+  tracker.close()
+  shown = board(tmp_path)
+  assert shown.Tags()['scalars'] == ['load/0/0', 'load/0/1', 'load/1/0', 'load/1/1']
+  assert [event.value for event in shown.Scalars('load/1/0')] == [1, 2]
+
+
+@pytest.mark.parametrize('torn', ['{"step": 4, "lo', '{"step": 4', '\x00\x00', '4', '{"loss": 1}'])
+def test_a_torn_last_line_is_repaired(tmp_path, torn):
+  track(tmp_path, [1, 2, 3]).close()
+  with (tmp_path / 'metrics.jsonl').open('a') as file: file.write(torn)
+  assert [row['step'] for row in read(tmp_path / 'metrics.jsonl')] == [1, 2, 3]
+  track(tmp_path, [4], resume_step=3).close()
+  assert [json.loads(line)['step'] for line in (tmp_path / 'metrics.jsonl').open()] == [1, 2, 3, 4]
+
+
+def test_a_row_is_on_disk_before_the_next_step(tmp_path):
+  tracker = track(tmp_path, [1])
+  assert [row['step'] for row in read(tmp_path / 'metrics.jsonl')] == [1]
+  tracker.close()
+
+
+def test_a_fresh_start_forgets_an_earlier_run(tmp_path):
+  track(tmp_path, [1, 2]).close()
+  track(tmp_path, [1]).close()
+  assert [row['step'] for row in read(tmp_path / 'metrics.jsonl')] == [1]
+  assert [event.step for event in board(tmp_path).Scalars('loss')] == [1]
+
+
+def test_histogram_image_text_and_hparams_reach_tensorboard(tmp_path):
+  tracker = Tracker(tmp_path)
+  tracker.histogram(1, 'weights', np.arange(12.0).reshape(3, 4))
+  tracker.image(1, 'load', load_heatmap(np.ones((2, 4))))
+  tracker.text(1, 'sample', 'def f():\n  pass')
+  tracker.hparams({'train.steps': 3, 'data': None, 'tied': True}, {'bits_per_byte': 1.5})
+  tracker.close()
+  tags = board(tmp_path).Tags()
+  assert 'weights' in tags['histograms'] and 'load' in tags['images']
+  assert any('sample' in tag for tag in tags['tensors'])
+  table = EventAccumulator(str(tmp_path / 'tensorboard/hparams')).Reload()
+  assert [event.value for event in table.Scalars('result/bits_per_byte')] == [1.5]   # no point of the curve of that name
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  tracker = track(tmp_path / 'run', [1])
+  tracker.histogram(1, 'a', [1.0]), tracker.text(1, 'a', 'b'), tracker.hparams({}, {})
+  tracker.image(1, 'a', np.zeros((2, 2, 3), np.uint8)), tracker.close()
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('layers, experts', [(1, 4), (4, 8), (27, 256)])
+def test_a_heatmap_is_a_picture_of_any_size_of_model(layers, experts):
+  picture = load_heatmap(np.ones((layers, experts)))
+  assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
+  assert max(picture.shape) < 1600
+
+
+def test_balance_is_white_and_experts_never_chosen_are_black():
+  balanced, dead = load_heatmap(np.ones((2, 4))), load_heatmap(np.zeros((2, 4)))
+  middle = (balanced.shape[0] // 2, balanced.shape[1] // 3)
+  assert balanced[middle].min() > 230 and dead[middle].max() == 0
+
+
+def test_one_load_has_one_colour_whatever_else_is_in_the_picture():
+  calm, wild = load_heatmap([[2.0, 1.0, 0.5, 0.5]]), load_heatmap([[2.0, 1.0, 0.25, 0.75 * 8]])
+  row, column = calm.shape[0] // 2, calm.shape[1] // 6   # in the first expert's cell
+  assert (calm[row, column] == wild[row, column]).all() and calm[row, column, 0] > calm[row, column, 2]

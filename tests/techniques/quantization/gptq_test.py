@@ -1,0 +1,130 @@
+"""GPTQ: rounding to nearest where inputs are alike, and a smaller output error where they are not."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efficient_lm.compression import hessian
+from efficient_lm.formats import MXFP4, NF4, NVFP4, Block, Float8, Group, Int, MidRise, Tensor
+from efficient_lm.techniques.quantization.gptq import Gptq, gptq
+
+pytestmark = pytest.mark.usefixtures('quick_compilation')
+
+N, K = 24, 32
+FORMATS = {
+  'channel': Int(bits=4), 'group': Int(bits=3, scales=Group(size=8)), 'tensor': Int(bits=4, scales=Tensor()),
+  'block': Int(bits=4, scales=Block(outputs=8, inputs=16)),
+  'zero point': Int(bits=2, scales=Group(size=16), symmetric=False),
+  'eight': Int(), 'mid-rise': MidRise(scales=Group(size=8)), 'NF4': NF4(scales=Group(size=16)), 'float8': Float8(),
+  'MXFP4': MXFP4(), 'NVFP4': NVFP4(),
+}
+run = jax.jit(gptq, static_argnames=('format', 'act_order', 'block', 'damping'))
+
+
+def weight(seed=0, lead=()):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=(*lead, N, K)), jnp.float32)
+
+
+def gram(seed=0, M=256):
+  """Of correlated inputs, some channels of which are large."""
+  rng = np.random.default_rng(seed + 100)
+  x_MK = rng.normal(size=(M, K // 4)) @ rng.normal(size=(K // 4, K)) + 0.3 * rng.normal(size=(M, K))
+  x_MK *= np.exp(rng.normal(size=K))
+  return jnp.asarray(x_MK.T @ x_MK, jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames='format')
+def nearest(w_NK, format):
+  return format.encode(w_NK, format.scales_for(w_NK))
+
+
+def error(format, encoded, seed, w_NK=None):
+  return float(jnp.sum(hessian.output_error(format.decode(encoded) - (weight(seed) if w_NK is None else w_NK), gram(seed))))
+
+
+def assert_equal(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert x.dtype == y.dtype
+    np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_with_the_identity_it_rounds_to_nearest(name):
+  format = FORMATS[name]
+  assert_equal(run(weight(), 7. * jnp.eye(K), format, block=8), nearest(weight(), format))
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_it_stores_no_bit_more_and_errs_less(name):
+  """In the mean over seeds; 8 bits and float8 leave hardly an error to begin with, and the same holds of them."""
+  format, ratios = FORMATS[name], []
+  for seed in range(4):
+    found, plain = run(weight(seed), gram(seed), format, block=8), nearest(weight(seed), format)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(found)] == [(x.shape, x.dtype) for x in jax.tree.leaves(plain)]
+    assert_equal(found.scales, plain.scales)
+    ratios.append(error(format, found, seed) / error(format, plain, seed))
+  assert np.mean(ratios) < 0.7 and max(ratios) < 1
+
+
+def test_the_block_of_columns_changes_the_speed_only():
+  """Sums of updates in another order: a code at the edge of two may fall to the other side, and few do."""
+  format = FORMATS['group']
+  whole = run(weight(), gram(), format, block=K)
+  for block in (1, 5, 8):
+    other = run(weight(), gram(), format, block=block)
+    assert np.mean(np.asarray(format.decode(whole)) != np.asarray(format.decode(other))) < 0.02
+    assert abs(error(format, other, 0) / error(format, whole, 0) - 1) < 0.05
+
+
+def test_act_order_needs_no_permutation_to_be_stored_and_helps():
+  format, gains = FORMATS['group'], []
+  for seed in range(6):
+    ordered, plain = (error(format, run(weight(seed), gram(seed), format, act_order=order), seed) for order in (True, False))
+    gains.append(ordered / plain)
+  assert np.mean(gains) < 1
+
+
+def test_a_stack_is_its_matrices_one_by_one():
+  w_LENK, format = weight(lead=(2, 3)), FORMATS['zero point']
+  grams = jnp.stack([jnp.stack([gram(3 * i + j) for j in range(3)]) for i in range(2)])
+  together = run(w_LENK, grams, format)
+  for i in range(2):
+    for j in range(3):
+      one = run(w_LENK[i, j], grams[i, j], format)
+      # Batched factorisations add in another order.
+      assert np.mean(np.asarray(format.decode(one)) != np.asarray(format.decode(together)[i, j])) < 0.02
+
+
+def test_columns_of_dead_inputs_are_rounded_to_nearest():
+  format, dead = Int(bits=4), jnp.arange(K) % 5 == 0
+  alive = jnp.where(dead[:, None] | dead[None], 0, gram())
+  found, plain = (np.asarray(format.decode(x)) for x in (run(weight(), alive, format), nearest(weight(), format)))
+  np.testing.assert_array_equal(found[:, dead], plain[:, dead])
+  assert np.any(found != plain)
+
+
+def test_fewer_tokens_than_inputs_are_enough_to_run_on():
+  format = FORMATS['group']
+  assert np.all(np.isfinite(format.decode(run(weight(), gram(M=3), format))))
+
+
+def test_a_wrong_field_is_named():
+  assert [name for name, _, _ in Gptq(damping=-1., block=0).check()] == ['damping', 'block']
+  assert not list(Gptq().check())
+
+
+def test_it_agrees_with_the_paper_s_code_column_by_column():
+  """Algorithm 1 as written, in float64: explicit inverse, its Cholesky factor, no blocks, no order."""
+  format, w_NK, damping = FORMATS['group'], np.array(weight(), np.float64), 0.01
+  hessian_KK = np.array(hessian.scaled(gram()), np.float64) + damping * np.eye(K)
+  upper_KK = np.linalg.cholesky(np.linalg.inv(hessian_KK)).T
+  step_NK = np.repeat(np.asarray(format.steps(format.scales_for(weight()))[0]), 8, 1)
+  expected = np.empty_like(w_NK)
+  for k in range(K):
+    expected[:, k] = format.snap(w_NK[:, k], step_NK[:, k])
+    error_N = (w_NK[:, k] - expected[:, k]) / upper_KK[k, k]
+    w_NK[:, k:] -= np.outer(error_N, upper_KK[k, k:])
+  found = np.asarray(format.decode(run(weight(), gram(), format, act_order=False)))
+  assert np.mean(np.abs(found - expected) > step_NK / 2) < 0.01   # ties that float32 breaks otherwise
