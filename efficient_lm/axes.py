@@ -1,17 +1,19 @@
 """One alphabet: the letter that ends a name is the letter of its einsum and the key of its sharding.
 
   B batch, T query tokens, S key tokens, D model, N query heads, K kv heads, G = N/K, H head dim, F hidden, V vocab,
-  E experts, A experts per token, C capacity, M routed rows, L stacked layers, R rank, Q quantization block.
+  E experts, A experts per token, C capacity, M routed rows, L stacked layers, R rank.
 
-A weight carries its letters (`axes='EDF'`); the tables below turn them into a `PartitionSpec`. Letters name the last
-dimensions of an array: whatever stands in front of them is a stack of layers (L), which is never split.
+Matrices inside `ops` and `formats`, whichever dimensions of a model they are, have an alphabet of their own, in which a
+product is y_MO = x_MI @ w_IO, or x_MI @ w_OI^T for a matrix that is stored with its outputs first:
+
+  M rows, I inputs (contracted), O outputs, Q groups along the inputs that share a scale, J the numbers of one group.
+
+A weight carries its letters (`axes='EDF'`); `parallel.sharding` turns them, by the tables below, into a `PartitionSpec`.
+Letters name the last dimensions of an array: whatever stands in front of them is a stack of layers (L), which is never
+split.
+
+"axis" is an axis of the mesh, "dim" a dimension of an array.
 """
-import math
-
-import jax
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
-
 MESH = ('data', 'fsdp', 'expert', 'tensor')
 BATCH = ('data', 'fsdp', 'expert')   # the mesh axes that split tokens: experts receive other devices' tokens by dispatch
 WEIGHT = {'D': 'fsdp', 'R': 'fsdp', 'V': 'tensor', 'N': 'tensor', 'K': 'tensor', 'F': 'tensor', 'E': 'expert'}
@@ -21,87 +23,3 @@ ACTIVATION = {'B': BATCH, 'M': BATCH, 'V': 'tensor', 'N': 'tensor', 'K': 'tensor
 def dims(axes: str, letters: str) -> tuple[int, ...]:
   """Positions of `letters` in an array whose last dimensions are `axes`, counted from the right (layers may precede)."""
   return tuple(axes.index(letter) - len(axes) for letter in letters)
-
-
-def weight_spec(axes: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
-  """How a weight lies on the mesh. Vectors are replicated. `E` splits only weights that are stacked by expert (a
-  router's `DE` is small and every device routes its own tokens to all experts). A dimension that the mesh axis does not
-  divide stays whole (fewer kv heads than tensor shards, say), and of two letters with one mesh axis the first has it."""
-  entries = [None] * len(shape)
-  for i, letter in enumerate(axes):
-    name, at = WEIGHT.get(letter), len(shape) - len(axes) + i
-    if len(axes) < 2 or name is None or name in entries or (letter == 'E' and i > 0): continue
-    if shape[at] % mesh.shape[name] == 0: entries[at] = name
-  return PartitionSpec(*entries)
-
-
-def is_variable(node) -> bool:
-  """Whether a node of a tree is an `nnx.Variable`, told by its metadata."""
-  return hasattr(node, 'get_metadata')
-
-
-def shardings(tree, mesh):
-  """A tree of `NamedSharding` like `tree`, read off each Variable's axes; what carries none is replicated."""
-  def sharding(node):
-    if not is_variable(node): return NamedSharding(mesh, PartitionSpec())
-    axes = node.get_metadata().get('axes', '')
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, weight_spec(axes, leaf.shape, mesh)), node)
-  return jax.tree.map(sharding, tree, is_leaf=is_variable)
-
-
-def activation_spec(axes: str) -> PartitionSpec:
-  """How an activation with these letters lies on the mesh."""
-  return PartitionSpec(*[ACTIVATION.get(letter) for letter in axes])
-
-
-def splitting_mesh():
-  """The mesh in force (`jax.set_mesh`) if it has our axes and arrays are cut over it by the compiler, else None: without a
-  mesh, and inside `shard_map`."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return None if mesh.empty or mesh.manual_axes or set(MESH) - set(mesh.axis_names) else mesh
-
-
-def constrain(x, axes: str):
-  """Pins an activation to its place on the mesh in force; without a mesh, or inside `shard_map`, x."""
-  return x if splitting_mesh() is None else lax.with_sharding_constraint(x, activation_spec(axes))
-
-
-def by_shard(function, arguments: tuple[str, ...], results):
-  """`function` as run by each device on its own shards of the arguments, laid out as activations with these letters.
-
-  For what is independent along all that the mesh splits, or sums over 'tensor' itself. Kernels need it: the compiler can cut
-  an array, not a kernel. `results` is a tree of letters. Without a mesh of several devices, and where a dimension does not
-  divide, the function itself, and the compiler cuts what it does.
-  """
-  def run(*arrays):
-    mesh, specs = splitting_mesh(), tuple(map(activation_spec, arguments))
-    if mesh is None or mesh.size == 1: return function(*arrays)
-    if not all(_divides(mesh, *pair) for pair in zip(arrays, specs)): return function(*arrays)
-    # vma checking would need every kernel to declare what it varies over.
-    mapped = jax.shard_map(function, in_specs=specs, out_specs=jax.tree.map(activation_spec, results), check_vma=False)
-    return mapped(*arrays)
-  return run
-
-
-def _divides(mesh, array, spec) -> bool:
-  """Whether the mesh cuts the array into equal shards."""
-  parts = [(names,) if isinstance(names, str) else names or () for names in spec]
-  return all(size % math.prod(mesh.shape[name] for name in names) == 0 for size, names in zip(array.shape, parts))
-
-
-def settle(tree):
-  """Waits for `tree` where several CPU devices share the threads of one machine, and returns it.
-
-  Programs in flight there starve one another's collectives of threads until XLA aborts the process. Real accelerators
-  queue programs by themselves, and are not waited for.
-  """
-  if jax.default_backend() == 'cpu' and jax.device_count() > 1: jax.block_until_ready(tree)
-  return tree
-
-
-def max_over(x, axes: str, letters: str):
-  """max over `letters`, dimensions kept; global also where `shard_map` has cut one of them into local shards."""
-  local = x.max(dims(axes, letters), keepdims=True)
-  manual = jax.sharding.get_abstract_mesh().manual_axes
-  names = [WEIGHT[letter] for letter in letters if WEIGHT.get(letter) in manual and WEIGHT[letter] == 'tensor']
-  return lax.pmax(local, tuple(names)) if names else local

@@ -1,12 +1,12 @@
 """Number formats: what a weight or an activation is rounded to, and how it is stored.
 
-A format is a grid of numbers and the granularity of the scales that stretch it over a matrix (N, K), outputs first:
+A format is a grid of numbers and the granularity of the scales that stretch it over a matrix (O, I), its outputs first:
 
-  w_NK = (number(code_NK) - zero) * scale
+  w_OI = (number(code_OI) - zero) * scale
 
-with one scale, and perhaps one zero point, for each of the tiles that `scales` cuts the matrix into. A format knows three
-things (`format.Format`): how to fit scales to a tile's extremes, which code is nearest, and what a code is worth. All else
-follows, for every format alike: rounding while training, packing, error, bytes.
+with one scale, and perhaps one zero point, for each of the tiles that `scales` cuts the matrix into. A format defines three
+things (`format.Format`): how scales are fitted to a tile's extremes, which code is nearest to a number, and which number a
+code stands for. Fake quantization, packing, errors and bytes follow from these in the same way for every format.
 """
 from efficient_lm.formats.floating import MXFP4, MXFP8, NF4, NVFP4, Float8
 from efficient_lm.formats.format import Encoded, Format

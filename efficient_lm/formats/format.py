@@ -1,8 +1,8 @@
-"""What all formats have in common: scales from tiles, rounding, packing, and back."""
+"""What all formats have in common: fitting scales to tiles, rounding, packing and dequantizing."""
+import dataclasses
 from typing import Any, NamedTuple
 
-from efficient_lm.errors import Misfit
-from efficient_lm.formats import packing
+from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats.granularity import Channel, Group, tile, untile
 from efficient_lm.formats.ranges import AbsMax, Reduce
 from efficient_lm.lazy import lazy
@@ -11,27 +11,33 @@ jnp = lazy('jax.numpy')
 
 
 class Scales(NamedTuple):
-  """Of tiles, as they are stored: `scale` (..., q, n), in the dtype of the format, one row for each group of inputs, as
-  products read them; `zero` likewise or None; `outer` (..., 1, 1) float32, a factor of all scales, or None."""
+  """The scales of n x q tiles as they are stored.
+
+  scale: (..., q, n) in the dtype of the format; a row for each group of inputs, which is the order that products read.
+  zero: zero points, of the same shape, or None. outer: (..., 1, 1) float32, a factor of all scales, or None.
+  """
   scale: Any
   zero: Any = None
   outer: Any = None
 
 
 class Encoded(NamedTuple):
-  """A matrix (..., N, K) as stored: `values` holds its codes, packed along K where they have fewer than 8 bits."""
+  """A matrix (..., O, I) as it is stored: `values` holds its codes, packed along I if they have fewer than 8 bits."""
   values: Any
   scales: Scales
 
 
 class Format:
-  """The interface of a format, and what follows from it. Subclasses are dataclasses that a config can hold.
+  """The interface of a format, and the functions that follow from it. Subclasses are dataclasses that a config can hold.
 
-  element: what one number is, in a word. bits: of a stored code, 8 or fewer. scales: the granularity.
-  symmetric: whether the grid is one around 0. largest: of the numbers of a symmetric grid.
-  offset: what a number is more than its code; None where the two differ otherwise.
-  joint: whether all scales of a matrix have a factor in common.
-  range: how extremes are found where nobody says.
+  Numbers "in steps" are numbers divided by their scale, plus the zero point if there is one.
+
+  element: the name of one number's type, such as 'int4'. bits: bits of a stored code, at most 8. scales: the granularity.
+  symmetric: whether the grid is symmetric around 0. largest: the largest number of a symmetric grid, in steps.
+  offset: the difference of a number and its code, in steps; None if numbers are not codes plus a constant.
+  joint: whether all scales of a matrix share a factor.
+  standard: whether a standard fixes the size of groups, so that `fitted` does not change it.
+  range: how a tile's extremes are found unless a caller passes a range.
   """
   element: str
   bits: int
@@ -39,6 +45,7 @@ class Format:
   symmetric = True
   offset: float | None = 0.
   joint = False
+  standard = False
   largest: float
 
   @property
@@ -46,55 +53,81 @@ class Format:
     return AbsMax()
 
   @property
+  def has_zero(self) -> bool:
+    """Whether 0 is on the grid, so that what has been pruned stays pruned."""
+    return not self.offset
+
+  @property
   def by_rows(self) -> bool:
-    """Whether each row of a matrix is rounded by itself."""
+    """Whether the rounding of a row of a matrix does not depend on the other rows."""
     return isinstance(self.scales, (Channel, Group)) and not self.joint
 
+  def fitted(self, outputs: int, inputs: int) -> 'Format':
+    """This format for a matrix of outputs x inputs. Where its groups (or blocks) do not divide the matrix, their size
+    becomes the largest divisor below, a multiple of 8 if there is one. Groups longer than the dimension cover the dimension.
+
+    Raises IncompatibleError where all divisors are less than a quarter of the size, and where groups of a standard's size do
+    not divide the matrix.
+    """
+    if not self.standard: return dataclasses.replace(self, scales=self.scales.fitted(outputs, inputs))
+    self.scales.counts(outputs, inputs)
+    return self
+
   def codes(self, y):
-    """The nearest code to each y, which is in steps; int8, uint8 or float8. Of equally near ones the even."""
+    """The code of the nearest number to each y, in steps: int8, uint8 or float8. Ties go to the even code, or in a grid
+    without a zero upwards."""
     raise NotImplementedError
 
   def numbers(self, codes):
-    """What codes are worth, in steps, float32: exact."""
+    """The numbers that codes stand for, in steps: float32, exact."""
     raise NotImplementedError
 
   def fit(self, low, high) -> Scales:
-    """Scales that stretch the grid from low to high, (..., n, q) each. Positive, also for a tile of zeros."""
-    return Scales(_turned(positive(jnp.maximum(-low, high) / self.largest)))
+    """Scales that stretch the grid from low to high, (..., n, q) each. They are positive, also for a tile of zeros."""
+    from efficient_lm.ops.absmax import scale_of
+    return Scales(_transposed(scale_of(jnp.maximum(-low, high), self.largest)))
 
   def steps(self, scales: Scales):
-    """The float32 scale and zero point (or None) of each tile, (..., n, q), from what is stored."""
-    scale = _turned(self.stored_scale(scales.scale))
-    return scale if scales.outer is None else scale * scales.outer, None if scales.zero is None else _turned(
-      scales.zero).astype(jnp.float32)
+    """The float32 scale and zero point (or None) of each tile, (..., n, q), from the stored scales."""
+    scale = _transposed(self.stored_scale(scales.scale))
+    zero = None if scales.zero is None else _transposed(scales.zero).astype(jnp.float32)
+    return scale if scales.outer is None else scale * scales.outer, zero
 
   def stored_scale(self, scale):
-    """Float32 values of `Scales.scale`."""
+    """`Scales.scale` as float32 numbers."""
     return scale.astype(jnp.float32)
 
   def scales_for(self, w, range=None, reduce: Reduce | None = None) -> Scales:
-    """Scales of a matrix (..., N, K) by a range of `ranges` (default: the format's own)."""
+    """Scales for a matrix (..., O, I).
+
+    range: finds the extremes of tiles, one of `ranges`; by default the format's own. reduce: see `ranges.Reduce`.
+    """
     tiles = tile(w.astype(jnp.float32), self.scales.counts(*w.shape[-2:]))
     return self.fit(*(range or self.range).extremes(tiles, self, reduce or Reduce()))
 
   def snap(self, w, step, zero=None):
-    """The nearest number of the grid to each w, float32; step and zero broadcast. |w - snap(w)| is at most half the distance
-    of neighbours of the grid, for w within it."""
+    """The nearest number of the grid to each w, float32; step and zero broadcast. For w within the grid, |w - snap(w)| is at
+    most half the distance of the grid's neighbouring numbers."""
     y = w.astype(jnp.float32) / step
     if zero is None: return self.numbers(self.codes(y)) * step
     return (self.numbers(self.codes(y + zero)) - zero) * step
 
   def snap_tiles(self, tiles, scales: Scales):
-    """`snap` for tiles (..., n, a, q, b)."""
+    """`snap` for tiles (..., n, a, q, b), as `granularity.tile` cuts them."""
     step, zero = (None if x is None else x[..., :, None, :, None] for x in self.steps(scales))
     return self.snap(tiles, step, zero)
 
   def rounded(self, w, scales: Scales):
-    """A matrix (..., N, K) on the grid of these scales, float32; `decode(encode(w, scales))`, number for number."""
+    """A matrix (..., O, I) rounded to the grid of these scales, float32: the same numbers as `decode(encode(w, scales))`."""
     return untile(self.snap_tiles(tile(w, self.counts(w, scales)), scales))
 
   def encode(self, w, scales: Scales) -> Encoded:
-    """A matrix (..., N, K), rounded and packed. Raises Misfit where K numbers do not fill whole bytes."""
+    """A matrix (..., O, I), rounded and packed. Raises IncompatibleError where I numbers do not fill whole bytes."""
+    from efficient_lm.ops import packing
+    count = packing.codes_in_whole_bytes(self.bits)
+    if w.shape[-1] % count:
+      raise IncompatibleError(f'{w.shape[-1]} inputs of {self.bits} bits do not fill whole bytes: their number '
+                                         f'must be a multiple of {count}')
     tiles = tile(w.astype(jnp.float32), self.counts(w, scales))
     step, zero = (None if x is None else x[..., :, None, :, None] for x in self.steps(scales))
     y = tiles / step
@@ -102,13 +135,15 @@ class Format:
     return Encoded(packing.pack(codes, self.bits), scales)
 
   def decode(self, encoded: Encoded):
-    """The matrix (..., N, K), float32."""
+    """The matrix (..., O, I), float32."""
+    from efficient_lm.ops import packing
     codes = packing.unpack(encoded.values, self.bits)
     self.counts(codes, encoded.scales)
     return self._decoded(codes, encoded.scales)
 
   def decode_rows(self, values, scales: Scales):
-    """Some rows of a stored matrix, each with scales (q, rows) of its own: (rows, K), float32."""
+    """Some rows of a stored matrix, (rows, I) float32, from their values and their scales (q, rows)."""
+    from efficient_lm.ops import packing
     return self._decoded(packing.unpack(values, self.bits), scales)
 
   def _decoded(self, codes, scales: Scales):
@@ -117,12 +152,13 @@ class Format:
     return untile((tiles if zero is None else tiles - zero) * step)
 
   def counts(self, w, scales: Scales) -> tuple[int, int]:
-    """The tiles that scales are for. Raises Misfit if those of (..., N, K) are others: a mesh that cuts a matrix within
-    a tile leaves a device without its scale."""
+    """The numbers of tiles (n, q) of a matrix (..., O, I). Raises IncompatibleError if the scales are for other tiles: on a
+    mesh that cuts a matrix within a tile, devices would not have the scales of their part."""
     counts = self.scales.counts(*w.shape[-2:])
     if scales.scale.shape[-2:] != counts[::-1]:
-      raise Misfit(f'a matrix of {w.shape[-2]} outputs x {w.shape[-1]} inputs has {counts} scales by {self.scales}, not '
-                       f'{scales.scale.shape[:-3:-1]}: a mesh axis must cut scales as it cuts the matrix')
+      raise IncompatibleError(
+        f'a matrix of {w.shape[-2]} outputs x {w.shape[-1]} inputs has {counts} scales by {self.scales}, not '
+        f'{scales.scale.shape[:-3:-1]}: a mesh axis must cut scales as it cuts the matrix')
     return counts
 
   @property
@@ -131,11 +167,5 @@ class Format:
     return f'{self.element} per {self.scales.name}'
 
 
-def positive(scale):
-  """Never zero, and never so small that w / scale overflows: tiles of zeros stay zeros."""
-  return jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
-
-
-def _turned(x):
+def _transposed(x):
   return jnp.swapaxes(x, -1, -2)
-

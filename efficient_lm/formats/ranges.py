@@ -1,7 +1,7 @@
-"""Between which numbers a tile's grid is stretched. What lies outside is rounded to the grid's end."""
+"""Ranges: between which numbers the grid of a tile is stretched. Numbers outside are clipped to the ends of the grid."""
 import dataclasses
 
-from efficient_lm.errors import Misfit
+from efficient_lm.errors import IncompatibleError
 from efficient_lm.lazy import lazy
 
 jnp = lazy('jax.numpy')
@@ -13,7 +13,7 @@ WITHIN = (-3, -1)   # the two dimensions of `granularity.tile` that one scale is
 
 @dataclasses.dataclass(frozen=True)
 class Reduce:
-  """Reductions of (..., n, a, q, b) over a and b. `names`: axes of `shard_map`'s mesh over which devices share a tile."""
+  """Reductions of tiles (..., n, a, q, b) over a and b. `names`: axes of `shard_map`'s mesh whose devices share a tile."""
   names: tuple[str, ...] = ()
 
   def max(self, tiles):
@@ -30,7 +30,7 @@ class Reduce:
 
 @config
 class AbsMax:
-  """The smallest and the largest number: nothing is cut off."""
+  """From the smallest to the largest number, so that nothing is clipped."""
 
   def extremes(self, tiles, format, reduce: Reduce):
     """low and high (..., n, q) of tiles (..., n, a, q, b)."""
@@ -39,7 +39,8 @@ class AbsMax:
 
 @config
 class AbsMean:
-  """Plus and minus the mean magnitude, as BitNet b1.58 scales ternary weights (Ma et al. 2024, arXiv 2402.17764, eq. 3)."""
+  """From minus to plus the mean magnitude: BitNet b1.58's scale of ternary weights (Ma et al. 2024, arXiv 2402.17764, eq.
+  3)."""
 
   def extremes(self, tiles, format, reduce: Reduce):
     mean = reduce.mean(jnp.abs(tiles))
@@ -48,14 +49,15 @@ class AbsMean:
 
 @config
 class Percentile:
-  """What `percent` of the magnitudes do not exceed; of an asymmetric grid's two ends, each by itself."""
+  """From minus to plus the magnitude that `percent` of the magnitudes do not exceed; of an asymmetric grid, each end has a
+  percentile of its own."""
   percent: float = 99.9
 
   def check(self):
     if not 50 < self.percent <= 100: yield 'percent', self.percent, 'must be above 50 and at most 100'
 
   def extremes(self, tiles, format, reduce: Reduce):
-    if reduce.names: raise Misfit(f'a percentile over devices {reduce.names} is not defined: choose AbsMax()')
+    if reduce.names: raise IncompatibleError(f'a percentile over devices {reduce.names} is not defined: choose AbsMax()')
     if format.symmetric:
       high = jnp.percentile(jnp.abs(tiles), self.percent, axis=WITHIN)
       return -high, high
@@ -64,8 +66,8 @@ class Percentile:
 
 @config
 class MeanSquaredError:
-  """The extremes, shrunk by that one of `candidates` factors between `least` and 1 that leaves the smallest squared error
-  (the search of LAPQ and of AWQ's clipping). 1 is among them, so it is never worse than AbsMax."""
+  """The extremes, shrunk by the factor that leaves the smallest squared error, of `candidates` factors between `least` and 1
+  (the search of LAPQ and of AWQ's clipping). The factor 1 is among them, so that the error is never larger than AbsMax's."""
   candidates: int = 32
   least: float = 0.35
 

@@ -1,10 +1,11 @@
-"""Chooses the implementation of an operation: by the device for 'auto', by name otherwise, never by fallback."""
+"""The choice of an operation's implementation: by the device for 'auto', by name otherwise, and never by fallback."""
 import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
 
-# The first words of a device's kind -> its family. Kernels are written for a family; within one they differ in tiles.
+# The first words of a device's kind -> its family. A kernel is written for a family; devices of one family may differ in
+# tiles.
 FAMILIES = {
   'NVIDIA H100': 'hopper', 'NVIDIA H200': 'hopper', 'NVIDIA H800': 'hopper', 'NVIDIA GH200': 'hopper',
   'NVIDIA B200': 'blackwell', 'NVIDIA B300': 'blackwell', 'NVIDIA GB200': 'blackwell', 'NVIDIA GB300': 'blackwell',
@@ -13,21 +14,21 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-  """What a kernel must know of the device that it is compiled for. num_cores: multiprocessors of a GPU, None elsewhere."""
+  """The properties of a device that kernels are compiled for. num_cores: multiprocessors of a GPU, None elsewhere."""
   platform: str
   kind: str
   num_cores: int | None = None
 
   @property
   def families(self) -> tuple[str, ...]:
-    """Names that an implementation may be for, the most specific first; '' is any device."""
+    """The names by which implementations may address this device, the most specific first; '' addresses any device."""
     named = tuple(family for kind, family in FAMILIES.items() if self.kind.startswith(kind))
     return (*named, self.platform, '')
 
 
 def device() -> Device:
-  """The device that what is being traced will run on: that of the mesh in force (`jax.set_mesh`), which may be of a machine
-  that is not here, or else the default device."""
+  """The device for which a function is being traced: that of the mesh in force (`jax.set_mesh`), which may belong to another
+  machine, or else the default device."""
   abstract = jax.sharding.get_abstract_mesh().abstract_device
   if abstract is not None:
     platform = {'cuda': 'gpu'}.get(abstract.platform, abstract.platform)
@@ -36,24 +37,27 @@ def device() -> Device:
   return Device(here.platform, here.device_kind, getattr(here, 'core_count', None))
 
 
-# A context that jit's caches know of: a function traced under one preference is not used under another.
+# A context that is part of the keys of jit's caches: a function traced under one preference is not used under another.
 _preferred = jax.make_user_context(())
 
 
 def prefer(**names: str):
-  """A context in which 'auto' stands for these implementations: `with prefer(grouped_matmul='xla'): …`, by operation. For
-  whole models, whose layers ask for 'auto': to compare implementations, or to rule one out. A name is taken at its word."""
+  """A context in which 'auto' stands for the named implementations, by operation: `with prefer(grouped_matmul='xla'): …`.
+
+  It serves to compare implementations in a whole model, whose layers ask for 'auto', or to rule one out. As with any name,
+  an implementation that cannot run is an error.
+  """
   return _preferred(tuple(sorted((dict(_preferred.value) | names).items())))
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-  """One way to compute an operation.
+  """One implementation of an operation.
 
-  run: the function, with the arguments of the operation.
-  on: families of devices that it runs on.
-  auto: families of devices on which 'auto' may take it; `on` by default.
-  refuses: called with the same arguments; says in a few words why `run` cannot take them, '' if it can.
+  run: the function, which takes the arguments of the operation.
+  on: families of devices on which it runs.
+  auto: families of devices on which 'auto' may choose it; `on` by default.
+  refuses: takes the same arguments and returns why `run` cannot take them, in a few words, or '' if it can.
   """
   run: Callable
   on: tuple[str, ...] = ('',)
@@ -62,15 +66,15 @@ class Implementation:
 
 
 def run(op: str, implementations: Mapping[str, Implementation], name: str, *arguments, **options):
-  """Computes `op` by the implementation of that name, or, if it is 'auto', by the first that suits device and arguments.
+  """Computes `op` by the implementation `name`, or, if that is 'auto', by the first one that suits device and arguments.
 
   Args:
     op: the operation's name, for error messages.
     implementations: by name, the fastest first.
 
   Raises:
-    ValueError: the named implementation does not exist, is for other devices, or refuses the arguments. Another one never
-      takes its place: a benchmark that silently measured something else is worse than one that stopped.
+    ValueError: the named implementation does not exist, is for other devices, or refuses the arguments. No other takes its
+      place: a benchmark that silently measured something else would be worse than one that stopped.
   """
   here = device()
   if name == 'auto': name = dict(_preferred.value).get(op, 'auto')

@@ -1,14 +1,14 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467, equation 4)."""
+"""Root-mean-square normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467, equation 4): the norm of every model here."""
 import jax
 import jax.numpy as jnp
 
 
 def rms_norm(x, scale_D, eps: float = 1e-6):
-  """y = x / sqrt(mean(x^2) + eps) * scale over the last dim: statistics in float32, result in the dtype of x.
+  """y = x / sqrt(mean(x^2) + eps) * scale over the last dim; computed in float32, returned in the dtype of x.
 
   Args:
     x: (..., D).
-    scale_D: (D,) or None for no scale.
+    scale_D: (D,), or None for no scale.
     eps: added to the mean square.
   """
   x_32 = x.astype(jnp.float32)

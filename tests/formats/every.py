@@ -1,4 +1,4 @@
-"""The formats, one of each kind that rounds differently: what the tests of formats and of weights in few bits share."""
+"""One format of each kind that rounds differently, for the tests of formats and of quantized weights."""
 from efficient_lm.formats import MXFP4, MXFP8, NF4, NVFP4, Block, Float8, Group, Int, MidRise, Tensor, Ternary
 
 FORMATS = [

@@ -1,4 +1,4 @@
-"""Grids whose steps grow: float8 and the block formats of 4 bits."""
+"""Grids whose steps grow with the numbers: float8, NF4 and the block formats."""
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -40,13 +40,13 @@ def test_the_shared_scale_is_the_least_power_of_two_that_cuts_nothing_off(format
 
 
 def test_two_levels_of_scales_hold_groups_of_any_size():
-  """The largest group decides the outer scale, and the smallest float8 is what a tiny group has."""
+  """The largest group determines the outer scale; a tiny group has the smallest positive float8."""
   w = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32)) * np.repeat([1e-9, 1.], 16), jnp.float32)
   scales = NVFP4().scales_for(w)
   assert scales.scale.dtype == jnp.float8_e4m3fn and scales.outer.shape == (1, 1)
   assert np.all(np.asarray(scales.scale, np.float32) > 0)
   error = np.abs(np.asarray(NVFP4().rounded(w, scales) - w))[:, 16:]
-  # Half the widest step, which is 2, of a scale that rounding made a 16th too large.
+  # Half the widest step, which is 2, of a scale that rounding may have enlarged by a 16th.
   assert np.all(error <= np.abs(np.asarray(w))[:, 16:].max() / 6 * 1.07)
 
 

@@ -1,4 +1,4 @@
-"""Grids of equal steps."""
+"""Grids of equal steps have the levels, the zero points and the scales that their definitions name."""
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,14 +12,14 @@ def test_a_symmetric_grid_has_as_many_levels_above_as_below():
 
 
 def test_a_zero_point_is_whole_and_zero_stays_zero():
-  """Numbers from -1 to 3, none of them around zero in equal shares: all sixteen levels are used."""
+  """For numbers from -1 to 3, which are not symmetric around zero, all sixteen levels are used."""
   format, w = Int(bits=4, symmetric=False), jnp.linspace(-1, 3, 64)[None]
   scales = format.scales_for(w)
   assert scales.zero.dtype == jnp.int8
   codes = format.codes(w / scales.scale + scales.zero)
   assert (int(codes.min()), int(codes.max())) == (-8, 7)
   assert format.rounded(jnp.zeros((1, 64)), scales).max() == 0
-  # Only positive numbers: zero is in the range all the same.
+  # The range contains zero also where all numbers are positive.
   assert format.rounded(jnp.zeros((1, 64)), format.scales_for(w + 5)).max() == 0
 
 

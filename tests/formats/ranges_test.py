@@ -1,4 +1,4 @@
-"""Where a grid ends."""
+"""Ranges end a grid where they say, and the search for the least error never enlarges it."""
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def test_the_range_of_least_error_is_never_worse_than_the_formats_own(format):
 
 
 def test_an_outlier_is_cut_off_where_that_errs_less():
-  """One number in 64 three times as large costs all others more steps than it is worth."""
+  """If one number in 64 is three times as large, clipping it costs less than longer steps for all others."""
   assert error(Int(bits=3), MeanSquaredError(), matrix(3.)) < 0.8 * error(Int(bits=3), AbsMax(), matrix(3.))
 
 

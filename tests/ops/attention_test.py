@@ -50,7 +50,7 @@ def test_queries_at_an_offset_equal_those_rows_of_the_whole():
   np.testing.assert_allclose(part, attention(q, k, v)[:, 12:15], atol=1e-5)   # other shapes sum in another order
 
 
-# What cuDNN is asked for, computed by XLA. It never ran cuDNN itself.
+# The arguments of cuDNN, computed by XLA's attention. cuDNN itself does not run here.
 @pytest.mark.parametrize('name', ['grouped heads', 'values of another size', 'window across strips',
                                   'documents and window', 'bfloat16'])
 def test_what_cudnn_is_asked_for_is_this_attention(name):
@@ -100,7 +100,7 @@ def test_auto_trains_with_cudnn_on_gpu_with_splash_on_tpu_and_with_ours_elsewher
   assert 'traced' in IMPLEMENTATIONS['cudnn'].refuses(*arrays(), **options())
 
 
-# In the interpreter that looks for races a kernel cannot be mapped over a batch; the other one can.
+# The interpreter that reports races cannot map a kernel over a batch; the other interpreter can.
 SPLASH = {
   'documents, tokens left over, grouped heads': (Case((1, 150, 150), (2, 1), documents=3), True),
   'window over several blocks': (Case((1, 300, 300), (1, 1), window=140), True),
@@ -110,7 +110,7 @@ SPLASH = {
 
 @pytest.mark.parametrize('name', SPLASH)
 def test_splash_equals_the_reference(name):
-  """Interpreted: memory starts as NaN and races are looked for."""
+  """The kernel is interpreted: uninitialised memory is NaN, and races are reported."""
   from jax.experimental.pallas import tpu as pltpu
   interpreter = importlib.import_module('jax._src.pallas.mosaic.interpret.interpret_pallas_call')
   case, races = SPLASH[name]

@@ -40,14 +40,14 @@ def test_equals_the_reference(implementation, name):
 
 @pytest.mark.parametrize('name', CASES)
 def test_equals_the_dense_product_with_a_masked_matrix(name):
-  """Value, and gradient of the matrix: that of the dense one where a block is kept, none elsewhere."""
+  """In value and in gradient. The gradient of the matrix is the dense one in kept blocks, and zero elsewhere."""
   case = CASES[name]
   arguments = case.arguments()
   y, dx, dblocks = case.call('reference')(*arguments)
-  x_MK, _, _, g_MN, w_KN = arguments
+  x_MI, _, _, g_MO, w_IO = arguments
   product = lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
-  y_dense, pull = jax.vjp(product, x_MK, w_KN)
-  dx_dense, dw_dense = pull(g_MN)
+  y_dense, pull = jax.vjp(product, x_MI, w_IO)
+  dx_dense, dw_dense = pull(g_MO)
   assert_close((y, dx), (y_dense, dx_dense), case.tolerance)
   kept = np.kron(case.mask, np.ones(case.block, bool))
   dw = to_dense(dblocks, pattern_of(case.mask))
@@ -61,7 +61,7 @@ def test_any_mask_any_size(data):
   draw = lambda low, high: data.draw(strategies.integers(low, high))
   M, R, C, U, V = draw(1, 9), draw(1, 5), draw(1, 5), draw(1, 4), draw(1, 4)
   mask = np.array(data.draw(strategies.lists(strategies.booleans(), min_size=R * C, max_size=R * C))).reshape(R, C)
-  # Small integers: every order of summation gives the same float32.
+  # Operands are small integers, so that every order of summation gives the same float32.
   random = np.random.default_rng(draw(0, 9))
   x, w, g = (random.integers(-4, 5, shape).astype(np.float32) for shape in ((M, R * U), (R * U, C * V), (M, C * V)))
   kept = np.kron(mask, np.ones((U, V), bool))
@@ -74,13 +74,13 @@ def test_any_mask_any_size(data):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_there_and_back_changes_nothing(name):
+def test_kept_blocks_of_the_dense_matrix_are_the_kept_blocks(name):
   case = CASES[name]
-  _, blocks, pattern, _, w_KN = case.arguments()
+  _, blocks, pattern, _, w_IO = case.arguments()
   again, same = from_dense(to_dense(blocks, pattern), case.mask)
   np.testing.assert_array_equal(again, blocks)
   jax.tree.map(np.testing.assert_array_equal, same, pattern)
-  np.testing.assert_array_equal(to_dense(again, same), w_KN)
+  np.testing.assert_array_equal(to_dense(again, same), w_IO)
 
 
 def test_all_blocks_are_the_dense_product_and_none_is_zero():
@@ -93,8 +93,8 @@ def test_all_blocks_are_the_dense_product_and_none_is_zero():
 
 def test_a_pattern_is_data_so_that_layers_of_a_scan_may_differ():
   masks = [np.eye(3, dtype=bool), np.roll(np.eye(3, dtype=bool), 1, axis=0), np.array([[1, 1, 1], [0] * 3, [0] * 3], bool)]
-  w_LKN = np.random.default_rng(0).normal(size=(3, 12, 12)).astype(np.float32)
-  layers = [from_dense(jnp.asarray(w_KN), mask) for w_KN, mask in zip(w_LKN, masks)]
+  w_LIO = np.random.default_rng(0).normal(size=(3, 12, 12)).astype(np.float32)
+  layers = [from_dense(jnp.asarray(w_IO), mask) for w_IO, mask in zip(w_LIO, masks)]
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
   x = jnp.ones((2, 12))
   through = lambda x, layers: jax.lax.scan(lambda x, layer: (block_sparse_matmul(x, *layer), None), x, layers)[0]
@@ -103,7 +103,8 @@ def test_a_pattern_is_data_so_that_layers_of_a_scan_may_differ():
   np.testing.assert_allclose(got, x, rtol=1e-5)
 
 
-# Interpreted: memory starts as NaN and races are looked for. Tiles are small, so that there are several of each.
+# The kernels are interpreted: uninitialised memory is NaN, and races are reported. Tiles are small, so that there are
+# several.
 TPU = {
   'rows left over, an empty column': (Case(40, (3, 2), (128, 128), 0.3, balanced=False), TpuTiles(16, 16, 32, 3, 2)),
   'two cores, fewer blocks than stages': (Case(64, (2, 3), (128, 256), 0.4, False, 'bfloat16'), TpuTiles(32, 16, 64, 4, 2)),
@@ -158,7 +159,7 @@ def test_blocks_are_paired_within_their_column():
   first, column, count = (np.asarray(a) for a in pairs(jnp.asarray(pattern.column_starts), int(mask.sum())))
   seen = [q for p in range(count[0]) for q in (first[p], first[p] + 1) if q < pattern.column_starts[column[p] + 1]]
   assert seen == list(range(mask.sum()))
-  assert all(pattern.columns_Q[first[p]] == column[p] for p in range(count[0])) and len(first) >= count[0]
+  assert all(pattern.columns_Z[first[p]] == column[p] for p in range(count[0])) and len(first) >= count[0]
 
 
 def test_tiles_fit_their_memory():
@@ -194,7 +195,7 @@ def test_bench_cases_are_what_they_say(platform):
     assert case.bytes >= (x.size + g.size + blocks.size) * x.dtype.itemsize
 
 
-def test_what_does_not_fit_is_refused():
+def test_sizes_and_dtypes_that_do_not_agree_are_refused():
   x, blocks, pattern, *_ = Case(4, (2, 2)).arguments()
   with pytest.raises(ValueError, match='inputs'): block_sparse_matmul(x[:, :16], blocks, pattern)
   with pytest.raises(ValueError, match='as many blocks'): block_sparse_matmul(x, blocks[:1], pattern)

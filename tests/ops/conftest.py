@@ -1,4 +1,4 @@
-"""What tests of kernels share: an interpreter of GPU kernels that knows all that ours do."""
+"""The interpreter of GPU kernels that tests share, extended by an instruction that the kernels use."""
 import functools
 
 import jax
@@ -9,7 +9,7 @@ from efficient_lm.ops import dispatch
 
 
 def accepting_registers(interpreted):
-  """The interpreter's product, for a left operand in registers too, which that of jax 0.11 and 0.12 does not know."""
+  """The interpreter's product, also for a left operand in registers, which the interpreter of jax 0.11 and 0.12 lacks."""
   from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
   from jax._src.pallas.mosaic_gpu.interpret.shared_memory import HostAllocationKey
 
@@ -31,7 +31,7 @@ def accepting_registers(interpreted):
 
 @pytest.fixture
 def gpu_interpreter(monkeypatch):
-  """Interprets GPU kernels as on four multiprocessors, and finds races."""
+  """Interprets GPU kernels as on four multiprocessors, and reports races."""
   if jax.__version_info__ < (0, 11): pytest.skip('jax interprets GPU kernels from 0.11 on')
   from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
   from jax.experimental.pallas import mosaic_gpu as plgpu

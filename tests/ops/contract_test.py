@@ -1,3 +1,4 @@
+"""Every implementation of the product of activations with a weight is the einsum, in value and in gradient."""
 import string
 
 import hypothesis
@@ -54,7 +55,7 @@ def test_auto_does_every_equation_and_matrix_refuses_what_it_cannot(equation):
 @hypothesis.given(strategies.data())
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_any_equation(data):
-  """Whatever the letters and their order, 'auto' is the einsum."""
+  """For any letters in any order, 'auto' is the einsum."""
   letters = string.ascii_uppercase[:5]
   x_axes = ''.join(data.draw(strategies.permutations(letters))[:data.draw(strategies.integers(1, 4))])
   w_axes = ''.join(data.draw(strategies.permutations(letters))[:data.draw(strategies.integers(1, 4))])
@@ -68,7 +69,7 @@ def test_any_equation(data):
 
 @pytest.mark.parametrize('implementation', ['einsum', 'matrix'])
 def test_dtypes(implementation):
-  """The result in the dtype asked for, gradients in those of the operands."""
+  """The result has the dtype that is asked for, and the gradients have those of the operands."""
   x, w, g = operands('BTD,DF->BTF', jnp.bfloat16)
   for dtype, expected in ((None, jnp.bfloat16), (jnp.float32, jnp.float32)):
     y, dx, dw = both_passes('BTD,DF->BTF', x, w, g, dtype=dtype, implementation=implementation)

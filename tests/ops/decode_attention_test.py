@@ -35,7 +35,7 @@ def test_equals_the_reference(name, implementation):
 @pytest.mark.parametrize('filled', [1.0, 0.2])
 @pytest.mark.parametrize('name', [name for name, case in CASES.items() if not case.page and case.slots >= 130])
 def test_blocks_of_a_cache_that_is_larger_than_one(name, filled, monkeypatch):
-  """A float cache is taken in blocks where little of it is seen, and holds huge numbers where nobody looks."""
+  """A float cache is read in blocks where few slots are visible. Invisible slots hold huge numbers."""
   monkeypatch.setattr(xla, 'BLOCK', 1)
   case = CASES[name]
   q, k, v, lengths, *scales = case.arguments()
@@ -53,7 +53,7 @@ def test_equals_attention_with_a_cache():
 
 @pytest.mark.parametrize('implementation', ['reference', 'blocks', 'xla'])
 @pytest.mark.parametrize('storage', ['float32', 'int8'])
-def test_slots_that_are_not_seen_may_hold_any_number(implementation, storage):
+def test_invisible_slots_may_hold_any_number(implementation, storage):
   q, k, v, _, *scales = Case(2, 40, storage=storage).arguments()
   lengths, window, slot = jnp.array([33, 7]), 20, jnp.arange(40)
   unseen = ((slot >= lengths[:, None]) | (slot < lengths[:, None] - window))[:, None]
@@ -98,19 +98,19 @@ def test_eight_bits_are_close_and_four_are_less_so():
     (k_int, k_scale), (v_int, v_scale) = (quantize_cache(x, bits=bits) for x in (k, v))
     o = decode_attention(q, k_int, v_int, lengths, k_scale_BKS=k_scale, v_scale_BKS=v_scale)
     error[bits] = float(jnp.abs(o - exact).max())
-  # Half a step is about 3 / 254 of a unit normal in 8 bits, and 3 / 14 in 4; means over tokens have less.
+  # Half a step of a unit normal is about 3 / 254 in 8 bits, and 3 / 14 in 4; the errors of means over tokens are smaller.
   assert 0 < error[8] < 0.03 and 5 * error[8] < error[4] < 0.4
 
 
 @hypothesis.given(strategies.data())
 @hypothesis.settings(max_examples=15, deadline=None)
 def test_any_split_of_the_keys_combines_to_the_whole(data):
-  """Partial softmaxes of any pieces, empty ones with rubbish in them included, join to the softmax of all."""
+  """The partial softmaxes of any pieces, also of empty ones that hold anything, join to the softmax of all."""
   S = data.draw(strategies.integers(1, 20))
   cuts = sorted(data.draw(strategies.lists(strategies.integers(0, S), max_size=4)))
   random = np.random.default_rng(S)
   s, v = 5 * random.normal(size=S), random.normal(size=(S, 3))
-  # Five splits always, so that nothing is compiled again; NaN stands for what a split without keys left behind.
+  # There are always five splits, so that nothing is compiled again. NaN stands for what a split without keys leaves behind.
   cuts = [0, *[0] * (4 - len(cuts)), *cuts, S]
   m, total, o = np.full(5, np.nan), np.zeros(5), np.full((5, 3), np.nan)
   for i, (begin, end) in enumerate(itertools.pairwise(cuts)):
@@ -149,7 +149,7 @@ def test_a_gradient_is_refused():
   (lambda q, k, v: (q, k.astype(jnp.int8), v.astype(jnp.int8), {}), 'scales if and only if'),
   (lambda q, k, v: (q, k, v, {'k_scale_BKS': k[..., 0]}), 'scales if and only if'),
   (lambda q, k, v: (q, k[..., :8], v, {}), 'head dims agree')])
-def test_what_cannot_be_is_refused(change, message):
+def test_arguments_that_do_not_agree_are_refused(change, message):
   q, k, v, lengths = Case(2, 4).arguments()
   q, k, v, options = change(q, k, v)
   with pytest.raises(ValueError, match=message): decode_attention(q, k, v, lengths, **options)
@@ -183,7 +183,7 @@ def test_the_tpu_kernel_refuses_small_pages():
 
 
 HALF = dict(dtype=jnp.bfloat16)
-GPU_CASES = {   # parts shorter than a split, splits of which some see nothing, rings that are used again
+GPU_CASES = {   # Parts are shorter than a split, some splits have no visible keys, and rings are used again.
   'bfloat16 in splits': (Case(2, 200, heads=(4, 2, 64), storage='bfloat16', **HALF), GpuTiles(2, 64, 64, 2)),
   'int8, several parts, window': (Case(2, 256, heads=(4, 1, 64), storage='int8', window=100, **HALF), GpuTiles(1, 64)),
   'int8 in pages': (Case(2, 128, heads=(2, 1, 64), storage='int8', page=64, **HALF), GpuTiles(2, 128, 64, 2)),
@@ -194,7 +194,7 @@ GPU_CASES = {   # parts shorter than a split, splits of which some see nothing, 
 
 @pytest.mark.parametrize('name', GPU_CASES)
 def test_the_gpu_kernel_equals_the_reference(name, gpu_interpreter):
-  """Interpreted, which is blind to registers and swizzles."""
+  """The kernel is interpreted, without registers and swizzles."""
   case, chosen = GPU_CASES[name]
   arguments = case.arguments()
   got = jax.block_until_ready(case.call('pallas_gpu', chosen)(*arguments))
@@ -224,5 +224,5 @@ def test_tiles_fit_the_devices():
   for bits in (16, 8, 4):
     assert all(tiles.shared_memory(one, 128, bits) <= tiles.SHARED_MEMORY for one in candidates('gpu', 8192, 128, bits))
     assert len(candidates('gpu', 8192, 128, bits, page=64)) > 2 and len(candidates('tpu', 8192, 128, bits, page=128)) > 2
-  # One long sequence of few heads still gives every multiprocessor work.
+  # One long sequence of few heads still keeps every multiprocessor busy.
   assert 8 * tiles.gpu_tiles_for(8, 131072, 128, 8, num_cores=132).splits >= 132

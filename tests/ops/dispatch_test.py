@@ -1,4 +1,4 @@
-"""'auto' asks the device and the arguments; a name is taken at its word or refused in a sentence."""
+"""'auto' depends on the device and the arguments; a named implementation runs or is refused in a sentence."""
 import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
@@ -25,7 +25,7 @@ def test_auto_takes_the_first_that_suits(monkeypatch, platform, kind, x, chosen)
   assert run('op', WAYS, 'auto', x) == chosen
 
 
-def test_a_name_is_taken_at_its_word(monkeypatch):
+def test_a_named_implementation_is_the_one_that_runs(monkeypatch):
   on(monkeypatch, 'cpu', 'cpu')
   assert [run('op', WAYS, name, 2) for name in list(WAYS)[1:]] == list(WAYS)[1:]
 
@@ -58,10 +58,10 @@ def test_a_preference_changes_what_auto_means_and_compiled_functions_notice(monk
   with prefer(op='thrice'):
     assert compiled(1) == 203
     with prefer(other='thrice'): assert compiled(1) == 303
-    assert run('op', ways, 'twice', 1) == 2   # what is named is not overruled
+    assert run('op', ways, 'twice', 1) == 2   # a preference does not overrule a name
   assert compiled(1) == 202
 
 
-def test_a_preference_that_cannot_be_had_is_refused(monkeypatch):
+def test_a_preference_that_cannot_run_is_refused(monkeypatch):
   on(monkeypatch, 'gpu', 'NVIDIA A100')
   with prefer(op='hopper'), pytest.raises(ValueError, match="'hopper' is for hopper"): run('op', WAYS, 'auto', 2)

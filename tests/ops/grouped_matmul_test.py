@@ -14,13 +14,14 @@ from efficient_lm.ops import dispatch
 from efficient_lm.ops.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, schedule, tiles
 from efficient_lm.ops.grouped_matmul.cases import CASES, Case, bench
 
-# 'auto' takes 'xla' here. Of XLA's own product only what is ours is in question: rows past the groups, and rounding.
+# 'auto' is 'xla' on a CPU. Of 'ragged_dot', the tests cover what is added to XLA's product: rows past the groups, and
+# rounding.
 ON_CPU = [*(('auto', name) for name in CASES), ('ragged_dot', 'empty groups'), ('ragged_dot', 'rows left over'),
           ('ragged_dot', 'no rows at all'), ('ragged_dot', 'bfloat16')]
 
 
 def assert_close(got, wanted, tolerance: float):
-  """Leaves of both trees, relative to the largest number of each wanted one."""
+  """Leaves of both trees agree, relative to the largest number of each wanted leaf."""
   for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
     assert ours.dtype == theirs.dtype
     ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
@@ -29,11 +30,11 @@ def assert_close(got, wanted, tolerance: float):
 
 @functools.cache
 def wanted(case: Case):
-  """By the reference, which has no say in what rows past the groups do: it is given zeros."""
-  x_MK, w_EKN, sizes_E, scale_EN, g_MN = case.arguments()
+  """The result of the reference. Rows past the groups are zeros, so that it does not depend on what they hold."""
+  x_MI, w_EIO, sizes_E, scale_EO, g_MO = case.arguments()
   inside_M1 = jnp.arange(case.rows)[:, None] < sum(case.sizes)
   return jax.jit(case.call('reference'))(
-    jnp.where(inside_M1, x_MK, 0), w_EKN, sizes_E, scale_EN, jnp.where(inside_M1, g_MN, 0))
+    jnp.where(inside_M1, x_MI, 0), w_EIO, sizes_E, scale_EO, jnp.where(inside_M1, g_MO, 0))
 
 
 @pytest.mark.parametrize(('implementation', 'name'), ON_CPU)
@@ -58,19 +59,19 @@ def test_a_scale_belongs_to_an_output_of_a_group(dtype):
 
 @pytest.mark.parametrize('implementation', ['xla', 'reference'])
 def test_quantized_weights_are_frozen(implementation):
-  x_MK, _, sizes_E, scale_EN, _ = CASES['int8'].arguments()
-  w_EKN = jnp.ones((4, 24, 40))
+  x_MI, _, sizes_E, scale_EO, _ = CASES['int8'].arguments()
+  w_EIO = jnp.ones((4, 24, 40))
   total = lambda x, w, scale: jnp.nansum(grouped_matmul(x, w, sizes_E, scale, implementation=implementation))
-  _, dw_EKN, dscale_EN = jax.grad(total, (0, 1, 2))(x_MK, w_EKN, scale_EN)
-  assert not dw_EKN.any() and not dscale_EN.any()
+  _, dw_EIO, dscale_EO = jax.grad(total, (0, 1, 2))(x_MI, w_EIO, scale_EO)
+  assert not dw_EIO.any() and not dscale_EO.any()
 
 
 @pytest.mark.parametrize('name', ['rows left over', 'int8 and bfloat16'])
 def test_rows_past_the_sum_may_hold_anything(name):
   case = CASES[name]
-  x_MK, w_EKN, sizes_E, scale_EN, g_MN = case.arguments()
-  assert np.isnan(np.asarray(x_MK[sum(case.sizes):], np.float32)).all()
-  cleaned = x_MK.at[sum(case.sizes):].set(7), w_EKN, sizes_E, scale_EN, g_MN.at[sum(case.sizes):].set(7)
+  x_MI, w_EIO, sizes_E, scale_EO, g_MO = case.arguments()
+  assert np.isnan(np.asarray(x_MI[sum(case.sizes):], np.float32)).all()
+  cleaned = x_MI.at[sum(case.sizes):].set(7), w_EIO, sizes_E, scale_EO, g_MO.at[sum(case.sizes):].set(7)
   for got, wanted in zip(case.call('xla')(*case.arguments()), case.call('xla')(*cleaned)):
     np.testing.assert_array_equal(got, wanted)
 
@@ -87,7 +88,7 @@ def test_what_an_implementation_cannot_take_is_said(implementation, scaled, word
     grouped_matmul(*arguments, implementation=implementation, tiles=None if scaled else tiles.TpuTiles(8, 8, 8))
 
 
-# Six groups in 240 rows, so that few programs are compiled.
+# All examples have six groups in 240 rows, so that few programs are compiled.
 M = 240
 six_sizes = st.lists(st.integers(0, 40), min_size=6, max_size=6)
 visits = jax.jit(schedule.visits, static_argnums=(1, 2, 3), static_argnames=('empty', 'tail'))
@@ -96,7 +97,7 @@ visits = jax.jit(schedule.visits, static_argnums=(1, 2, 3), static_argnames=('em
 @hypothesis.given(six_sizes, st.sampled_from([(8, 1), (8, 8), (64, 8), (32, 32)]), st.booleans(), st.booleans())
 @hypothesis.settings(deadline=None, max_examples=60)
 def test_visits_hold_each_row_once(sizes, block_and_align, empty, tail):
-  """Each row in one visit, of its own group; visits in order of rows, within the bound, on the grid."""
+  """Each row is in one visit, of its own group; visits are in order of rows, within the bound, and on the grid."""
   (block, align), left_over = block_and_align, M - sum(sizes)
   plan = visits(jnp.array(sizes, jnp.int32), M, block, align, empty=empty, tail=tail)
   group, row, low, high = (np.asarray(field) for field in plan[:4])
@@ -113,10 +114,10 @@ def test_visits_hold_each_row_once(sizes, block_and_align, empty, tail):
 @hypothesis.settings(deadline=None, max_examples=10)
 def test_any_sizes_agree(sizes, weight):
   case = Case(tuple(sizes), M, (8, 16), weight=weight, of='all')
-  x_MK, w_EKN, sizes_E, scale_EN, g_MN = case.arguments()
+  x_MI, w_EIO, sizes_E, scale_EO, g_MO = case.arguments()
   inside_M1 = jnp.arange(M)[:, None] < sum(sizes)
-  clean = jnp.where(inside_M1, x_MK, 0), w_EKN, sizes_E, scale_EN, jnp.where(inside_M1, g_MN, 0)
-  assert_close(compiled('xla', weight)(x_MK, w_EKN, sizes_E, scale_EN, g_MN), compiled('reference', weight)(*clean),
+  clean = jnp.where(inside_M1, x_MI, 0), w_EIO, sizes_E, scale_EO, jnp.where(inside_M1, g_MO, 0)
+  assert_close(compiled('xla', weight)(x_MI, w_EIO, sizes_E, scale_EO, g_MO), compiled('reference', weight)(*clean),
                case.tolerance)
 
 
@@ -128,11 +129,11 @@ def compiled(implementation, weight):
 @pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])
 def test_cases_to_time_are_what_they_say(platform):
   for case in bench(platform).values():
-    x_MK, w_EKN, _, scale_EN, g_MN = arguments = jax.eval_shape(case.arguments)
-    assert x_MK.shape[0] == g_MN.shape[0] == case.rows >= sum(case.sizes) and w_EKN.shape == (len(case.sizes), *case.shape)
-    assert (scale_EN is None) == (case.weight is None) and case.flops > 0 and case.bytes > 0
+    x_MI, w_EIO, _, scale_EO, g_MO = arguments = jax.eval_shape(case.arguments)
+    assert x_MI.shape[0] == g_MO.shape[0] == case.rows >= sum(case.sizes) and w_EIO.shape == (len(case.sizes), *case.shape)
+    assert (scale_EO is None) == (case.weight is None) and case.flops > 0 and case.bytes > 0
     shape = jax.eval_shape(case.call('xla'), *arguments).shape
-    assert shape == {'forward': g_MN.shape, 'dgrad': x_MK.shape, 'wgrad': w_EKN.shape}[case.of]
+    assert shape == {'forward': g_MO.shape, 'dgrad': x_MI.shape, 'wgrad': w_EIO.shape}[case.of]
 
 
 @pytest.mark.parametrize(('kernel', 'case', 'word'), [
@@ -147,7 +148,7 @@ def test_kernels_say_what_they_refuse(kernel, case, word):
 
 
 def test_tiles_fit_their_memory():
-  """What rules choose for the shapes to time, and what is tried on a device."""
+  """The tiles that the rules choose for the cases to time, and those that tuning tries."""
   for platform, kernel, rule, limit, size in (
       ('tpu', 'pallas_tpu', tiles.tpu_tiles, tiles.VMEM, lambda one, of, x, w: one.vmem(of, x.itemsize, w.itemsize)),
       ('gpu', 'pallas_gpu', tiles.gpu_tiles, tiles.SHARED, lambda one, of, x, w: one.shared(of, w.itemsize))):
@@ -158,7 +159,7 @@ def test_tiles_fit_their_memory():
       assert len(tried) > 3 and all(size(one, case.of, x_dtype, w_dtype) <= limit for one in (chosen, *tried))
 
 
-# The kernel of a TPU, interpreted: races between copies and reads are looked for and memory starts as NaN.
+# TPU kernels are interpreted: races between copies and reads are reported, and uninitialised memory is NaN.
 
 TPU_CASES = {
   'parts of tiles in every dimension': Case((9, 0, 12), 24, (136, 200), 'bfloat16', of='all'),
@@ -169,19 +170,19 @@ TPU_CASES = {
 
 
 def on_tpu(case: Case):
-  """Its result, gradients, and whether a race was found."""
+  """Its result and gradients by the TPU kernels, and whether a race was found."""
   from jax.experimental.pallas import tpu as pltpu
 
   from efficient_lm.ops.grouped_matmul import pallas_tpu
   interpreter = importlib.import_module('jax._src.pallas.mosaic.interpret.interpret_pallas_call')
-  x_MK, w_EKN, sizes_E, scale_EN, g_MN = case.arguments()
-  product = lambda x, w: pallas_tpu.grouped_matmul(x, w, sizes_E, scale_EN, tiles=tiles.TpuTiles(16, 128, 128))
+  x_MI, w_EIO, sizes_E, scale_EO, g_MO = case.arguments()
+  product = lambda x, w: pallas_tpu.grouped_matmul(x, w, sizes_E, scale_EO, tiles=tiles.TpuTiles(16, 128, 128))
   with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory='nan')):
     if case.weight is None:
-      y_MN, pull = jax.vjp(product, x_MK, w_EKN)
+      y_MO, pull = jax.vjp(product, x_MI, w_EIO)
     else:
-      y_MN, pull = jax.vjp(lambda x: product(x, w_EKN), x_MK)
-    return (y_MN, *pull(g_MN)), interpreter.races.races_found
+      y_MO, pull = jax.vjp(lambda x: product(x, w_EIO), x_MI)
+    return (y_MO, *pull(g_MO)), interpreter.races.races_found
 
 
 @pytest.mark.parametrize('name', TPU_CASES)
@@ -192,7 +193,7 @@ def test_tpu_kernels_equal_the_reference(name):
   assert not raced
 
 
-# That of a Hopper GPU, interpreted: races between warpgroups and copies are looked for. Two multiprocessors.
+# Hopper kernels are interpreted as on two multiprocessors: races between warpgroups and copies are reported.
 
 GPU_CASES = {
   'groups meet within tiles': (Case((67, 0, 130, 3), 220, (128, 192), 'bfloat16'), ('forward', 'dgrad', 'wgrad')),
@@ -213,12 +214,12 @@ def test_gpu_kernels_equal_the_reference(name, of, monkeypatch):
   monkeypatch.setattr(dispatch, 'device', lambda: dispatch.Device('gpu', 'NVIDIA H200', 2))
   interpreter = importlib.import_module('jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call')
   case = dataclasses.replace(GPU_CASES[name][0], of=of)
-  x_MK, w_EKN, sizes_E, scale_EN, g_MN = case.arguments()
+  x_MI, w_EIO, sizes_E, scale_EO, g_MO = case.arguments()
   chosen = dataclasses.replace(GPU_TILES[of], cluster=2 if 'clusters' in name else 1)
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-    got = {'forward': lambda: pallas_gpu.rows(x_MK, w_EKN, sizes_E, scale_EN, tiles=chosen),
-           'dgrad': lambda: pallas_gpu.rows(g_MN, w_EKN, sizes_E, scale_EN, transposed=True, tiles=chosen),
-           'wgrad': lambda: pallas_gpu.weights(x_MK, g_MN, sizes_E, tiles=chosen)}[of]()
+    got = {'forward': lambda: pallas_gpu.rows(x_MI, w_EIO, sizes_E, scale_EO, tiles=chosen),
+           'dgrad': lambda: pallas_gpu.rows(g_MO, w_EIO, sizes_E, scale_EO, transposed=True, tiles=chosen),
+           'wgrad': lambda: pallas_gpu.weights(x_MI, g_MO, sizes_E, tiles=chosen)}[of]()
   assert_close(got, wanted(case), case.tolerance)
   assert not interpreter.get_races().races_found
 
@@ -226,25 +227,25 @@ def test_gpu_kernels_equal_the_reference(name, of, monkeypatch):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('weight', ['int8', 'float8_e4m3fn'])
 def test_rounded_rows_are_multiplied_as_they_are_stored(weight, dtype):
-  """Equal to the reference; integers meet integers; the gradient of x is that of rows that are not rounded."""
-  x_MK, w_EKN, sizes_E, scale_EN, g_MN = dataclasses.replace(CASES['int8'], weight=weight, dtype=dtype).arguments()
-  def run(implementation): return lambda x: grouped_matmul(x, w_EKN, sizes_E, scale_EN, activations=weight,
+  """The result is the reference's; integers are multiplied by integers; the gradient of x is that without rounding."""
+  x_MI, w_EIO, sizes_E, scale_EO, g_MO = dataclasses.replace(CASES['int8'], weight=weight, dtype=dtype).arguments()
+  def run(implementation): return lambda x: grouped_matmul(x, w_EIO, sizes_E, scale_EO, activations=weight,
                                                            implementation=implementation)
-  (y_MN, pull), wanted = jax.vjp(run('auto'), x_MK), run('reference')(x_MK)
-  # In float32 sums of 24 products in another order; in bfloat16 results are rounded to 8 bits.
-  assert_close(y_MN, wanted, 1e-6 if dtype == 'float32' else 2 ** -8)
-  plain = jax.vjp(lambda x: grouped_matmul(x, w_EKN, sizes_E, scale_EN, implementation='xla'), x_MK)[1]
-  np.testing.assert_array_equal(pull(g_MN)[0], plain(g_MN)[0])
-  assert ('preferred_element_type=int32' in str(jax.make_jaxpr(run('auto'))(x_MK))) == (weight == 'int8')
+  (y_MO, pull), wanted = jax.vjp(run('auto'), x_MI), run('reference')(x_MI)
+  # In float32, sums of 24 products in another order differ by roundings; in bfloat16 results are rounded to 8 bits.
+  assert_close(y_MO, wanted, 1e-6 if dtype == 'float32' else 2 ** -8)
+  plain = jax.vjp(lambda x: grouped_matmul(x, w_EIO, sizes_E, scale_EO, implementation='xla'), x_MI)[1]
+  np.testing.assert_array_equal(pull(g_MO)[0], plain(g_MO)[0])
+  assert ('preferred_element_type=int32' in str(jax.make_jaxpr(run('auto'))(x_MI))) == (weight == 'int8')
 
 
 def test_rounded_rows_need_weights_of_their_dtype():
-  x_MK, w_EKN, sizes_E, scale_EN, _ = CASES['int8'].arguments()
+  x_MI, w_EIO, sizes_E, scale_EO, _ = CASES['int8'].arguments()
   with pytest.raises(ValueError, match="activations='float8_e4m3fn' with matrices of int8"):
-    grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN, activations='float8_e4m3fn')
+    grouped_matmul(x_MI, w_EIO, sizes_E, scale_EO, activations='float8_e4m3fn')
 
 
-BLACKWELL_CASES = {   # more tiles than blocks, so that both halves of tensor memory are used again
+BLACKWELL_CASES = {   # There are more tiles than blocks, so that both halves of tensor memory are used again.
   'groups meet within tiles': Case((67, 0, 130, 3), 220, (128, 192), 'bfloat16'),
   'few rows, not in whole patterns': Case((0, 9, 1), 13, (192, 128), 'bfloat16'),
   'whole tiles': Case((256, 128), 384, (64, 256), 'bfloat16'),
@@ -257,9 +258,9 @@ def test_blackwell_kernels_equal_the_reference(name, of, gpu_interpreter, monkey
   from efficient_lm.ops.grouped_matmul import pallas_blackwell
   monkeypatch.setattr(dispatch, 'device', lambda: dispatch.Device('gpu', 'NVIDIA B200', 2))
   case = dataclasses.replace(BLACKWELL_CASES[name], of=of)
-  x_MK, w_EKN, sizes_E, _, g_MN = case.arguments()
-  assert not pallas_blackwell.refuses(x_MK, w_EKN, sizes_E)
-  got = pallas_blackwell.rows(x_MK if of == 'forward' else g_MN, w_EKN, sizes_E, of == 'dgrad',
+  x_MI, w_EIO, sizes_E, _, g_MO = case.arguments()
+  assert not pallas_blackwell.refuses(x_MI, w_EIO, sizes_E)
+  got = pallas_blackwell.rows(x_MI if of == 'forward' else g_MO, w_EIO, sizes_E, of == 'dgrad',
                               tiles=tiles.BlackwellTiles(128, 64, 2))
   assert_close(got, wanted(case), case.tolerance)
 

@@ -23,7 +23,7 @@ from efficient_lm.ops.linear_cross_entropy.tiles import SHARED_MEMORY, VMEM, Gpu
 
 
 def assert_close(got, wanted, tolerance: float):
-  """Every leaf, relative to the largest number of it."""
+  """Every leaf agrees, relative to its largest number."""
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
     assert a.dtype == b.dtype and a.shape == b.shape
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
@@ -80,7 +80,7 @@ def test_equal_logits_cost_the_log_of_the_vocabulary():
 
 
 def test_each_token_s_gradient_by_the_logits_sums_to_zero():
-  """Adding one number to all logits of a token changes no likelihood: with an identity as head, dhidden is dlogits."""
+  """Adding a constant to all logits of a token changes no likelihood. With the identity as head, dhidden is dlogits."""
   logits, labels = jax.random.normal(jax.random.key(0), (2, 5, 40)), jnp.full((2, 5), 7)
   slope = jax.grad(lambda logits: jnp.sum(linear_cross_entropy(logits, jnp.eye(40), labels)[0]))(logits)
   np.testing.assert_allclose(slope.sum(-1), 0, atol=1e-6)   # 40 roundings of numbers below 1
@@ -95,7 +95,7 @@ def test_the_chunks_of_an_accelerator_are_a_quarter_of_the_logits_at_most(V):
 
 
 def test_no_pass_keeps_all_logits():
-  """Temporaries of the compiled program, of which XLA's own count is taken."""
+  """The temporary memory of the compiled program, by XLA's count, is a fraction of that of all logits."""
   M, D, V = 1024, 8, 2 ** 17
   for of in ('forward', 'backward'):
     case = Case(1, M, D, V, of=of)
@@ -138,7 +138,7 @@ def test_kernels_say_what_they_do_not_take(table, name, shape, dtype, said):
   assert said in table[name].refuses(*arguments)
 
 
-KERNEL_CASES = {   # tokens, D and V are multiples of no tile, and the vocabulary has three chunks, the last one narrower
+KERNEL_CASES = {   # Tokens, D and V are no multiples of a tile; the vocabulary has three chunks, the last one narrower.
   'float32': Case(2, 13, 256, 332, dtype=jnp.float32), 'bfloat16': Case(1, 16, 128, 300, dtype=jnp.bfloat16),
   'certain': Case(1, 16, 128, 140, logits=50.)}
 
@@ -150,7 +150,7 @@ def narrow_chunks(monkeypatch):
 
 @pytest.fixture
 def tpu_interpreter():
-  """Interprets TPU kernels: uninitialised memory is NaN, and races are found."""
+  """Interprets TPU kernels: uninitialised memory is NaN, and races are reported."""
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
   from jax.experimental.pallas import tpu as pltpu
   parameters = pltpu.InterpretParams(detect_races=True, uninitialized_memory='nan')
@@ -168,7 +168,7 @@ def test_the_tpu_kernel_equals_the_reference(name, of, tpu_interpreter, narrow_c
 
 @pytest.mark.parametrize('of', ['forward', 'backward'])
 def test_tokens_are_padded_to_the_tiles_that_tuning_found(of, tpu_interpreter, monkeypatch):
-  """26 tokens in tiles of 16 rows, where the rule alone would have had one of 32."""
+  """26 tokens in tiles of 16 rows, where the rule would choose one tile of 32."""
   case = dataclasses.replace(KERNEL_CASES['float32'], of=of)
   monkeypatch.setitem(tiles.TUNED, ('tpu', of, 256, 332), TpuTiles(16, 128, 128))
   monkeypatch.setattr(vocabulary, 'width_for', lambda V: 128)
@@ -180,7 +180,7 @@ def test_tokens_are_padded_to_the_tiles_that_tuning_found(of, tpu_interpreter, m
 
 @pytest.fixture
 def gpu_interpreter(monkeypatch):
-  """Interprets GPU kernels as two blocks, and finds races."""
+  """Interprets GPU kernels as two blocks, and reports races."""
   if jax.__version_info__ < (0, 11): pytest.skip('interprets GPU kernels from jax 0.11 on')
   from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
   from jax.experimental.pallas import mosaic_gpu as plgpu

@@ -1,4 +1,4 @@
-"""The divergences in chunks agree with their equations, and have the properties that divergences have."""
+"""The divergences in chunks agree with their equations, and have the properties of divergences."""
 import dataclasses
 import functools
 import math
@@ -46,7 +46,7 @@ def small_chunks(monkeypatch):
 
 
 def assert_close(got, wanted, tolerance: float, least: float = 0.):
-  """Every leaf, relative to the largest number of it, or to `least`."""
+  """Every leaf agrees, relative to its largest number or to `least`."""
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
     assert a.dtype == b.dtype and a.shape == b.shape
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
@@ -55,8 +55,8 @@ def assert_close(got, wanted, tolerance: float, least: float = 0.):
 
 
 def assert_both(case, implementation, tiles=None, compiled=True):
-  """Value and gradients of a case of both passes are the reference's."""
-  # Where a student is sure of a token, as large logits make it, its gradient is what is left of numbers near 1.
+  """Value and gradients of a case of both passes agree with the reference."""
+  # Where large logits make a student sure of a token, its gradient is a small difference of numbers near 1.
   least = 1. if case.logits > 1 else 0.
   value, gradients = (jax.jit if compiled else lambda f: f)(case.call(implementation, tiles))(*case.arguments())
   expected, slopes = wanted(case)
@@ -96,7 +96,7 @@ def softmax(logits, temperature=1.):
 
 
 def by_hand(p, q, kind, beta):
-  """In float64, from probabilities, where both are positive."""
+  """The divergence in float64, from positive probabilities."""
   kl = lambda p, q: np.sum(p * np.log(p / q), -1)
   m = beta * p + (1 - beta) * q
   return {'forward_kl': lambda: kl(p, q), 'reverse_kl': lambda: kl(q, p),
@@ -120,7 +120,7 @@ def test_is_what_its_equation_says(kind, seed, temperature, beta):
 def test_a_teacher_equal_to_the_student_has_divergence_0_and_pulls_nowhere(kind):
   student, eye = logits_of(0, 3.)
   value, slope = jax.value_and_grad(lambda s: jnp.sum(linear_divergence(s, eye, student, eye, kind=kind)))(student)
-  # Each is a difference of equal numbers, a few times 2**-24.
+  # Value and gradient are differences of equal numbers, with errors of a few times 2**-24.
   assert abs(float(value)) < 5e-6 and np.abs(slope).max() < 1e-6
 
 
@@ -151,12 +151,14 @@ def test_fewer_listed_tokens_never_make_it_larger(kind):
   listed = jnp.take_along_axis(jax.nn.log_softmax(teacher), order, axis=-1)
   run = lambda A: linear_top_k_divergence(student, eye, order[..., :A], listed[..., :A], kind=kind,
                                           implementation='reference')
-  # The least of the teacher's probabilities here is 0.004, and 1 less the others is known to 2**-23: 3e-5 of it.
+  # The teacher's smallest probability here is 0.004; as the difference of 1 and the others it has an error of 2**-23: 3e-5
+  # of it.
   assert (np.diff([run(A) for A in (1, 3, 6, V - 1, V)], axis=0) > -3e-5).all()
 
 
-def test_what_is_not_listed_is_asked_of_the_student_too():
-  """At the teacher's own masses the divergence is 0, however the student divides the rest."""
+def test_the_tokens_that_are_not_listed_count_as_one():
+  """With the teacher's masses the divergence is 0, however the student divides the mass of the tokens that are not
+  listed."""
   p = jnp.array([.5, .3] + [.2 / (V - 2)] * (V - 2))
   q = jnp.array([.5, .3, .2] + [1e-9] * (V - 3))
   ids, listed = jnp.array([[[0, 1]]]), jnp.log(p[None, None, :2])
@@ -201,7 +203,7 @@ def test_nothing_pulls_on_the_teacher():
 
 
 def test_no_pass_keeps_all_logits():
-  """A few arrays of a chunk, by XLA's own count; those of all tokens would be sixteen times as many."""
+  """Temporary memory, by XLA's count, is that of a few chunks; all logits would be sixteen chunks."""
   for of in ('forward', 'both'):
     case = Case((1, 2048), (8, 16), 2 ** 16, of=of)
     compiled = jax.jit(case.call('xla')).lower(*jax.eval_shape(case.arguments)).compile()
@@ -229,7 +231,7 @@ def test_benches_can_be_planned(platform):
 
 
 def random_logits(seed: int, deviation: float, width: int = 7):
-  """Two rows of a student's and of a teacher's."""
+  """Two rows of logits of a student, and two of a teacher."""
   return (deviation * jax.random.normal(jax.random.key(seed + i), (2, width)) for i in range(2))
 
 
@@ -242,7 +244,7 @@ def test_the_slope_is_the_derivative(kind, seed, temperature, beta):
   _, *statistics = equations.statistics(measure, student, teacher)
   got = equations.slope(measure, student, teacher, *(x[:, None] for x in statistics), measure.rate)
   slope = jax.grad(lambda student: jnp.sum(equations.statistics(measure, student, teacher)[0]))(student)
-  # Probabilities times logarithms of ratios up to e^30, which are known to 2**-24 of 30.
+  # Probabilities times logarithms of ratios up to e^30, which have errors of 2**-24 of 30.
   assert_close(got, slope, 5e-6, least=1.)
 
 
@@ -252,14 +254,15 @@ def test_the_slope_is_finite_where_probabilities_are_0_and_sums_to_0(kind):
   student, teacher = random_logits(0, 400.)
   _, *statistics = equations.statistics(measure, student, teacher)
   slope = equations.slope(measure, student, teacher, *(x[:, None] for x in statistics), 1.)
-  # Of logits of a thousand, known to 2**-14, times the probabilities that are left.
+  # Logits of a thousand have errors of 2**-14, times the remaining probabilities.
   np.testing.assert_allclose(slope.sum(-1), 0, atol=2e-4)
 
 
 @hypothesis.given(strategies.integers(1, 8), strategies.integers(0, 99))
 @hypothesis.settings(max_examples=3, deadline=None)
 def test_sums_of_parts_are_those_of_the_whole(first, seed):
-  """As a kernel leaves them: two logsumexps, and the mean of a - b under softmax(a); and nothing adds nothing."""
+  """The values of a kernel, two logsumexps and the mean of a - b under softmax(a), combine; an empty part changes
+  nothing."""
   def values(a, b):
     total_1, mean = jax.nn.logsumexp(a, axis=-1, keepdims=True), jnp.sum(jax.nn.softmax(a) * (a - b), -1)
     return total_1[..., 0], jax.nn.logsumexp(b, axis=-1), mean
@@ -272,7 +275,7 @@ def test_sums_of_parts_are_those_of_the_whole(first, seed):
 @hypothesis.given(strategies.integers(0, 99), strategies.integers(1, 9), strategies.integers(-5, 20))
 @hypothesis.settings(max_examples=5, deadline=None)
 def test_both_ways_of_adding_at_listed_columns_do(seed, A, start):
-  """Ids repeat, and lie before the chunk, in it and after it."""
+  """Ids may repeat, and may lie before the chunk, in it or after it."""
   rng = np.random.default_rng(seed)
   x_MC, ids_MA, values_MA = rng.normal(size=(3, 8)), rng.integers(0, 30, (3, A)), rng.normal(size=(3, A))
   wanted = x_MC.copy()
@@ -327,7 +330,8 @@ def tpu_interpreter(narrow_chunks):
   assert not interpreter.races.races_found
 
 
-# Tokens, D and V are multiples of no tile, the teacher's width of nothing; some vocabularies have two chunks of two widths.
+# Tokens, D and V are no multiples of a tile, and nor is the teacher's width; some vocabularies have two chunks of two
+# widths.
 TPU_CASES = {
   'forward KL': Case((2, 9), (256, 24), 204),
   'reverse KL': Case((1, 16), (128, 40), 100, kind='reverse_kl', dtype=jnp.bfloat16),
@@ -343,14 +347,14 @@ def test_the_tpu_kernels_equal_the_reference(name, tpu_interpreter):
   assert_both(dataclasses.replace(TPU_CASES[name], of='both'), 'pallas_tpu', TPU, compiled=False)
 
 
-def test_what_is_left_is_known_where_it_is_nearly_nothing(tpu_interpreter):
-  """A student that is sure of a listed token by 60 nats, and a teacher that leaves a fifth to the others: as a difference,
-  1 less what is listed, the others would have nothing, and the divergence no bound."""
+def test_the_mass_of_other_tokens_is_exact_where_it_is_tiny(tpu_interpreter):
+  """A student is sure of a listed token by 60 nats, and the teacher leaves a fifth to the other tokens. As the difference of
+  1 and the listed mass, the others would have no mass, and the divergence would be infinite."""
   hidden_BTD, eye = jnp.eye(128)[None, :16] * 60, jnp.eye(128, 256)
   ids_BTA, logprobs_BTA = jnp.arange(16)[None, :, None], jnp.full((1, 16, 1), math.log(.8))
   run = functools.partial(TOP_K['pallas_tpu'].run, kind='forward_kl', beta=.5, temperature=1., tiles=TPU)
   value, slope = jax.value_and_grad(lambda hidden: jnp.sum(run(hidden, eye, ids_BTA, logprobs_BTA)))(hidden_BTD)
-  each = .8 * math.log(.8) + .2 * math.log(.2 / 255) + .2 * 60   # others have exp(-60) each, and all of them 255 times that
+  each = .8 * math.log(.8) + .2 * math.log(.2 / 255) + .2 * 60   # each of the 255 other tokens has exp(-60)
   assert float(value) == pytest.approx(16 * each, rel=1e-5)
   np.testing.assert_allclose(slope[0, 0, :3], [.2, -.2 / 255, -.2 / 255], rtol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Kernels are refused where the compiler would have to cut them, and run on the families they are for."""
+"""Kernels are refused where the compiler would have to partition them, and run on the families that they are for."""
 import types
 
 import jax
@@ -10,7 +10,7 @@ from efficient_lm.ops import mosaic
 
 @pytest.mark.parametrize(('size', 'kind', 'fits'), [
   (1, AxisType.Auto, True), (2, AxisType.Auto, False), (2, AxisType.Manual, True), (2, AxisType.Explicit, False)])
-def test_only_axes_of_several_devices_that_nobody_cut_yet_are_in_the_way(size, kind, fits):
+def test_kernels_are_refused_on_axes_of_several_devices_outside_of_shard_map(size, kind, fits):
   assert not mosaic.cut_by_compiler()
   with jax.sharding.use_abstract_mesh(AbstractMesh((size,), ('fsdp',), axis_types=(kind,))):
     assert (not mosaic.cut_by_compiler()) == fits
@@ -20,6 +20,6 @@ def test_only_axes_of_several_devices_that_nobody_cut_yet_are_in_the_way(size, k
 def test_a_kernel_may_be_for_several_families():
   module = types.SimpleNamespace(twice=lambda x: 2 * x, refuses=lambda x: 'odd' if x % 2 else '')
   for families in ('hopper', ('hopper', 'blackwell')):
-    one = mosaic.kernel(module, 'twice', families)
+    one = mosaic.kernel(lambda: module, 'twice', families)
     assert one.on == (('hopper',) if families == 'hopper' else families)
     assert one.run(2) == 4 and one.refuses(3) == 'odd' and not one.refuses(2)

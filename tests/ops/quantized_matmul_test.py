@@ -1,4 +1,4 @@
-"""Packing is lossless, rounding errs by at most half a step, and every product is that of the dequantised matrix."""
+"""Rounding errs by at most half a step, and every product is that of the dequantized matrix."""
 import dataclasses
 import importlib
 
@@ -9,23 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
+from efficient_lm.ops.packing import pack, unpack
 from efficient_lm.ops.quantized_matmul import (
   IMPLEMENTATIONS,
   QuantizedMatrix,
   dequantize,
-  pack_int2,
-  pack_int4,
   quantize,
   quantize_rows,
   quantized_matmul,
-  unpack_int2,
-  unpack_int4,
 )
 from efficient_lm.ops.quantized_matmul import tiles as sizes
 from efficient_lm.ops.quantized_matmul.cases import CASES, F8, W2A8, W4A8, W4A16, W8A8, W8A16, Case, Scheme, bench
 from efficient_lm.ops.quantized_matmul.tiles import FewTiles, GpuTiles, TpuTiles
-
-PACKINGS = {4: (pack_int4, unpack_int4), 2: (pack_int2, unpack_int2)}
 
 
 def close(got, wanted, tolerance: float):
@@ -44,12 +39,12 @@ def test_equals_the_reference(name):
 @pytest.mark.parametrize('name', ['W8A8', 'float8', 'W4A16'])
 def test_baselines_compute_the_same(name):
   case = CASES[name]
-  x_MK, *arrays = case.arguments()
-  wanted = case.expected(x_MK, *arrays)
-  # One dequantises and keeps x as it is: off by what rounding x costs, half a step of 127 or one of 16 (float8).
+  x_MI, *arrays = case.arguments()
+  wanted = case.expected(x_MI, *arrays)
+  # The first baseline does not round x, so that it differs by the error of rounding x: half a step of 127, or 1/16 (float8).
   rough = {None: 1e-5, 'int8': 1 / 127, 'float8_e4m3fn': 1 / 16}[case.scheme.activations]
   for baseline in case.baselines().values():
-    close(baseline(x_MK, *arrays), wanted, rough)
+    close(baseline(x_MI, *arrays), wanted, rough)
   operands, product = case.unquantized()
   close(product(*operands), wanted, rough)
 
@@ -63,49 +58,24 @@ def test_benchmark_cases_can_be_traced(platform):
     assert case.bytes > case.inputs * case.outputs * case.scheme.bits / 8
 
 
-@pytest.mark.parametrize('bits', PACKINGS)
-@hypothesis.given(strategies.integers(0, 999), strategies.sampled_from([(1, 1), (5, 3)]))
-@hypothesis.settings(max_examples=20, deadline=None)
-def test_packing_is_lossless_both_ways(bits, seed, shape):
-  pack, unpack = map(jax.jit, PACKINGS[bits])
-  random = np.random.default_rng(seed)
-  q_NK = random.integers(-2 ** (bits - 1), 2 ** (bits - 1), (shape[0], shape[1] * 8 // bits), np.int8)
-  bytes_NK = random.integers(0, 256, shape, np.uint8)
-  np.testing.assert_array_equal(unpack(pack(q_NK)), q_NK)
-  np.testing.assert_array_equal(pack(unpack(bytes_NK)), bytes_NK)
-  assert pack(q_NK).nbytes * 8 == q_NK.size * bits
-
-
-def test_the_first_number_is_in_the_lowest_bits():
-  assert pack_int4(jnp.array([[1, -1, 7, -8]])).tolist() == [[0xF1, 0x87]]
-  assert pack_int2(jnp.array([[1, 0, -1, -2]])).tolist() == [[0b10_11_00_01]]
-
-
-def test_packed_int4_is_jax_int4():
-  """The same bytes in the same order, so that a device may read them as such."""
-  q_NK = jnp.arange(-8, 8, dtype=jnp.int8).reshape(2, 8)
-  as_int4 = jax.lax.bitcast_convert_type(pack_int4(q_NK), jnp.int4).reshape(2, 8)
-  np.testing.assert_array_equal(as_int4.astype(jnp.int8), q_NK)
-
-
 @hypothesis.given(strategies.integers(0, 999), strategies.sampled_from([8, 4, 2]), strategies.sampled_from([8, 16, 48]),
                   strategies.booleans(), strategies.sampled_from([1e-6, 1., 1e6]))
 @hypothesis.settings(max_examples=10, deadline=None)
 def test_rounding_errs_by_at_most_half_a_step(seed, bits, group, symmetric, size):
-  w_NK = size * jax.random.normal(jax.random.key(seed), (5, 48)) + (0 if symmetric else 3 * size)
-  q = quantize(w_NK, bits, group, symmetric=symmetric)
-  half_NK = np.repeat(np.asarray(q.scale_QN.T), group, axis=1) / 2
-  # Beyond that only float32: a few roundings of numbers of the size of w.
-  assert (np.abs(dequantize(q) - w_NK) <= half_NK * 1.0001 + 1e-6 * np.abs(w_NK).max()).all()
+  w_OI = size * jax.random.normal(jax.random.key(seed), (5, 48)) + (0 if symmetric else 3 * size)
+  q = quantize(w_OI, bits, group, symmetric=symmetric)
+  half_OI = np.repeat(np.asarray(q.scale_QO.T), group, axis=1) / 2
+  # Beyond half a step there are only a few float32 roundings of numbers of the size of w.
+  assert (np.abs(dequantize(q) - w_OI) <= half_OI * 1.0001 + 1e-6 * np.abs(w_OI).max()).all()
   assert (q.shape, q.group) == ((5, 48), group)
 
 
 def test_float8_errs_by_at_most_a_sixteenth():
-  w_NK = jax.random.normal(jax.random.key(0), (16, 64))
-  q = quantize(w_NK, dtype=jnp.float8_e4m3fn)
+  w_OI = jax.random.normal(jax.random.key(0), (16, 64))
+  q = quantize(w_OI, dtype=jnp.float8_e4m3fn)
   # 3 bits after the leading one; numbers below 2^-6 of the grid have a fixed step of 2^-9.
-  allowed = np.maximum(np.abs(w_NK) / 16, np.asarray(q.scale_QN.T) * 2 ** -10)
-  assert (np.abs(dequantize(q) - w_NK) <= allowed * 1.0001).all()
+  allowed = np.maximum(np.abs(w_OI) / 16, np.asarray(q.scale_QO.T) * 2 ** -10)
+  assert (np.abs(dequantize(q) - w_OI) <= allowed * 1.0001).all()
 
 
 def test_zeros_and_equal_numbers_stay_what_they_are():
@@ -113,33 +83,33 @@ def test_zeros_and_equal_numbers_stay_what_they_are():
     assert not dequantize(quantize(jnp.zeros((2, 8)), 4, symmetric=symmetric)).any()
     np.testing.assert_allclose(dequantize(quantize(jnp.full((2, 8), -7.), 4, symmetric=symmetric)), -7., rtol=1e-4)
   for dtype in (jnp.int8, jnp.float8_e4m3fn):
-    q_MK, scale_M1 = quantize_rows(jnp.zeros((2, 8)), dtype)
-    assert np.isfinite(scale_M1).all() and not (q_MK.astype(jnp.float32) * scale_M1).any()
+    q_MI, scale_M1 = quantize_rows(jnp.zeros((2, 8)), dtype)
+    assert np.isfinite(scale_M1).all() and not (q_MI.astype(jnp.float32) * scale_M1).any()
 
 
 def test_two_bits_symmetric_is_ternary_and_a_half_zero_point_gives_four_levels():
   w = quantize(jax.random.normal(jax.random.key(0), (4, 64)), 2)
-  assert set(np.unique(unpack_int2(w.values))) == {-1, 0, 1}
-  four = QuantizedMatrix(pack_int2(jnp.array([[-2, -1, 0, 1]])), jnp.ones((1, 1)), jnp.full((1, 1), -.5), 2)
+  assert set(np.unique(unpack(w.values, 2))) == {-1, 0, 1}
+  four = QuantizedMatrix(pack(jnp.array([[-2, -1, 0, 1]]), 2), jnp.ones((1, 1)), jnp.full((1, 1), -.5), 2)
   assert dequantize(four).tolist() == [[-1.5, -.5, .5, 1.5]]
 
 
 def test_integer_products_are_exact():
-  """Whole numbers in, with scales of 1: whole numbers out, though sums pass 2^24."""
-  q_NK = jnp.full((3, 2048), 127, jnp.int8)
-  x_MK = jnp.full((2, 2048), 127.)
-  y = quantized_matmul(x_MK, QuantizedMatrix(q_NK, jnp.ones((1, 3))), activations='int8')
+  """With integers for x and scales of 1 the result is the exact integer, although the sums exceed 2^24."""
+  q_OI = jnp.full((3, 2048), 127, jnp.int8)
+  x_MI = jnp.full((2, 2048), 127.)
+  y = quantized_matmul(x_MI, QuantizedMatrix(q_OI, jnp.ones((1, 3))), activations='int8')
   assert (y == 127 * 127 * 2048).all()
 
 
-def test_the_gradient_by_x_is_that_of_the_dequantised_matrix_and_w_is_frozen():
+def test_the_gradient_by_x_is_that_of_the_dequantized_matrix_and_w_is_frozen():
   case = CASES['W4A16']
-  x_MK, *arrays = case.arguments()
-  w, g_MN = case.matrix(*arrays), jnp.ones((case.rows, case.outputs))
-  y, pull = jax.vjp(lambda x, scale: quantized_matmul(x, QuantizedMatrix(w.values, scale, bits=4)), x_MK, w.scale_QN)
-  dx_MK, dscale_QN = pull(g_MN)
-  close(dx_MK, g_MN @ dequantize(w), 1e-5)
-  assert not dscale_QN.any() and y.shape == g_MN.shape
+  x_MI, *arrays = case.arguments()
+  w, g_MO = case.matrix(*arrays), jnp.ones((case.rows, case.outputs))
+  y, pull = jax.vjp(lambda x, scale: quantized_matmul(x, QuantizedMatrix(w.values, scale, bits=4)), x_MI, w.scale_QO)
+  dx_MI, dscale_QO = pull(g_MO)
+  close(dx_MI, g_MO @ dequantize(w), 1e-5)
+  assert not dscale_QO.any() and y.shape == g_MO.shape
 
 
 @hypothesis.given(strategies.integers(1, 70), strategies.integers(1, 4), strategies.integers(1, 9),
@@ -151,17 +121,16 @@ def test_any_size(rows, groups, outputs, bits, activations, symmetric):
   close(got, wanted, 1e-5)
 
 
-def test_what_does_not_go_together_is_refused():
+def test_operands_that_do_not_suit_each_other_are_refused():
   w = quantize(jnp.ones((4, 16)))
   with pytest.raises(ValueError, match='x has 8 inputs and w 16'): quantized_matmul(jnp.ones((2, 8)), w)
   with pytest.raises(ValueError, match="choose None or 'int8'"):
     quantized_matmul(jnp.ones((2, 16)), w, activations='float8_e4m3fn')
   with pytest.raises(ValueError, match='must divide 16 inputs'): quantize(jnp.ones((4, 16)), 4, 5)
-  with pytest.raises(ValueError, match='K must be divisible by 4'): pack_int2(jnp.ones((1, 6)))
 
 
 BF16 = jnp.bfloat16
-TPU_CASES = {   # rows and outputs are multiples of no tile; several steps
+TPU_CASES = {   # Rows and outputs are no multiples of a tile, and there are several steps.
   'W8A8': (Case(5, 256, 64, W8A8), TpuTiles(32, 128, 128)),
   'float8': (Case(5, 128, 64, F8, BF16), TpuTiles(32, 128, 128)),
   'W2A8': (Case(3, 512, 64, W2A8), TpuTiles(32, 128, 128)),
@@ -174,7 +143,7 @@ TPU_CASES = {   # rows and outputs are multiples of no tile; several steps
 
 @pytest.mark.parametrize('name', TPU_CASES)
 def test_the_tpu_kernel_equals_the_reference(name):
-  """Interpreted: memory starts as NaN and races are looked for."""
+  """The kernel is interpreted: uninitialised memory is NaN, and races are reported."""
   from jax.experimental.pallas import tpu as pltpu
   interpreter = importlib.import_module('jax._src.pallas.mosaic.interpret.interpret_pallas_call')
   case, tiles = TPU_CASES[name]
@@ -186,7 +155,7 @@ def test_the_tpu_kernel_equals_the_reference(name):
   assert not races.races_found
 
 
-GPU_CASES = {   # more steps than stages, so that each buffer is used again
+GPU_CASES = {   # There are more steps than stages, so that each buffer is used again.
   'W4A16 of one row, in parts': (Case(1, 1024, 64, W4A16, BF16), FewTiles(256, 2, 2)),
   'W4A16 of few rows, groups longer than a step': (Case(12, 512, 128, Scheme(4, 256), BF16), FewTiles(128, 1, 2)),
   'W4A16 of few rows, groups of 64': (Case(3, 512, 64, Scheme(4, 64), BF16), FewTiles(128, 1, 2)),
@@ -225,10 +194,10 @@ def test_what_tuning_tries_fits(rows, scheme):
 
 
 def test_few_rows_are_read_by_all_multiprocessors():
-  """At least about two blocks each, so that one waits for memory while another works."""
-  for K, N in ((4096, 4096), (14336, 4096), (4096, 14336)):
-    w = jax.eval_shape(lambda: quantize(jnp.zeros((N, K)), 4, 128))
-    assert N // 64 * sizes.gpu_tiles(1, w, None).parts >= .8 * 2 * 132
+  """Each multiprocessor has about two blocks or more, so that one waits for memory while another computes."""
+  for I, O in ((4096, 4096), (14336, 4096), (4096, 14336)):
+    w = jax.eval_shape(lambda: quantize(jnp.zeros((O, I)), 4, 128))
+    assert O // 64 * sizes.gpu_tiles(1, w, None).parts >= .8 * 2 * 132
 
 
 REFUSED = {
@@ -245,6 +214,6 @@ REFUSED = {
 @pytest.mark.parametrize(('name', 'said'), [(name, said) for name in REFUSED for said in REFUSED[name]])
 def test_kernels_say_what_they_do_not_take(name, said):
   case = REFUSED[name][said]
-  x_MK, *arrays = case.arguments()
+  x_MI, *arrays = case.arguments()
   expected = 'it needs jax 0.11' if name == 'pallas_gpu' and jax.__version_info__ < (0, 11) else said
-  assert expected in IMPLEMENTATIONS[name].refuses(x_MK, case.matrix(*arrays), case.scheme.activations)
+  assert expected in IMPLEMENTATIONS[name].refuses(x_MI, case.matrix(*arrays), case.scheme.activations)

@@ -1,11 +1,11 @@
-"""Causal attention with grouped key-value heads, sliding windows, packed documents and a cache offset."""
+"""Causal attention with grouped key-value heads, sliding windows, packed documents and a cache offset.
+
+All models attend by it in training, and when they read a prompt.
+"""
 import jax
 
-from efficient_lm.lazy import lazy
 from efficient_lm.ops import dispatch, mosaic
 from efficient_lm.ops.attention import cudnn, reference, xla
-
-splash = lazy('efficient_lm.ops.attention.splash')
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window: int | None = None,
@@ -25,6 +25,9 @@ def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window: int 
     scale: of the scores; H ** -0.5 by default.
     implementation: 'auto', 'reference', 'xla', 'cudnn' (NVIDIA GPUs) or 'splash' (TPU) for training, or 'jax' for
       jax.nn.dot_product_attention.
+
+  Raises:
+    ValueError: K does not divide N, or there are more queries than keys; or see `dispatch.run`.
   """
   (T, N, H), (S, K) = q_BTNH.shape[1:], k_BSKH.shape[1:3]
   if N % K or T > S:
@@ -44,10 +47,15 @@ def _dims_differ(q_BTNH, k_BSKH, v_BSKH, **_) -> str:
   return '' if v_BSKH.shape[-1] == k_BSKH.shape[-1] else 'values and keys need the same head dim'
 
 
+def _splash():
+  from efficient_lm.ops.attention import splash
+  return splash
+
+
 IMPLEMENTATIONS = {
-  # Training attention is taken, not written. With a cache, or for what these refuse, our own plain path.
+  # Training on accelerators uses the kernels of cuDNN and of JAX. What these refuse, such as a cache, is plain JAX.
   'cudnn': dispatch.Implementation(cudnn.attention, on=('gpu',), refuses=cudnn.refuses),
-  'splash': mosaic.kernel(splash, 'attention', 'tpu'),
+  'splash': mosaic.kernel(_splash, 'attention', 'tpu'),
   'xla': dispatch.Implementation(xla.attention),
   'jax': dispatch.Implementation(_jax, refuses=_dims_differ),
   'reference': dispatch.Implementation(reference.attention),

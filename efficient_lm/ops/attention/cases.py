@@ -1,4 +1,4 @@
-"""Attention on which every implementation must agree, and such that is worth timing."""
+"""Attention on which every implementation must agree, and cases that benchmarks time."""
 import dataclasses
 import functools
 
@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_lm.ops.attention import attention, splash
+from efficient_lm.ops.attention import attention
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """B rows of T queries on S keys; heads are (N, K), dims those of keys and of values.
+  """B rows of T queries on S keys. heads: (N, K). dims: the head dims of keys and of values.
 
-  documents: how many each row is cut into, at other places in each; 0 gives no ids at all.
+  documents: the number that each row is cut into, at different places in each row; with 0 there are no document ids.
   of: 'forward'; 'backward', the gradients alone; or 'all', results and gradients.
   """
   tokens: tuple[int, int, int]
@@ -41,12 +41,13 @@ class Case:
             jnp.asarray(self.segments_BS) if self.documents else None)
 
   def call(self, implementation: str, tiles: int | None = None):
-    """A function of the arguments: what `of` names. tiles: tokens of a block of 'splash'."""
+    """A function of the arguments that computes what `of` names. tiles: tokens of a block of 'splash'."""
     if tiles is None: return self._passes(functools.partial(attention, implementation=implementation))
+    from efficient_lm.ops.attention import splash
     return self._passes(functools.partial(splash.attention, scale=self.dims[0] ** -0.5, block=tiles))
 
   def baselines(self) -> dict:
-    """XLA's own, which builds all scores."""
+    """The attention of jax.nn, which builds all scores."""
     return {'jax.nn.dot_product_attention': self.call('jax')} if self.dims[0] == self.dims[1] else {}
 
   def _passes(self, run):
@@ -59,7 +60,8 @@ class Case:
 
   @property
   def flops(self) -> float:
-    """Of the pairs that see each other; the backward pass has two products for one, what it builds again not counted."""
+    """Those of the visible pairs of query and key. The backward pass counts twice the forward one, without the scores that
+    it recomputes."""
     query = self.start + np.arange(self.tokens[1])
     begin = np.stack([np.searchsorted(ids, ids[query]) for ids in self.segments_BS])
     if self.window is not None: begin = np.maximum(begin, query - self.window + 1)
@@ -68,7 +70,7 @@ class Case:
 
   @property
   def bytes(self) -> float:
-    """Operands and results once; all of them and their gradients once more in the backward pass."""
+    """Operands are read and results are written once; in the backward pass all of these and their gradients once."""
     (B, T, S), (N, K), (H, value) = self.tokens, self.heads, self.dims
     once = B * (T * N + S * K) * (H + value) * jnp.dtype(self.dtype).itemsize
     return float(once * {'forward': 1, 'backward': 2, 'all': 3}[self.of])
@@ -79,8 +81,9 @@ class Case:
 
   @property
   def tolerance(self) -> float:
-    # Softmax-weighted means of unit normals, and their gradients summed over at most 400 queries in another order. In
-    # 16 bits results, probabilities and what flows back are rounded to 8 bits (bfloat16) or 11, and sums meet all three.
+    # Results are softmax-weighted means of unit normals, and gradients are summed over at most 400 queries, in another
+    # order. In 16 bits, results, probabilities and cotangents are rounded to 8 bits (bfloat16) or 11 (float16), and the
+    # roundings add up.
     return {'float32': 2e-5, 'bfloat16': 2e-2, 'float16': 3e-3}[self.dtype]
 
 
@@ -105,7 +108,7 @@ CASES = {
 
 
 def bench(platform: str) -> dict[str, Case]:
-  """On CPU small models; elsewhere the heads of Llama-3 8B, with Mistral 7B's window too, and those of DeepSeek-V2-Lite."""
+  """Small models on CPU; elsewhere the heads of Llama-3 8B, also with Mistral 7B's window, and those of DeepSeek-V2-Lite."""
   if platform == 'cpu':
     return {f'8 x 256 tokens, 6 heads of 64, {of}': Case((8, 256, 256), (6, 6), (64, 64), of=of)
             for of in ('forward', 'all')} | {

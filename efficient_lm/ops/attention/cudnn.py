@@ -1,16 +1,16 @@
 """Training attention of cuDNN on NVIDIA GPUs, through `jax.nn.dot_product_attention`: fused, forward and backward.
 
-Head dims that cuDNN does not take are filled up with zeros, which change no score and no value. Without documents causal
-and window masks are cuDNN's own, and skip what they rule out. Documents are a boolean mask, (B, 1, T, T), which
-`dot_product_attention` adds as a bias in 16 bits: B * T * T * 2 bytes, read once a head. cuDNN then still skips what is
-after a query, but not other documents; and as it takes no window beside a bias, the window is in the mask too.
+Head dims that cuDNN does not take are padded with zeros, which change no score and no value. Without documents, the causal
+mask and the window are cuDNN's own, and masked blocks are skipped. Documents are a boolean mask, (B, 1, T, T), which
+`dot_product_attention` adds as a bias in 16 bits: B * T * T * 2 bytes, read once for each head. cuDNN then skips blocks of
+later keys, but not those of other documents. It takes no window beside a bias, so that the mask contains the window too.
 
-cuDNN also knows packed sequences, by the offsets of their documents. JAX reaches that through a private function alone; it
-wants a static bound on the documents of a row, by which the log-normalisers kept for the backward pass are multiplied, and
-in JAX 0.10.2 takes wrong offsets for grouped heads. So documents are a mask.
+cuDNN also supports packed sequences, given by the offsets of their documents. JAX offers these through a private function
+only. It needs a static bound on the number of documents of a row, by which it multiplies the log-normalisers that are kept
+for the backward pass, and in JAX 0.10.2 it takes wrong offsets for grouped heads. For these reasons documents are a mask.
 
-What was run: this preparation of arguments, with XLA's attention in place of cuDNN's, in the tests; and the calls of cuDNN
-were compiled for an H200, which is no proof that cuDNN takes them. cuDNN itself never ran.
+The tests run this preparation of arguments with XLA's attention in place of cuDNN's. The calls of cuDNN were compiled for an
+H200, which does not prove that cuDNN accepts them. cuDNN itself has not run.
 """
 import jax
 import jax.numpy as jnp

@@ -1,11 +1,11 @@
-"""Attention as its equation: every score is built, masked and normalised. Autodiff gives the gradient."""
+"""Attention as its equation: every score is computed, masked and normalised. Autodiff gives the gradient."""
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
 def visible(T: int, S: int, start=0, segments_BS=None, window: int | None = None):
-  """Which keys each query sees: bool, (1 or B, T, S).
+  """The keys that each query sees: bool, (1 or B, T, S).
 
   Query t is the token at key index start + t. It sees key s iff s <= start + t; and start + t - s < window, when a
   window is given; and both belong to the same document, when segments are given.

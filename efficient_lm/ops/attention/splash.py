@@ -1,11 +1,11 @@
 """Training attention on TPU: the splash attention kernels that come with JAX, forward and backward.
 
-They take one sequence of (heads, T, H), masks as functions of positions, whose empty blocks are skipped, and document ids.
-The batch is mapped over; scores have no scale, so queries do; T is filled up to whole blocks with tokens that come after
-all others, which no query of ours sees. Products are those of the TPU's default precision.
+They take one sequence of (heads, T, H), document ids, and masks as functions of positions, whose empty blocks they skip. The
+batch is mapped over. The kernels do not scale scores, so that queries are scaled. T is padded to whole blocks with tokens
+after all others, which no query sees. Products have the TPU's default precision.
 
-The kernels are interpreted in the tests and compiled for v5e, v5p, v6e and tpu7x. They were not run on a TPU by us; the
-sizes of their blocks are what fits, not tuned.
+The tests interpret the kernels, and they compile for v5e, v5p, v6e and tpu7x. They have not run on a TPU here. The sizes of
+their blocks are what fits, and have not been tuned.
 """
 import jax
 import jax.numpy as jnp

@@ -1,9 +1,9 @@
-"""Attention in plain JAX: strips of queries against the keys that any of them sees, and a gradient that recomputes.
+"""Attention in plain JAX: strips of queries against the keys that any of them sees, and a gradient that recomputes scores.
 
-Training keeps q, k, v, o and the log of each softmax's normaliser, and rebuilds the probabilities in the backward pass,
-as FlashAttention does (Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4). Strips are cut at static places, so keys
-after a strip's last query, or before its window, cost nothing; there is no running maximum, because a strip has all
-of its keys at hand. Within a strip the G query heads of a key-value head are rows of one product.
+Training keeps q, k, v, o and the log of each softmax's normaliser, and recomputes the probabilities in the backward pass, as
+FlashAttention does (Dao et al. 2022, arXiv 2205.14135, algorithms 1 and 4). Strips are cut at static positions, so that keys
+after a strip's last query, or before its window, cost nothing. There is no running maximum, because a strip has all of its
+keys. Within a strip the G query heads of a key-value head are rows of one product.
 """
 import functools
 
@@ -13,19 +13,19 @@ from jax import lax
 
 from efficient_lm.ops.attention import reference
 
-# Short strips skip more of the keys, long ones multiply faster. More strips than this only make compilation longer.
+# Short strips skip more keys, and long ones multiply faster. More strips than MAX_STRIPS only make compilation longer.
 MIN_STRIP, MAX_STRIPS = 128, 16
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window=None, scale: float):
-  """See the API. Without a cache, in strips and with their gradient; with one, over all of its slots."""
+  """See the API. Without a cache, attention is computed in strips, with their gradient; with one, over all of its slots."""
   if isinstance(start, int) and start == 0 and q_BTNH.shape[1] == k_BSKH.shape[1]:
     return _strips(q_BTNH, k_BSKH, v_BSKH, segments_BS, window, scale)
   return _cached(q_BTNH, k_BSKH, v_BSKH, start, segments_BS, window, scale)
 
 
 def _cached(q_BTNH, k_BSKH, v_BSKH, start, segments_BS, window, scale):
-  """The equation, in products that read a cache laid out as (B, K, S, H) where it lies."""
+  """The equation, in products that read a cache of layout (B, K, S, H) without copying it."""
   K = k_BSKH.shape[2]
   k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
   mask_BTS = reference.visible(q_BTNH.shape[1], k_BKSH.shape[2], start, segments_BS, window)
@@ -35,7 +35,7 @@ def _cached(q_BTNH, k_BSKH, v_BSKH, start, segments_BS, window, scale):
 
 
 def _spans(T: int, window: int | None):
-  """(first query, end of queries, first key) of each strip; its last key is its last query's."""
+  """(first query, end of queries, first key) of each strip. Its last key is that of its last query."""
   strip = max(MIN_STRIP, -(-T // MAX_STRIPS))
   for begin in range(0, T, strip):
     yield begin, min(begin + strip, T), 0 if window is None else max(0, begin - window + 1)
@@ -47,7 +47,7 @@ def _strips(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale):
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale):
-  # Heads in front: strips are then runs of memory, and batched products need no further transposition.
+  # With heads in front, strips are contiguous in memory, and batched products need no further transposition.
   q_BKGTH, k_BKTH, v_BKTH = _heads(q_BTNH, k_BTKH.shape[2]), k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
   o, lse = [], []
   for begin, end, first in _spans(q_BTNH.shape[1], window):
@@ -111,7 +111,7 @@ def _product(a, b, a_axis: int, b_axis: int):
 
 
 def _rows(x_BKGTH):
-  """The G heads of a group one after the other."""
+  """The G heads of each group one after another, as rows."""
   B, K, G, T, H = x_BKGTH.shape
   return x_BKGTH.reshape(B, K, G * T, H)
 

@@ -32,32 +32,32 @@ class Case:
     return order < round(self.density * (R if self.balanced else R * C))
 
   def arguments(self):
-    """x_MK, blocks_QUV, their pattern, a cotangent g_MN, and the dense w_KN for baselines."""
+    """x_MI, blocks_ZUV, their pattern, a cotangent g_MO, and the dense w_IO for the baselines."""
     (R, C), (U, V) = self.grid, self.block
     x, w, g = jax.random.split(jax.random.key(self.M), 3)
-    w_KN = (R * U) ** -0.5 * jax.random.normal(w, (R * U, C * V), self.dtype)
-    blocks_QUV, pattern = op.from_dense(w_KN, self.mask)
+    w_IO = (R * U) ** -0.5 * jax.random.normal(w, (R * U, C * V), self.dtype)
+    blocks_ZUV, pattern = op.from_dense(w_IO, self.mask)
     pattern = jax.tree.map(jnp.asarray, pattern)
-    return (jax.random.normal(x, (self.M, R * U), self.dtype), blocks_QUV, pattern,
-            jax.random.normal(g, (self.M, C * V), self.dtype), op.to_dense(blocks_QUV, pattern))
+    return (jax.random.normal(x, (self.M, R * U), self.dtype), blocks_ZUV, pattern,
+            jax.random.normal(g, (self.M, C * V), self.dtype), op.to_dense(blocks_ZUV, pattern))
 
   def call(self, implementation: str, tiles=None):
-    """function(*arguments) -> what `of` names."""
+    """A function of the arguments that computes what `of` names."""
     run = functools.partial(op.block_sparse_matmul, implementation=implementation)
     if tiles is not None: run = functools.partial(op.IMPLEMENTATIONS[implementation].run, tiles=tiles)
 
-    def function(x_MK, blocks_QUV, pattern, g_MN, w_KN):
-      return self._passes(lambda x, blocks: run(x, blocks, pattern), x_MK, blocks_QUV, g_MN)
+    def function(x_MI, blocks_ZUV, pattern, g_MO, w_IO):
+      return self._passes(lambda x, blocks: run(x, blocks, pattern), x_MI, blocks_ZUV, g_MO)
     return function
 
   def baselines(self):
-    """The dense product of the same sizes; of its gradient by the weight, the blocks that are kept, to be compared."""
+    """The dense product of the same sizes. Of its gradient by the weight, the kept blocks are returned for comparison."""
     def product(x, w): return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
-    def kept(w_KN, pattern):
+    def kept(w_IO, pattern):
       (R, C), (U, V) = self.grid, self.block
-      return w_KN.reshape(R, U, C, V).swapaxes(1, 2)[pattern.rows_Q, pattern.columns_Q]
-    def dense(x_MK, blocks_QUV, pattern, g_MN, w_KN):
-      result = self._passes(product, x_MK, w_KN, g_MN)
+      return w_IO.reshape(R, U, C, V).swapaxes(1, 2)[pattern.rows_Z, pattern.columns_Z]
+    def dense(x_MI, blocks_ZUV, pattern, g_MO, w_IO):
+      result = self._passes(product, x_MI, w_IO, g_MO)
       if self.of == 'wgrad': return kept(result, pattern)
       return (*result[:2], kept(result[2], pattern)) if self.of == 'all' else result
     return {'dense': dense}
@@ -70,13 +70,13 @@ class Case:
 
   @property
   def flops(self) -> float:
-    """Of the kept blocks."""
+    """Those of the kept blocks."""
     U, V = self.block
     return 2.0 * self.M * int(self.mask.sum()) * U * V * (3 if self.of == 'all' else 1)
 
   @property
   def bytes(self) -> float:
-    """Each operand and each result once."""
+    """Each operand is read once, and each result is written once."""
     (R, C), (U, V) = self.grid, self.block
     once = self.M * R * U + self.M * C * V + int(self.mask.sum()) * U * V
     return float(once * jnp.dtype(self.dtype).itemsize * (3 if self.of == 'all' else 1))
@@ -87,7 +87,7 @@ class Case:
 
   @property
   def tolerance(self) -> float:
-    # Sums of products in float32 in another order: a few roundings. In bfloat16 the results are rounded to 8 bits.
+    # In float32, sums of products in another order differ by a few roundings. In bfloat16 the results are rounded to 8 bits.
     return {'float32': 2e-6, 'bfloat16': 2 ** -8, 'float16': 2 ** -10}[self.dtype]
 
 
@@ -106,7 +106,7 @@ CASES = {
 
 
 def bench(platform: str) -> dict[str, Case]:
-  """One square matrix of 1024 on CPU; elsewhere a projection from 4096 to 14336 (Llama-3 8B), and a square one of 4096."""
+  """A square matrix of 1024 on CPU; elsewhere a projection from 4096 to 14336 (Llama-3 8B) and a square one of 4096."""
   if platform == 'cpu':
     return {f'{U}x{U} blocks, density {density}, {of}': Case(512, (1024 // U, 1024 // U), (U, U), density, of=of)
             for U, density in ((64, 0.5), (128, 0.5), (128, 0.25), (128, 0.125)) for of in ('forward', 'all')}

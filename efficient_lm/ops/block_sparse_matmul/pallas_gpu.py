@@ -1,15 +1,16 @@
-"""The block-sparse product on Hopper GPUs: Mosaic GPU kernels that multiply (wgmma) nothing but kept blocks.
+"""The block-sparse product on Hopper GPUs: Mosaic GPU kernels that multiply (wgmma) the kept blocks alone.
 
 Each multiprocessor runs one block of three warpgroups over its share of the result's tiles (a persistent grid). The third
-warpgroup copies (TMA) operands into shared memory, `stages` steps ahead and over the ends of tiles, looking up from the
-pattern which inputs and which block come next; the other two multiply, and store what is done while copies go on. That a
-tile has as many steps as its column has blocks is known to both sides from the pattern alone.
+warpgroup copies (TMA) operands into shared memory, up to `stages` steps ahead and across tiles; it looks up in the pattern
+which inputs and which kept block come next. The other two multiply, and store finished tiles while the copies continue. All
+warpgroups know from the pattern that a tile has as many steps as its column has blocks.
 
 Rows and their gradient: a tile is `rows` x 128 or 64 of the result, half of the rows for each warpgroup. Transposed blocks
-are read as they lie. The gradient of the blocks: a tile is two blocks of one column, which share the copied tile of g, one
-for each warpgroup. Where columns keep an odd number, the last one is multiplied twice and stored once.
+are read in their stored layout. The gradient of the blocks: a tile is two kept blocks of one column, one for each warpgroup,
+which share the copied tile of g. Where a column has an odd number of blocks, the last one is multiplied twice and stored
+once.
 
-Copies give zeros past the end of an array and write nothing there, so M need not be a multiple of anything.
+Copies read zeros past the end of an array and write nothing there, so that any M is allowed. P counts pairs of kept blocks.
 """
 import functools
 import itertools
@@ -25,51 +26,51 @@ from efficient_lm.ops.block_sparse_matmul.gradient import differentiable
 from efficient_lm.ops.block_sparse_matmul.pattern import Pattern, Sweep
 from efficient_lm.ops.block_sparse_matmul.tiles import SHARED, GpuTiles, gpu_tiles_for
 
-H200_CORES = 132   # where nobody knows the device
-STORE = 64         # rows and columns of the result stored at a time: a row of them fills the 128 bytes of a swizzle
+H200_CORES = 132   # multiprocessors, where the device is not known
+STORE = 64         # rows and columns of the result that are stored at a time: a row fills the 128 bytes of a swizzle
 PRODUCER, CONSUMERS = 2, 2
 
 
-def block_sparse_matmul(x_MK, blocks_QUV, pattern: Pattern, *, tiles: GpuTiles | None = None):
+def block_sparse_matmul(x_MI, blocks_ZUV, pattern: Pattern, *, tiles: GpuTiles | None = None):
   """See the API."""
   product = differentiable(functools.partial(rows, tiles=tiles), functools.partial(weights, tiles=tiles))
-  return product(x_MK, blocks_QUV, pattern)
+  return product(x_MI, blocks_ZUV, pattern)
 
 
-def refuses(x_MK, blocks_QUV, pattern: Pattern) -> str:
+def refuses(x_MI, blocks_ZUV, pattern: Pattern) -> str:
   """Why these kernels cannot take such arguments, '' if they can."""
-  (M, K), (_, U, V), C = x_MK.shape, blocks_QUV.shape, pattern.shape[1]
+  (M, I), (_, U, V), C = x_MI.shape, blocks_ZUV.shape, pattern.shape[1]
   if jax.__version_info__ < (0, 11): return 'it needs jax 0.11'
-  if x_MK.dtype not in (jnp.bfloat16, jnp.float16): return f'rows are {x_MK.dtype}, neither bfloat16 nor float16'
+  if x_MI.dtype not in (jnp.bfloat16, jnp.float16): return f'rows are {x_MI.dtype}, neither bfloat16 nor float16'
   if U % 64 or V % 64: return f'blocks are {U} x {V}, not multiples of 64 x 64'
-  if gpu_tiles_for(M, K, C * V, U, V).shared(U, V) > SHARED: return f'blocks of {U} x {V} do not fit into shared memory'
+  if gpu_tiles_for(M, I, C * V, U, V).shared(U, V) > SHARED: return f'blocks of {U} x {V} do not fit into shared memory'
   return ''
 
 
 def width_of(size: int) -> int:
-  """Of the tiles that cut one side of a block: what a warpgroup has registers for."""
+  """The width of the tiles that cut one side of a block, for which a warpgroup has enough registers."""
   return 128 if size % 128 == 0 else 64
 
 
-def rows(x_MK, blocks_QUV, sweep: Sweep, transposed: bool = False, *, tiles: GpuTiles | None = None):
-  """y_o = the sum of x_i w_q over the sweep's blocks of each output block o, or of x_i w_q^T if `transposed`."""
-  (M, K), (_, U, V), num_outputs = x_MK.shape, blocks_QUV.shape, sweep.starts.shape[0] - 1
+def rows(x_MI, blocks_ZUV, sweep: Sweep, transposed: bool = False, *, tiles: GpuTiles | None = None):
+  """y_o = the sum of x_i w_z over the sweep's blocks of each output block o, or of x_i w_z^T if `transposed`."""
+  (M, I), (_, U, V), num_outputs = x_MI.shape, blocks_ZUV.shape, sweep.starts.shape[0] - 1
   read, write = (V, U) if transposed else (U, V)
-  tiles = tiles or gpu_tiles_for(M, *((num_outputs * U, K) if transposed else (K, num_outputs * V)), U, V)
-  width, half, dtype = width_of(write), tiles.rows // CONSUMERS, x_MK.dtype
+  tiles = tiles or gpu_tiles_for(M, *((num_outputs * U, I) if transposed else (I, num_outputs * V)), U, V)
+  width, half, dtype = width_of(write), tiles.rows // CONSUMERS, x_MI.dtype
   parts, steps, grid = write // width, read // tiles.inner, (pl.cdiv(M, tiles.rows), num_outputs * (write // width))
 
   def place(loop):
-    """First row, number of the output block and first column in it, of a tile."""
-    m, n = plgpu.planar_snake(loop.index[0], grid, 0, tiles.band)
-    return m * tiles.rows, lax.div(n, jnp.int32(parts)), lax.rem(n, jnp.int32(parts)) * width
+    """The first row of a tile, the number of its output block, and its first column in that block."""
+    m, column = plgpu.planar_snake(loop.index[0], grid, 0, tiles.band)
+    return m * tiles.rows, lax.div(column, jnp.int32(parts)), lax.rem(column, jnp.int32(parts)) * width
 
-  def body(starts, inputs_Q, blocks_Q, x, w, y, x_smem, w_smem, y_smem, full, empty):
+  def body(starts, inputs_Z, blocks_Z, x, w, y, x_smem, w_smem, y_smem, full, empty):
     def produce(loop, carry):
       row, o, column = place(loop)
 
-      def block(q, step):
-        first, number = inputs_Q[q] * read, blocks_Q[q]
+      def block(z, step):
+        first, number = inputs_Z[z] * read, blocks_Z[z]
         for i in range(steps):
           slot, inner = lax.rem(step, jnp.int32(tiles.stages)), pl.ds(i * tiles.inner, tiles.inner)
           outer = pl.ds(column, width)
@@ -98,11 +99,11 @@ def rows(x_MK, blocks_QUV, sweep: Sweep, transposed: bool = False, *, tiles: Gpu
   return _kernel(body, jax.ShapeDtypeStruct((M, num_outputs * write), dtype),
                  'block_sparse_matmul_' + ('dgrad' if transposed else 'forward'), tiles, dtype,
                  x=(tiles.rows, tiles.inner), w=(width, tiles.inner) if transposed else (tiles.inner, width))(
-    *(jnp.asarray(numbers, jnp.int32) for numbers in sweep), x_MK, blocks_QUV)
+    *(jnp.asarray(numbers, jnp.int32) for numbers in sweep), x_MI, blocks_ZUV)
 
 
 def pairs(column_starts, num_blocks: int):
-  """The blocks of each column two by two: (first block, column) of each pair, and how many pairs there are, int32."""
+  """The blocks of each column in pairs: the first block and the column of each pair, and the number of pairs, all int32."""
   counts = (column_starts[1:] - column_starts[:-1] + 1) // 2
   ends = jnp.cumsum(counts)
   most = max(1, (num_blocks + counts.shape[0]) // 2)
@@ -112,18 +113,18 @@ def pairs(column_starts, num_blocks: int):
   return jnp.clip(first, 0, num_blocks - 1).astype(jnp.int32), column, ends[-1:].astype(jnp.int32)
 
 
-def weights(x_MK, g_MN, blocks_QUV, pattern: Pattern, *, tiles: GpuTiles | None = None):
-  """dw_q = x_r^T g_c for the row r and the column c of each kept block."""
-  (M, K), N, (Q, U, V), dtype = x_MK.shape, g_MN.shape[1], blocks_QUV.shape, blocks_QUV.dtype
-  tiles = tiles or gpu_tiles_for(M, K, N, U, V)
+def weights(x_MI, g_MO, blocks_ZUV, pattern: Pattern, *, tiles: GpuTiles | None = None):
+  """dw_z = x_r^T g_c for the row r and the column c of each kept block."""
+  (M, I), O, (Z, U, V), dtype = x_MI.shape, g_MO.shape[1], blocks_ZUV.shape, blocks_ZUV.dtype
+  tiles = tiles or gpu_tiles_for(M, I, O, U, V)
   height, width, steps = width_of(U), width_of(V), pl.cdiv(M, tiles.inner)
   parts = U // height, V // width
   starts = jnp.asarray(pattern.column_starts, jnp.int32)
-  first_P, column_P, count = pairs(starts, Q)
+  first_P, column_P, count = pairs(starts, Z)
 
-  def body(rows_Q, first_P, column_P, count, starts, x, g, dw, x_smem, g_smem, dw_smem, full, empty):
+  def body(rows_Z, first_P, column_P, count, starts, x, g, dw, x_smem, g_smem, dw_smem, full, empty):
     def place(loop):
-      """First block of a pair, the last one of its column, the column, and where in blocks the tile begins."""
+      """The first block of a pair, the last block of its column, the column, and the first row and column in the blocks."""
       p, part = (over(loop.index[0], jnp.int32(parts[0] * parts[1])) for over in (lax.div, lax.rem))
       i, j = lax.div(part, jnp.int32(parts[1])) * height, lax.rem(part, jnp.int32(parts[1])) * width
       column = column_P[p]
@@ -131,7 +132,7 @@ def weights(x_MK, g_MN, blocks_QUV, pattern: Pattern, *, tiles: GpuTiles | None 
 
     def produce(loop, carry):
       first, last, column, i, j = place(loop)
-      places = [rows_Q[jnp.minimum(first + number, last)] * U + i for number in range(CONSUMERS)]
+      places = [rows_Z[jnp.minimum(first + number, last)] * U + i for number in range(CONSUMERS)]
 
       def step(m, step):
         slot, inner = lax.rem(step, jnp.int32(tiles.stages)), pl.ds(m * tiles.inner, tiles.inner)
@@ -154,13 +155,13 @@ def weights(x_MK, g_MN, blocks_QUV, pattern: Pattern, *, tiles: GpuTiles | None 
 
     _specialise(produce, consume, count[0] * (parts[0] * parts[1]), empty, tiles.stages)
 
-  return _kernel(body, jax.ShapeDtypeStruct((Q, U, V), dtype), 'block_sparse_matmul_wgrad', tiles, dtype,
+  return _kernel(body, jax.ShapeDtypeStruct((Z, U, V), dtype), 'block_sparse_matmul_wgrad', tiles, dtype,
                  x=(CONSUMERS, tiles.inner, height), w=(tiles.inner, width))(
-    jnp.asarray(pattern.rows_Q, jnp.int32), first_P, column_P, count, starts, x_MK, g_MN)
+    jnp.asarray(pattern.rows_Z, jnp.int32), first_P, column_P, count, starts, x_MI, g_MO)
 
 
 def _kernel(body, out_type, name: str, tiles: GpuTiles, dtype, *, x, w):
-  """x, w: shapes of the operands of one step."""
+  """A persistent kernel of three warpgroups. x, w: the shapes of the operands of one step."""
   def smem(*shape):
     swizzle = plgpu.find_swizzle(shape[-1] * dtype.itemsize * 8)
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // dtype.itemsize)),
@@ -175,7 +176,7 @@ def _kernel(body, out_type, name: str, tiles: GpuTiles, dtype, *, x, w):
 
 
 def _specialise(produce, consume, num_tiles, empty, stages: int):
-  """Runs the producer and the consumers over the same tiles; both carry the number of steps done so far."""
+  """Runs the producer and the consumers over the same tiles; both carry the number of steps done before."""
   warpgroup = lax.axis_index('warpgroup')
 
   def over_tiles(tile):
@@ -190,13 +191,13 @@ def _specialise(produce, consume, num_tiles, empty, stages: int):
   @pl.when(warpgroup < PRODUCER)
   def _():
     plgpu.set_max_registers(232, action='increase')
-    for slot in range(stages): plgpu.barrier_arrive(empty.at[slot])   # nothing is in the way of the first copies
+    for slot in range(stages): plgpu.barrier_arrive(empty.at[slot])   # all slots are free for the first copies
     over_tiles(functools.partial(consume, warpgroup))
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _multiply(shape: tuple[int, int], step, count, operands, full, empty, stages: int):
-  """The sum over `count` steps of the products of both operands, and the number of the step that comes next."""
+  """The sum over `count` steps of the products of both operands, and the number of the next step."""
   slot_of = lambda step: lax.rem(step, jnp.int32(stages))
 
   def scope(sums_ref):
@@ -204,7 +205,7 @@ def _multiply(shape: tuple[int, int], step, count, operands, full, empty, stages
       slot = slot_of(step)
       plgpu.barrier_wait(full.at[slot])
       plgpu.wgmma(sums_ref, *operands(slot))
-      plgpu.wgmma_wait(1)   # of the step before, whose shared memory is given back
+      plgpu.wgmma_wait(1)   # for the product of the previous step, whose shared memory is freed
 
       @pl.when(i > 0)
       def _(): plgpu.barrier_arrive(empty.at[slot_of(step - 1)])
@@ -221,10 +222,10 @@ def _multiply(shape: tuple[int, int], step, count, operands, full, empty, stages
 
 
 def _store(sums, smem, gmem):
-  """Stores a warpgroup's result piece by piece, by way of two slots of shared memory."""
+  """Stores a warpgroup's result piece by piece through two slots of shared memory."""
   height, width = sums.shape
   for i, (row, column) in enumerate(itertools.product(range(0, height, STORE), range(0, width, STORE))):
-    plgpu.wait_smem_to_gmem(1, wait_read_only=True)   # the store before the last one: its slot is free
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)   # for the store before the last one, whose slot is then free
     smem[i % 2] = sums[row:row + STORE, column:column + STORE]
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(smem.at[i % 2], gmem.at[pl.ds(row, STORE), pl.ds(column, STORE)])

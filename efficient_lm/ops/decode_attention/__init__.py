@@ -1,41 +1,42 @@
-"""Attention of one new token a sequence over a cache that may be quantized, and may lie in pages."""
+"""Attention of one new token of each sequence over a cache, which may be quantized and may be stored in pages.
+
+Models with grouped key-value heads decode by it; their caches are contiguous. No model uses pages.
+"""
 import jax
 
-from efficient_lm.lazy import lazy
 from efficient_lm.ops import dispatch, mosaic
 from efficient_lm.ops.decode_attention import reference, xla
-
-pallas_tpu = lazy('efficient_lm.ops.decode_attention.pallas_tpu')
-pallas_gpu = lazy('efficient_lm.ops.decode_attention.pallas_gpu')
 
 
 def decode_attention(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=None, page_table_BS=None,
                      window: int | None = None, scale: float | None = None, implementation: str = 'auto'):
   """o_BNH = softmax(scale * q k^T) v over the slots first … length - 1 of each sequence, softmax in float32.
 
-  first is 0, or max(0, length - window). Slots outside may hold any finite numbers: they do not reach the result. A
+  first is 0, or max(0, length - window). Slots outside may hold any finite numbers: they do not affect the result. A
   sequence of length 0 has o = 0. Of the N = K * G query heads, k * G … k * G + G - 1 read key-value head k.
 
-  A quantized cache holds integers, and a scale for each head and token or for each head and group of successive tokens:
-  k = k_int * k_scale. Scales multiply scores and probabilities, (q . k_int) * k_scale and (p * v_scale) v_int, so that the
-  products are those of integers and no cache is multiplied out. `ops.quantize.quantize_cache` makes keys, values and scales.
+  A quantized cache holds integers, and a scale for each head and token, or for each head and group of successive tokens:
+  k = k_int * k_scale. The scales multiply scores and probabilities, (q . k_int) * k_scale and (p * v_scale) v_int, so that
+  the products read integers and no cache is dequantized. `ops.quantize.quantize_cache` makes keys, values and scales.
 
-  No gradient: decoding has none, and asking for one raises.
+  Decoding needs no gradient; asking for one raises NotImplementedError.
 
   Args:
     q_BNH: the queries, float32 or bfloat16; the dtype of the result.
-    k_BKSH: keys, in float32, bfloat16, int8, or uint8: then (B, K, S, H / 2), four bits a number, two to a byte along H:
-      the low four bits of byte h are number h, the high four are number h + H / 2. (Along H, so that a token is written
-      without reading its neighbour; halves, so that unpacking shuffles nothing.)
-      With a page table: k_PKQH, P pages of Q tokens, and v_PKQH, and scales of shape (P, K, Q).
+    k_BKSH: keys, in float32, bfloat16, int8, or uint8. uint8 is (B, K, S, H / 2) with four bits a number, two to a byte
+      along H, as halves (`ops.packing`): along H, so that a token is written without reading its neighbour; as halves, so
+      that unpacking shuffles nothing. With a page table: k_PKQH, P pages of Q tokens, v_PKQH, and scales (P, K, Q).
     v_BKSH: values, stored as keys are; the head dim of the result is theirs.
     lengths_B: int32 tokens in each sequence's cache, the query's own included; at most S.
     k_scale_BKS, v_scale_BKS: float32, (B, K, S / group); None for a cache that is not quantized.
-    page_table_BS: int32, (B, S / Q): where tokens s * Q … s * Q + Q - 1 of sequence b lie. Entries past the length are not
+    page_table_BS: int32, (B, S / Q): the page of tokens s * Q … s * Q + Q - 1 of sequence b. Entries past the length are not
       used but must be valid pages.
     window: the number of tokens that the query sees at most, its own included.
     scale: of the scores; H ** -0.5 by default.
     implementation: 'auto' or one of IMPLEMENTATIONS.
+
+  Raises:
+    ValueError: heads or head dims do not agree, or dtypes and scales do not suit each other; or see `dispatch.run`.
   """
   (_, N, H), K = q_BNH.shape, k_BKSH.shape[1]
   if N % K or k_BKSH.shape[3] * (2 if k_BKSH.dtype == 'uint8' else 1) != H:
@@ -61,9 +62,19 @@ def _raise(primals, tangents):
   raise NotImplementedError('decode_attention has no gradient: train with ops.attention')
 
 
+def _pallas_tpu():
+  from efficient_lm.ops.decode_attention import pallas_tpu
+  return pallas_tpu
+
+
+def _pallas_gpu():
+  from efficient_lm.ops.decode_attention import pallas_gpu
+  return pallas_gpu
+
+
 IMPLEMENTATIONS = {
-  'pallas_tpu': mosaic.kernel(pallas_tpu, 'decode_attention', 'tpu'),
-  'pallas_gpu': mosaic.kernel(pallas_gpu, 'decode_attention', 'hopper'),
+  'pallas_tpu': mosaic.kernel(_pallas_tpu, 'decode_attention', 'tpu'),
+  'pallas_gpu': mosaic.kernel(_pallas_gpu, 'decode_attention', 'hopper'),
   'blocks': dispatch.Implementation(xla.blocks, auto=('cpu',)),
   'xla': dispatch.Implementation(xla.whole),
   'reference': dispatch.Implementation(reference.decode_attention),

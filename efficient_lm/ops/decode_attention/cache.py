@@ -1,45 +1,46 @@
-"""How a key-value cache lies in memory, and what of it a query sees: shared by every implementation."""
+"""The layout of a key-value cache, and the slots of it that a query sees: shared by all implementations."""
 import jax.numpy as jnp
 
-from efficient_lm.ops.quantize.grid import unpack_halves
+from efficient_lm.ops.packing import unpack_halves
 
 
 def num_slots(k, page_table_BS) -> int:
-  """Tokens that a sequence's cache can hold: S of k_BKSH, or pages times Q of k_PKQH."""
+  """The number of tokens that a sequence's cache can hold: S of k_BKSH, or the number of pages times Q of k_PKQH."""
   return k.shape[2] if page_table_BS is None else page_table_BS.shape[1] * k.shape[2]
 
 
 def per_token(scale, size: int):
-  """Scales (..., groups) -> (..., size), one a token."""
+  """Scales (..., groups) -> (..., size), one for each token."""
   return scale if scale.shape[-1] == size else jnp.repeat(scale, size // scale.shape[-1], axis=-1)
 
 
 def contiguous(x, page_table_BS):
-  """Pages (P, K, Q, ...) -> (B, K, S, ...), by gathering them; a cache without a page table is that already."""
+  """Pages (P, K, Q, ...), gathered into (B, K, S, ...). A cache without a page table is contiguous already."""
   if page_table_BS is None: return x
-  x_BCKQ = jnp.swapaxes(x[page_table_BS], 1, 2)
-  B, K, C, Q = x_BCKQ.shape[:4]
-  return x_BCKQ.reshape(B, K, C * Q, *x_BCKQ.shape[4:])
+  x = jnp.swapaxes(x[page_table_BS], 1, 2)
+  B, K, pages, Q, *rest = x.shape
+  return x.reshape(B, K, pages * Q, *rest)
 
 
 def unpacked(x, dtype):
-  """Numbers as they stand in the cache, without their scale, in `dtype`: exact, bits permitting."""
+  """The numbers of the cache in `dtype`, without their scales."""
   return (unpack_halves(x) if x.dtype == jnp.uint8 else x).astype(dtype)
 
 
 def first_slots(lengths_B, window: int | None):
-  """The first slot that each sequence's query sees; the last is length - 1."""
+  """The first slot that each sequence's query sees; the last one is length - 1."""
   return jnp.zeros_like(lengths_B) if window is None else jnp.maximum(lengths_B - window, 0)
 
 
 def combine(o_BKGCH, max_BKGC, sum_BKGC):
   """Joins partial softmaxes over splits C of the keys: o = sum_c e^(m_c - m) o_c / sum_c e^(m_c - m) l_c, where o_c and l_c
-  are sums of e^(s - m_c) v and e^(s - m_c). A split that saw nothing has l_c = 0; with none at all o = 0. (Flash-decoding;
-  the rule is that of online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867, section 3.1.)"""
+  are the sums of e^(s - m_c) v and of e^(s - m_c). A split without visible keys has l_c = 0; if all splits have none, o = 0.
+  (This is flash-decoding; the rule is that of online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867, section
+  3.1.)"""
   seen_BKGC = sum_BKGC > 0
   m_BKG1 = jnp.max(jnp.where(seen_BKGC, max_BKGC, -jnp.inf), axis=-1, keepdims=True)
   weight_BKGC = jnp.where(seen_BKGC, jnp.exp(max_BKGC - jnp.where(jnp.isfinite(m_BKG1), m_BKG1, 0)), 0)
-  # What a split without keys left in o may be anything, and 0 * NaN is NaN: select, then multiply.
+  # A split without keys may have left anything in o, and 0 * NaN is NaN: o is selected before it is multiplied.
   o_BKGH = jnp.sum(jnp.where(seen_BKGC[..., None], o_BKGCH, 0) * weight_BKGC[..., None], axis=-2)
   total_BKG1 = jnp.sum(jnp.where(seen_BKGC, sum_BKGC, 0) * weight_BKGC, axis=-1, keepdims=True)
   return o_BKGH / jnp.where(total_BKG1 > 0, total_BKG1, 1)

@@ -45,7 +45,7 @@ class Case:
     return quantize_cache(x, bits=bits) if bits <= 8 else (x.astype(self.storage),)
 
   def lengths(self):
-    """Tokens of each sequence: the first is full, the last has one."""
+    """The number of tokens of each sequence: the first is full, the last has one token."""
     if not self.ragged: return jnp.full((self.batch,), self.slots, jnp.int32)
     drawn_B = jax.random.randint(jax.random.key(1), (self.batch,), 1, self.slots + 1)
     return drawn_B.at[-1].set(1).at[0].set(self.slots).astype(jnp.int32)
@@ -63,17 +63,17 @@ class Case:
 
   @property
   def tokens(self) -> int:
-    """Slots seen by the queries of the batch, if all sequences are full: an upper bound for ragged ones."""
+    """The number of slots that the queries of the batch see if all sequences are full: an upper bound for ragged ones."""
     return self.batch * min(self.slots, self.window or self.slots)
 
   @property
   def flops(self) -> float:
-    """Two products of N queries with the tokens seen."""
+    """Two products of N queries with the visible tokens."""
     return 4 * self.heads[0] * self.heads[2] * self.tokens
 
   @property
   def bytes(self) -> float:
-    """Keys, values and scales of the tokens seen, queries and results."""
+    """Those of keys, values and scales of the visible tokens, of queries and of results."""
     N, K, H = self.heads
     scales = 4 if BITS[self.storage] <= 8 else 0
     queries = self.batch * N * H * jnp.dtype(self.dtype).itemsize
@@ -81,17 +81,18 @@ class Case:
 
   @property
   def precision(self) -> str:
-    """Of the products."""
+    """The dtype of the products."""
     return jnp.dtype(self.dtype).name
 
   @property
   def tolerance(self) -> float:
-    """Means of unit normals: a few float32 roundings of scores up to about 4. In bfloat16, probabilities and the result are
-    rounded to 8 bits, and so is a scale times a probability."""
+    """Results are means of unit normals, with a few float32 roundings of scores up to about 4. In bfloat16, probabilities,
+    the result, and the product of a scale and a probability are rounded to 8 bits."""
     return 1e-5 if self.precision == 'float32' else 2 ** -7
 
   def baselines(self) -> dict:
-    """What one would write without this op: the cache multiplied out, and two products in the dtype of the queries."""
+    """What one would write without this operation: the cache is dequantized, and two products are computed in the dtype of
+    the queries."""
     return {} if self.page else {'jnp': self._plain}
 
   def _plain(self, q_BNH, k, v, lengths_B, *scales):
@@ -126,7 +127,7 @@ CASES = {
 
 
 def bench(platform: str) -> dict[str, Case]:
-  """Realistic caches, in each storage: by name."""
+  """Caches of Llama 3.1 in each storage on accelerators, a small one on a CPU."""
   if platform == 'cpu':
     shapes = {'1 x 32k': Case(1, 32768, heads=(8, 2, 64), ragged=False)}
     storages, dtype = ('float32', 'int8', 'int4'), jnp.float32

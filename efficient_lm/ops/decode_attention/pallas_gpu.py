@@ -1,15 +1,16 @@
-"""Attention of one token a sequence on Hopper: keys and values stream through shared memory once, split over S.
+"""Attention of one token of each sequence on Hopper: keys and values stream through shared memory once, split over S.
 
-A block of threads (one warpgroup) has one key head of one sequence and a split of the slots that its query sees, which it
-goes through in parts. All key blocks of a part come before its value blocks, all through one ring of copies (TMA), and its
-scores stay in shared memory until their maximum is known: the sums so far are corrected once a part, not once a block. Where
-a head is not split, that is all; otherwise `_join` adds up the splits. No other kernel is launched around them: query heads
-that only pad are zeros that the copy puts in and results that it leaves out.
+A block of threads (one warpgroup) has one key head of one sequence, and a split of the slots that its query sees, which it
+processes in parts. All key blocks of a part come before its value blocks, through one ring of copies (TMA). The scores of a
+part stay in shared memory until their maximum is known, so that the sums so far are corrected once for each part, not once
+for each block. If a head is split, `_join` adds the splits. No other kernel is launched: the copies fill padding query heads
+with zeros and leave their results out.
 
-Both products have the tokens, or the head dim, as the 64 rows of a tensor core instruction and the query heads of the key
-head as its columns, padded to 8: scores_SG = k_SH q_HG and o_HG = v_HS p_SG. So keys go from the cache to the tensor cores
-through registers, where integers become bfloat16. Values are needed transposed, which only shared memory can do: they
-are converted into it. An 8-bit key so costs 2 bytes of traffic to shared memory and a value 6, for 1 byte from the cache.
+Both products have the tokens, or the head dim, as the 64 rows of a tensor core instruction, and the query heads of the key
+head, padded to 8, as its columns: scores_SG = k_SH q_HG and o_HG = v_HS p_SG. Keys go from the cache to the tensor cores
+through registers, where integers become bfloat16. Values must be transposed, which only shared memory can do, so that they
+are converted into shared memory. For 1 byte from the cache, an 8-bit key takes 2 bytes of traffic to shared memory, and an
+8-bit value 6.
 """
 import dataclasses
 import functools
@@ -25,9 +26,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from efficient_lm.ops import dispatch
 from efficient_lm.ops.decode_attention.cache import num_slots, per_token
 from efficient_lm.ops.decode_attention.tiles import SHARED_MEMORY, GpuTiles, gpu_tiles_for, shared_memory
+from efficient_lm.ops.packing import as_int4
 
 LOWEST = -1e30
-JOINED = 64   # of the head dim, that one block of threads adds up
+JOINED = 64   # numbers of the head dim whose splits one block of threads adds
 WGMMA = plgpu.Layout.WGMMA
 BITS = {'bfloat16': 16, 'int8': 8, 'uint8': 4}
 
@@ -49,7 +51,7 @@ def refuses(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, page_table_BS
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-  """What the kernel is specialised to."""
+  """The static parameters of a kernel."""
   tiles: GpuTiles
   bits: int
   H: int
@@ -74,10 +76,10 @@ def decode_attention(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_sc
   call = _Call(tiles, bits, H, columns, page, window, scale * math.log2(math.e))
   if shared_memory(tiles, H, bits, columns) > SHARED_MEMORY: raise ValueError(f'{tiles} do not fit shared memory')
   q_BKGH, operands = q_BNH.reshape(B, K, G, H), [k_BKSH, v_BKSH]
-  # Up to 8 heads the copies pad.
+  # The copies pad up to 8 heads.
   if G > 8: q_BKGH = jnp.pad(q_BKGH, ((0, 0), (0, 0), (0, columns - G), (0, 0)))
-  if bits == 4:   # consecutive numbers of int4 are h and h + H / 2: so are the queries' then, and the result's
-    operands = [_as_int4(x) for x in operands]
+  if bits == 4:   # Successive numbers of int4 are h and h + H / 2; queries and result are permuted in the same way.
+    operands = [as_int4(x) for x in operands]
     q_BKGH = q_BKGH[..., _halves_interleaved(H)]
   if bits <= 8: operands += [per_token(x, Q).astype(jnp.float32) for x in (k_scale_BKS, v_scale_BKS)]
   if page_table_BS is not None: operands.append(page_table_BS)
@@ -90,20 +92,15 @@ def _halves_interleaved(H: int) -> np.ndarray:
   return np.arange(H).reshape(2, H // 2).T.reshape(H)
 
 
-def _as_int4(packed):
-  """uint8 (..., H / 2) -> int4 (..., H): the same bytes."""
-  return lax.bitcast_convert_type(packed, jnp.int4).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
-
-
 def _tiled(shape, dtype, minor: int, bits: int):
-  """Shared memory as TMA writes it and the tensor cores read it."""
+  """A buffer in shared memory in the layout that TMA writes and the tensor cores read."""
   swizzle = plgpu.find_swizzle(minor * bits)
   tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))
   return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
 def _run(call: _Call, q_BKGH, lengths_B, *operands):
-  """The result, (B, K, G, H), of the queries."""
+  """The result (B, K, G, H) for the queries."""
   (B, K, _, H), tiles, columns = q_BKGH.shape, call.tiles, call.columns
   scratch = dict(
     q=_tiled((columns, H), jnp.bfloat16, H, 16),
@@ -128,8 +125,8 @@ def _run(call: _Call, q_BKGH, lengths_B, *operands):
 
 
 def _join(o_BKCHG, stats_BKC2G, result):
-  """Adds up the splits C of each head: see `cache.combine`; maxima are in powers of two here. A split that saw nothing has
-  zeros and a lowest maximum."""
+  """Adds the splits C of each head as `cache.combine` does, with exponents in powers of two. A split without visible keys
+  has zeros, and LOWEST as its maximum."""
   B, K, splits, H, columns = o_BKCHG.shape
   stages = min(splits, 16)
 
@@ -150,7 +147,7 @@ def _join(o_BKCHG, stats_BKC2G, result):
       plgpu.barrier_wait(barriers.at[slot])
       weight_G = jnp.exp2(of(c, 0) - max_G)
       o_HG = plgpu.load(parts.at[slot], layout=WGMMA, optimized=False) * _wide(weight_G, JOINED)
-      plgpu.commit_smem()   # all have read this copy before the next one overwrites it
+      plgpu.commit_smem()   # All threads have read this copy before the next one overwrites it.
       fetch(c + stages)
       return sums[0] + o_HG, sums[1] + weight_G * of(c, 1)
 
@@ -186,14 +183,14 @@ def _kernel(call: _Call, q_ref, length_ref, *refs, **scratch):
   c, h, b = (lax.axis_index(name) for name in ('split', 'head', 'sequence'))
   length = length_ref[b]
   first = jnp.int32(0) if call.window is None else jnp.maximum(length - call.window, 0)
-  # Blocks that are seen, low … high - 1, and this split's even share of them, start … start + count - 1.
+  # The visible blocks are low … high - 1; this split has the equal share start … start + count - 1 of them.
   low, high = lax.div(first, slots), lax.div(length + (slots - 1), slots)
   share = lax.div(high - low + (splits - 1), splits)
   start = low + c * share
   count = jnp.clip(high - start, 0, share)
 
   def fetch(j):
-    """Starts the copy of item j of the ring: parts in turn, of each its key blocks and then its value blocks."""
+    """Starts the copy of item j of the ring, which has the key blocks and then the value blocks of each part."""
     done = lax.div(j, 2 * part) * part
     size = jnp.minimum(count - done, part)
     i = j - 2 * done
@@ -202,7 +199,7 @@ def _kernel(call: _Call, q_ref, length_ref, *refs, **scratch):
     pl.when((j < 2 * count) & jnp.logical_not(values))(lambda: _copy(call, cache, 0, (b, h, block * slots), j, scratch))
     pl.when((j < 2 * count) & values)(lambda: _copy(call, cache, 1, (b, h, block * slots), j, scratch))
 
-  # A start that is not known beforehand: a fixed slice may not reach past the end, where there are zeros.
+  # A constant slice must not exceed the array; a computed one may, and copies fill its missing rows with zeros.
   all_columns = pl.ds(0 * b, columns)
   plgpu.copy_gmem_to_smem(q_ref.at[b, h, all_columns], scratch['q'], scratch['q_barrier'])
   for j in range(call.tiles.stages): fetch(jnp.int32(j))
@@ -222,7 +219,8 @@ def _kernel(call: _Call, q_ref, length_ref, *refs, **scratch):
   parts = lax.div(count + (part - 1), part)
   o_HG, sum_SG, max_G = lax.fori_loop(0, parts, one_part, (zeros(call.H), zeros(slots), lowest_G))
   sum_G = jnp.sum(sum_SG, axis=0)
-  if splits == 1: return _store(o_HG, sum_G, scratch['q'], results[0].at[b, h, all_columns])   # q is read no more
+  # The result leaves through the buffer of the queries, which are not read any more.
+  if splits == 1: return _store(o_HG, sum_G, scratch['q'], results[0].at[b, h, all_columns])
   scratch['out'][...] = o_HG
   scratch['stats'][0], scratch['stats'][1] = max_G, sum_G
   plgpu.commit_smem()
@@ -232,8 +230,8 @@ def _kernel(call: _Call, q_ref, length_ref, *refs, **scratch):
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-  """Blocks of a split whose scores are in shared memory together: how many come before it, how many it has, the token at
-  which it begins; and the first token that is seen and the one after the last."""
+  """The blocks of a split whose scores are in shared memory together. before: blocks of the split before them. count: their
+  number. token: the first token of the part. first, length: the first visible token, and the one after the last."""
   before: jax.Array
   count: jax.Array
   token: jax.Array
@@ -255,7 +253,7 @@ def _copy(call: _Call, cache, which: int, where, j, scratch):
 
 
 def _seen(call: _Call, part: _Part, i, width: int):
-  """Which of the slots of block i of the part are seen, (slots, width)."""
+  """Which slots of block i of the part the query sees, (slots, width)."""
   rows = call.tiles.slots
   slot = part.token + i * rows + plgpu.broadcasted_iota(jnp.int32, (rows, width), 0, layout=WGMMA)
   return (slot >= part.first) & (slot < part.length)
@@ -268,7 +266,7 @@ def _scale(call: _Call, slot, scratch):
 
 
 def _keys(call: _Call, part: _Part, fetch, scratch):
-  """Scores of a part's key blocks into shared memory; returns the maximum of each column."""
+  """Computes the scores of a part's key blocks in shared memory, and returns the maximum of each column."""
   slots, columns = call.tiles.slots, call.columns
 
   def block(i, max_SG):
@@ -284,7 +282,7 @@ def _keys(call: _Call, part: _Part, fetch, scratch):
     if call.bits <= 8: s_SG *= _scale(call, slot, scratch)
     s_SG = jnp.where(_seen(call, part, i, columns), s_SG, LOWEST)
     scratch['scores'][pl.ds(i * slots, slots)] = s_SG
-    plgpu.commit_smem()   # all have read this copy before the next one overwrites it
+    plgpu.commit_smem()   # All threads have read this copy before the next one overwrites it.
     fetch(j + call.tiles.stages)
     return jnp.maximum(max_SG, s_SG)
 
@@ -311,7 +309,7 @@ def _values(call: _Call, part: _Part, fetch, max_G, scratch):
         values = scratch['converted']
       else:
         values = scratch['ring'].at[slot]
-        # A slot that is not seen may hold NaN, and 0 * NaN is NaN. Integers are finite.
+        # Invisible slots may hold NaN, and 0 * NaN is NaN. Integers are finite.
         @pl.when((part.token + i * slots < part.first) | (part.token + (i + 1) * slots > part.length))
         def _():
           v_SH = plgpu.layout_cast(values[...], WGMMA)

@@ -1,12 +1,12 @@
-"""Attention of one token a sequence on TPU: a head's keys and values stream through VMEM once, block by block.
+"""Attention of one token of each sequence on TPU: a head's keys and values stream through VMEM once, block by block.
 
 The grid is (sequences, key heads, blocks of slots). A block that no query sees is neither copied nor computed: the index map
-gives the nearest block that is seen, and the pipeline does not copy a block again that it already has. With pages, the index
-map reads the page table; a block is several pages then, each an operand of its own. The softmax is that of
-FlashAttention: a running maximum, sum and result in VMEM.
+returns the nearest visible block, and the pipeline does not copy a block that it already has. With pages, the index map
+reads the page table, and a block is several pages, each an operand of its own. The softmax is that of FlashAttention, with
+running maximum, sum and result in VMEM.
 
-A cache of four bits takes a 128-lane row for H / 2 bytes, so that it saves memory only from H = 256 on. No view mends that:
-arrays lie in HBM in tiles of 128 lanes already, padded, and two tokens side by side in a row are a copy of the cache.
+A cache of four bits takes a 128-lane row for H / 2 bytes, so that it saves memory only from H = 256 on. No view avoids that:
+arrays in HBM are padded to tiles of 128 lanes, and a layout with two tokens in a row would be a copy of the cache.
 """
 import functools
 
@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from efficient_lm.ops.decode_attention.cache import first_slots, num_slots, per_token
 from efficient_lm.ops.decode_attention.tiles import TpuTiles, tpu_tiles_for
+from efficient_lm.ops.packing import wide_planes
 
 LOWEST = -1e30
 LANES = 128
@@ -44,7 +45,7 @@ def decode_attention(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_sc
   if page_table_BS is not None: scalars += (page_table_BS,)
 
   def index(page: int, b, h, i, first, length, *table):
-    # The nearest block that is seen; of a sequence without any, its first.
+    # The nearest visible block; the first block of a sequence without visible ones.
     i = jnp.clip(i, first[b] // tiles.slots, jnp.maximum(length[b] - 1, 0) // tiles.slots)
     if not table: return b, h, i
     last = table[0].shape[1] - 1
@@ -99,7 +100,7 @@ def _kernel(*refs, pages: int, slots: int, scale: float, quantized: bool):
     p_GS = jnp.where(seen_1S, jnp.exp(s_GS - m_G1), 0)
     shrink_G1 = jnp.exp(m_old - m_G1)
     l_G1 = l_old * shrink_G1 + jnp.sum(p_GS, axis=1, keepdims=True)
-    # What is not seen may be NaN, and 0 * NaN is NaN: select, then multiply. Integers need none of that.
+    # Invisible slots may hold NaN, and 0 * NaN is NaN: values are selected before the product. Integers are finite.
     if quantized: p_GS = jnp.where(seen_1S, p_GS * scales[1], 0)
     else: v = jnp.where(seen((slots, 1), 0), v, 0)
     acc_ref[...] = acc_ref[...] * shrink_G1 + _times_values(p_GS.astype(q_ref.dtype), v)
@@ -121,11 +122,9 @@ def _joined(pages, axis: int):
 
 
 def _parts(x, dtype):
-  """Numbers of the cache in `dtype`: one array, or two of half the head dim."""
+  """The numbers of the cache in `dtype`: one array, or for packed numbers two arrays of half the head dim."""
   if x.dtype != jnp.uint8: return (x.astype(dtype),)
-  x = x.astype(jnp.int32)
-  signed = lambda shift: ((x << shift) >> 28).astype(jnp.float32).astype(dtype)
-  return signed(28), signed(24)
+  return tuple(plane.astype(jnp.float32).astype(dtype) for plane in wide_planes(x, 4))
 
 
 def _product(a, b, axis: int):

@@ -1,4 +1,4 @@
-"""Attention of one token a sequence as its equation: the cache is gathered, multiplied out and masked, in float32."""
+"""Attention of one token of each sequence as its equation: the cache is gathered, dequantized and masked, in float32."""
 import jax
 import jax.numpy as jnp
 

@@ -1,22 +1,22 @@
-"""Attention of one token a sequence in plain JAX: whole, or block by block of the cache.
+"""Attention of one token of each sequence in plain JAX: over all slots at once, or block by block.
 
-Scales multiply scores and probabilities, never the cache: (q . k_int) * scale, and p * scale before v_int. So the
-cache is converted, which a product can do as it reads, and not multiplied out.
+Scales multiply scores and probabilities, never the cache: (q . k_int) * scale, and p * scale before v_int. The cache is only
+converted to floats, which a product does as it reads it.
 """
 import jax.numpy as jnp
 from jax import lax
 
 from efficient_lm.ops.decode_attention.cache import combine, contiguous, first_slots, num_slots, per_token
-from efficient_lm.ops.quantize.grid import halves
+from efficient_lm.ops.packing import planes
 
-# Numbers of keys in a block, over all sequences and heads: converted, they and as many values stay in a core's cache (2^16
-# to 2^19 took the same time). At least MIN_SLOTS slots, or the loop costs more than its products.
+# Numbers of keys in a block, over all sequences and heads. Converted, they and as many values fit a core's cache (2^16 to
+# 2^19 took the same time). With fewer than MIN_SLOTS slots, the loop would cost more than its products.
 BLOCK, MIN_SLOTS = 2 ** 18, 64
 
 
 def whole(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=None, page_table_BS=None, window=None,
           scale: float):
-  """All slots at once, masked: two products and a softmax, for devices that have enough bandwidth to read them all."""
+  """All slots at once, masked: two products and a softmax, for devices with enough bandwidth to read all slots."""
   q_BKGH = _heads(q_BNH, k_BKSH.shape[1])
   k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS = _gathered(k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, page_table_BS)
   seen_BS = _seen(jnp.arange(k_BKSH.shape[2]), first_slots(lengths_B, window), lengths_B)
@@ -26,11 +26,11 @@ def whole(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=Non
 
 def blocks(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=None, page_table_BS=None, window=None,
            scale: float):
-  """For CPUs: a block of slots at a time, up to the longest sequence and no further, so that converted keys and values stay
-  in a core's cache and slots that nobody sees cost nothing.
+  """For CPUs: one block of slots at a time, up to the end of the longest sequence, so that converted keys and values stay in
+  a core's cache, and slots that no query sees cost nothing.
 
-  A product reads a float array where it lies, but a block of one is copied first. So blocks of a float cache pay off only
-  where most of it is not seen, which is looked at when it is known: while running.
+  A product reads a whole float array without copying it, but a block of it is copied first. Blocks of a float cache are
+  therefore faster only where most slots are invisible; the program decides that at run time, when the lengths are known.
   """
   q_BKGH, S = _heads(q_BNH, k_BKSH.shape[1]), num_slots(k_BKSH, page_table_BS)
   k_scale_BKS, v_scale_BKS = (scales if scales is None else per_token(scales, k_BKSH.shape[2])
@@ -43,7 +43,7 @@ def blocks(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=No
 
   def step(i, carry):
     o_BKGH, m_BKG1, l_BKG1 = carry
-    # The last block is moved back to fit, and the slots that it then shares with the one before are masked.
+    # The last block is moved back to fit the cache, and the slots that it shares with the block before are masked.
     start = jnp.minimum(i * size, S - size)
     block = (None if x is None else _slots(x, page_table_BS, start, size) for x in cache)
     seen_BS = _seen(start + jnp.arange(size), jnp.maximum(first_B, i * size), lengths_B)
@@ -64,7 +64,7 @@ def blocks(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=No
   return (o_BKGH / jnp.where(l_BKG1 > 0, l_BKG1, 1)).reshape(*q_BNH.shape[:2], -1).astype(q_BNH.dtype)
 
 
-# Below any score, and still finite: the difference of two such is 0, that of two infinities NaN.
+# Below any score, but finite: the difference of two infinities would be NaN.
 LOWEST = -1e30
 
 
@@ -80,14 +80,14 @@ def _gathered(k, v, k_scale, v_scale, page_table_BS):
 
 
 def _block(k, page_table_BS) -> int:
-  """Slots of a block: of a page, or as many of a contiguous cache as BLOCK allows."""
+  """The number of slots of a block: those of a page, or as many of a contiguous cache as BLOCK allows."""
   sequences, K, slots, H = k.shape
   if page_table_BS is not None: return slots
   return min(slots, max(MIN_SLOTS, BLOCK // (sequences * K * H)))
 
 
 def _seen(slot_S, first_B, end_B):
-  """Which slots lie in first … end - 1 of each sequence."""
+  """Whether slots lie in first … end - 1 of each sequence."""
   return (slot_S >= first_B[:, None]) & (slot_S < end_B[:, None])
 
 
@@ -98,7 +98,7 @@ def _slots(x, page_table_BS, start, size: int):
 
 
 def _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale: float):
-  """Over the slots seen: sum of e^(s - m) v, m = max s, and sum of e^(s - m)."""
+  """Over the visible slots: the sum of e^(s - m) v, m = max s, and the sum of e^(s - m)."""
   seen_B11S = seen_BS[:, None, None]
   s_BKGS = scale * _against_keys(q_BKGH, k_BKSH)
   if k_scale_BKS is not None: s_BKGS *= k_scale_BKS[:, :, None]
@@ -111,9 +111,9 @@ def _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale: f
 
 
 def _parts(x_BKSH, dtype):
-  """Numbers of a cache in `dtype`: one array, or two of half the head dim where two share a byte. Put side by side first,
-  the halves took four times as long on a CPU."""
-  parts = halves(x_BKSH) if x_BKSH.dtype == jnp.uint8 else (x_BKSH,)
+  """The numbers of the cache in `dtype`: one array, or two of half the head dim where two numbers share a byte.
+  Concatenating the halves first took four times as long on a CPU."""
+  parts = planes(x_BKSH, 4) if x_BKSH.dtype == jnp.uint8 else (x_BKSH,)
   return [part.astype(dtype) for part in parts]
 
 

@@ -1,4 +1,4 @@
-"""Grouped products on which every implementation must agree, and those that are worth timing."""
+"""Grouped products on which every implementation must agree, and those that benchmarks time."""
 import dataclasses
 import itertools
 
@@ -15,8 +15,8 @@ class Case:
 
   sizes: rows of each group.
   rows: M, at least their sum; the rows past it hold NaN.
-  shape: K inputs and N outputs.
-  dtype: of x; weight: of w, that of x by default, int8 or float8_e4m3fn with scales.
+  shape: I inputs and O outputs.
+  dtype: of x. weight: the dtype of w: that of x by default, or int8 or float8_e4m3fn with scales.
   of: 'forward'; 'dgrad', the gradient of x; 'wgrad', that of w; or 'all' three.
   """
   sizes: tuple[int, ...]
@@ -27,31 +27,31 @@ class Case:
   of: str = 'forward'
 
   def arguments(self) -> tuple:
-    """x_MK, w_EKN, sizes_E, scale_EN or None, and a cotangent g_MN."""
-    (K, N), E = self.shape, len(self.sizes)
+    """x_MI, w_EIO, sizes_E, scale_EO or None, and a cotangent g_MO."""
+    (I, O), E = self.shape, len(self.sizes)
     keys = jax.random.split(jax.random.key(self.rows), 4)
     past_M1 = jnp.arange(self.rows)[:, None] >= sum(self.sizes)
-    x_MK, g_MN = (jnp.where(past_M1, jnp.nan, jax.random.normal(key, (self.rows, width), self.dtype))
-                  for key, width in ((keys[0], K), (keys[1], N)))
+    x_MI, g_MO = (jnp.where(past_M1, jnp.nan, jax.random.normal(key, (self.rows, width), self.dtype))
+                  for key, width in ((keys[0], I), (keys[1], O)))
     sizes_E = jnp.array(self.sizes, jnp.int32)
     if self.weight is None:
-      return x_MK, jax.random.normal(keys[2], (E, K, N), self.dtype), sizes_E, None, g_MN
-    w_EKN = jax.random.randint(keys[2], (E, K, N), -127, 128).astype(self.weight)
-    return x_MK, w_EKN, sizes_E, jax.random.uniform(keys[3], (E, N), minval=0.5) / 127, g_MN
+      return x_MI, jax.random.normal(keys[2], (E, I, O), self.dtype), sizes_E, None, g_MO
+    w_EIO = jax.random.randint(keys[2], (E, I, O), -127, 128).astype(self.weight)
+    return x_MI, w_EIO, sizes_E, jax.random.uniform(keys[3], (E, O), minval=0.5) / 127, g_MO
 
   def call(self, implementation: str, tiles=None):
-    """A function of the arguments: the result, the gradient or gradients. What only other passes need is dead code in it."""
-    def run(x_MK, w_EKN, sizes_E, scale_EN, g_MN):
-      def product(x, w): return grouped_matmul(x, w, sizes_E, scale_EN, implementation=implementation, tiles=tiles)
-      if self.of == 'forward': return product(x_MK, w_EKN)
-      if self.of == 'dgrad': return jax.vjp(lambda x: product(x, w_EKN), x_MK)[1](g_MN)[0]
-      if self.of == 'wgrad': return jax.vjp(lambda w: product(x_MK, w), w_EKN)[1](g_MN)[0]
-      y_MN, pull = jax.vjp(*((product, x_MK, w_EKN) if self.weight is None else (lambda x: product(x, w_EKN), x_MK)))
-      return y_MN, *pull(g_MN)
+    """A function of the arguments that computes what `of` names. What only other passes need is dead code in its program."""
+    def run(x_MI, w_EIO, sizes_E, scale_EO, g_MO):
+      def product(x, w): return grouped_matmul(x, w, sizes_E, scale_EO, implementation=implementation, tiles=tiles)
+      if self.of == 'forward': return product(x_MI, w_EIO)
+      if self.of == 'dgrad': return jax.vjp(lambda x: product(x, w_EIO), x_MI)[1](g_MO)[0]
+      if self.of == 'wgrad': return jax.vjp(lambda w: product(x_MI, w), w_EIO)[1](g_MO)[0]
+      y_MO, pull = jax.vjp(*((product, x_MI, w_EIO) if self.weight is None else (lambda x: product(x, w_EIO), x_MI)))
+      return y_MO, *pull(g_MO)
     return run
 
   def tuning(self, implementation: str) -> tuple[tuple, list] | None:
-    """Key of its tiles in the tables of `tiles`, and what is worth trying; None where nothing can be chosen."""
+    """The key of the case in the tables of `tiles`, and the tiles that tuning tries; None where there are no tiles."""
     x_dtype, w_dtype = jnp.dtype(self.dtype), jnp.dtype(self.weight or self.dtype)
     key = tiles_of_kernels.key(self.of, self.rows, *self.shape, len(self.sizes), x_dtype, w_dtype)
     if self.of == 'all': return None
@@ -61,45 +61,45 @@ class Case:
 
   @property
   def passes(self) -> int:
-    """How many products of this size there are."""
+    """The number of products of this size."""
     return 1 if self.of != 'all' else 3 if self.weight is None else 2
 
   @property
   def flops(self) -> float:
-    """Of the rows that belong to groups."""
+    """Those of the rows that belong to groups."""
     return 2.0 * self.passes * sum(self.sizes) * self.shape[0] * self.shape[1]
 
   @property
   def bytes(self) -> float:
-    """Both operands read and the result written once; matrices of groups without rows are not read."""
-    (K, N), wide = self.shape, jnp.dtype(self.dtype).itemsize
+    """Both operands are read and the result is written once; matrices of groups without rows are not read."""
+    (I, O), wide = self.shape, jnp.dtype(self.dtype).itemsize
     some = len(self.sizes) if self.of == 'wgrad' else sum(size > 0 for size in self.sizes)
-    return float(self.passes * (wide * self.rows * (K + N) + jnp.dtype(self.weight or self.dtype).itemsize * some * K * N))
+    return float(self.passes * (wide * self.rows * (I + O) + jnp.dtype(self.weight or self.dtype).itemsize * some * I * O))
 
   @property
   def precision(self) -> str:
-    """What is multiplied: weights of eight bits are widened first."""
+    """The dtype of the products: weights of eight bits are converted to that of x first."""
     return self.dtype
 
   @property
   def tolerance(self) -> float:
     """Relative to the largest number of the reference."""
-    # Sums are float32, in another order: a few float32 roundings, of numbers as large as the sum's largest partial ones. In
-    # bfloat16 results are rounded to 8 bits: half a unit apart at most, and one unit where sums straddle a border.
-    # Scaled weights round the rows of the gradient to 8 bits before their sum as well.
+    # Sums are float32, in another order: they differ by a few float32 roundings of the largest partial sums. In bfloat16
+    # results are rounded to 8 bits: they differ by one unit where sums lie on both sides of a boundary. With scaled weights
+    # the rows of the gradient are also rounded to 8 bits before they are summed.
     if self.dtype == 'float32': return 1e-5
     return 2 ** -8 if self.weight is None else 2 ** -7
 
   def baselines(self) -> dict:
-    """Without us: XLA's own grouped product, of weights that are widened before it."""
-    def ragged_dot(x_MK, w_EKN, sizes_E, scale_EN, g_MN):
+    """XLA's own grouped product, with weights that are converted to the dtype of x before it."""
+    def ragged_dot(x_MI, w_EIO, sizes_E, scale_EO, g_MO):
       def product(x, w): return jax.lax.ragged_dot(x, w, sizes_E)
-      w_EKN = w_EKN.astype(x_MK.dtype) if scale_EN is None else (w_EKN * scale_EN[:, None]).astype(x_MK.dtype)
-      if self.of == 'forward': return product(x_MK, w_EKN)
-      if self.of == 'dgrad': return jax.vjp(lambda x: product(x, w_EKN), x_MK)[1](g_MN)[0]
-      if self.of == 'wgrad': return jax.vjp(lambda w: product(x_MK, w), w_EKN)[1](g_MN)[0]
-      y_MN, pull = jax.vjp(*((product, x_MK, w_EKN) if self.weight is None else (lambda x: product(x, w_EKN), x_MK)))
-      return y_MN, *pull(g_MN)
+      w_EIO = w_EIO.astype(x_MI.dtype) if scale_EO is None else (w_EIO * scale_EO[:, None]).astype(x_MI.dtype)
+      if self.of == 'forward': return product(x_MI, w_EIO)
+      if self.of == 'dgrad': return jax.vjp(lambda x: product(x, w_EIO), x_MI)[1](g_MO)[0]
+      if self.of == 'wgrad': return jax.vjp(lambda w: product(x_MI, w), w_EIO)[1](g_MO)[0]
+      y_MO, pull = jax.vjp(*((product, x_MI, w_EIO) if self.weight is None else (lambda x: product(x, w_EIO), x_MI)))
+      return y_MO, *pull(g_MO)
     return {'lax.ragged_dot': ragged_dot}
 
 
@@ -124,14 +124,14 @@ PASSES = ('forward', 'dgrad', 'wgrad')
 
 
 def skewed(E: int, rows: int, skew: float) -> tuple[int, ...]:
-  """Sizes that sum to `rows`, proportional to 1 / rank**skew."""
+  """Sizes of E groups that sum to `rows` and are proportional to 1 / rank**skew."""
   weights = [rank ** -skew for rank in range(1, E + 1)]
   ends = [round(sum(weights[:e]) / sum(weights) * rows) for e in range(E + 1)]
   return tuple(end - start for start, end in itertools.pairwise(ends))
 
 
 def bench(platform: str) -> dict[str, Case]:
-  """Realistic shapes: experts of Mixtral 8x7B, OLMoE and Qwen3-30B-A3B, equal and skewed; quantized ones too."""
+  """Experts of Mixtral 8x7B, OLMoE and Qwen3-30B-A3B, with equal and skewed sizes, also quantized; smaller ones on a CPU."""
   if platform == 'cpu':
     return {f'64 experts, {name} {of}': Case(skewed(64, 4096, skew), 4096, (256, 512), of=of)
             for name, skew in (('equal', 0.0), ('skewed', 1.2)) for of in PASSES} | {

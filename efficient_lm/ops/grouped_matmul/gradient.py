@@ -1,31 +1,31 @@
-"""The three products of a layer of experts, joined: forward, and the gradients of x and of w."""
+"""The grouped product of kernels with its gradients: forward, by x and by w."""
 from collections.abc import Callable
 
 import jax
 
 
 def differentiable(rows: Callable, weights: Callable | None = None) -> Callable:
-  """The grouped product (x_MK, w_EKN, sizes_E, scale_EN or None) -> y_MN with its gradients.
+  """The grouped product (x_MI, w_EIO, sizes_E, scale_EO or None) -> y_MO with its gradients.
 
   Args:
     rows: (x, w, sizes, scale, transposed=False) -> y_m = x_m @ w_e * scale_e. With transposed=True its first argument is the
-      gradient g_MN of y and it returns that of x: (g_m * scale_e) @ w_e^T.
-    weights: (x_MK, g_MN, sizes_E) -> float dw_EKN, the sum of x_m^T g_m over the rows of each group. Weights that have a
-      scale are frozen and do without.
+      gradient g_MO by y, and it returns the gradient by x: (g_m * scale_e) @ w_e^T.
+    weights: (x_MI, g_MO, sizes_E) -> float dw_EIO, the sum of x_m^T g_m over the rows of each group. It is not needed if
+      weights have scales, because they are frozen then.
   """
   @jax.custom_vjp
-  def product(x_MK, w_EKN, sizes_E, scale_EN):
-    return rows(x_MK, w_EKN, sizes_E, scale_EN)
+  def product(x_MI, w_EIO, sizes_E, scale_EO):
+    return rows(x_MI, w_EIO, sizes_E, scale_EO)
 
-  def forward(x_MK, w_EKN, sizes_E, scale_EN):
-    saved = x_MK if scale_EN is None else None
-    return product(x_MK, w_EKN, sizes_E, scale_EN), (saved, w_EKN, sizes_E, scale_EN)
+  def forward(x_MI, w_EIO, sizes_E, scale_EO):
+    saved = x_MI if scale_EO is None else None
+    return product(x_MI, w_EIO, sizes_E, scale_EO), (saved, w_EIO, sizes_E, scale_EO)
 
-  def backward(saved, g_MN):
-    x_MK, w_EKN, sizes_E, scale_EN = saved
-    dx_MK = rows(g_MN, w_EKN, sizes_E, scale_EN, transposed=True)
-    dw_EKN = weights(x_MK, g_MN, sizes_E).astype(w_EKN.dtype) if scale_EN is None else None
-    return dx_MK, dw_EKN, None, None
+  def backward(saved, g_MO):
+    x_MI, w_EIO, sizes_E, scale_EO = saved
+    dx_MI = rows(g_MO, w_EIO, sizes_E, scale_EO, transposed=True)
+    dw_EIO = weights(x_MI, g_MO, sizes_E).astype(w_EIO.dtype) if scale_EO is None else None
+    return dx_MI, dw_EIO, None, None
 
   product.defvjp(forward, backward)
   return product

@@ -1,18 +1,19 @@
 """Grouped products on Hopper: persistent Mosaic GPU kernels, one block a multiprocessor.
 
-Of three warpgroups one only starts copies, running ahead of the others by as many steps as fit in shared memory, over the
-borders of tiles too; two multiply (wgmma) and share the tile of the result. Which rows a tile has and whose they are comes
-from the visits of `schedule`, whose tiles begin at multiples of 8 rows, as swizzled copies must. Where a tile holds rows of
-other groups, its own are stored in powers of two, so that no other row is touched; whole tiles go out as they are.
-Tiles are taken in bands: some row tiles by all columns, so that operands of what runs at a time stay in the L2 cache. Two
+One of three warpgroups only starts copies, ahead of the others by as many steps as fit in shared memory, also across tiles.
+The other two multiply (wgmma) and share the tile of the result. The visits of `schedule` say which rows a tile has and which
+group they belong to; tiles begin at multiples of 8 rows, as swizzled copies must. Where a tile also holds rows of other
+groups, its own rows are stored in runs of powers of two, so that no other row is written; tiles of one group are stored
+whole. Tiles are ordered in bands of some row tiles by all columns, so that the operands in use stay in the L2 cache. Two
 blocks may form a cluster, which copies the rows of x that both multiply only once.
 
-Transposed weights (the gradient of x) are copied as they lie and transposed by the matrix unit. The gradient of w steps over
-the rows of a group; in its first and last step rows of others are zeroed in shared memory, on both sides since they may
-hold NaN. Weights of eight bits are widened by the warpgroup that multiplies with them, each its own half, into a second
-buffer while the product of the step before is under way.
+Transposed weights (the gradient of x) are copied in their stored layout and transposed by the matrix unit. The gradient of w
+steps over the rows of a group; in its first and last step, rows of other groups are zeroed in shared memory in both
+operands, because they may hold NaN. Each consumer warpgroup converts its half of weights of eight bits into a second buffer,
+while the product of the previous step runs.
 
-Studied: the Hopper kernels of jax.experimental.pallas.ops.gpu, and CUTLASS's warp-specialised persistent schedule.
+The kernels follow the Hopper kernels of jax.experimental.pallas.ops.gpu, and CUTLASS's warp-specialised persistent schedule.
+V counts visits of `schedule`.
 """
 import dataclasses
 import functools
@@ -29,50 +30,51 @@ from efficient_lm.ops.grouped_matmul.schedule import visits
 from efficient_lm.ops.grouped_matmul.tiles import GpuTiles, gpu_tiles
 
 ALIGN = 8          # rows of a swizzle pattern
-CHUNK = 64, 32     # rows and columns of the result that go through shared memory at a time
-PRODUCER = 2       # the warpgroup that copies; 0 and 1 multiply
+CHUNK = 64, 32     # rows and columns of the result that pass through shared memory at a time
+PRODUCER = 2       # the warpgroup that copies; warpgroups 0 and 1 multiply
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 
 
-def grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN=None, *, tiles: GpuTiles | None = None):
+def grouped_matmul(x_MI, w_EIO, sizes_E, scale_EO=None, *, tiles: GpuTiles | None = None):
   """y_m = x_m @ w_e (* scale_e) for the group e that holds row m, and 0 for a row past the last group; see the API."""
   return differentiable(functools.partial(rows, tiles=tiles), functools.partial(weights, tiles=tiles))(
-    x_MK, w_EKN, sizes_E, scale_EN)
+    x_MI, w_EIO, sizes_E, scale_EO)
 
 
-def refuses(x_MK, w_EKN, sizes_E, scale_EN=None, *, tiles: GpuTiles | None = None) -> str:
+def refuses(x_MI, w_EIO, sizes_E, scale_EO=None, *, tiles: GpuTiles | None = None) -> str:
   """Why these kernels cannot take such arguments, '' if they can."""
-  _, K, N = w_EKN.shape
+  _, I, O = w_EIO.shape
   if jax.__version_info__ < (0, 11): return 'it needs jax 0.11'
-  if x_MK.dtype != jnp.bfloat16: return f'x is {x_MK.dtype}, not bfloat16'
-  if 0 in (*x_MK.shape, *w_EKN.shape): return 'there is nothing to multiply'
-  if scale_EN is None and w_EKN.dtype != x_MK.dtype: return f'w is {w_EKN.dtype} and has no scale, but x is {x_MK.dtype}'
-  if scale_EN is not None and w_EKN.dtype not in (jnp.int8, jnp.float8_e4m3fn):
-    return f'w is {w_EKN.dtype} and has a scale, which only int8 and float8_e4m3fn may'
-  if K % 64 or N % (64 if scale_EN is None else 128): return f'K={K} and N={N} must be multiples of 64, N of 128 with scales'
+  if x_MI.dtype != jnp.bfloat16: return f'x is {x_MI.dtype}, not bfloat16'
+  if 0 in (*x_MI.shape, *w_EIO.shape): return 'there is nothing to multiply'
+  if scale_EO is None and w_EIO.dtype != x_MI.dtype: return f'w is {w_EIO.dtype} and has no scale, but x is {x_MI.dtype}'
+  if scale_EO is not None and w_EIO.dtype not in (jnp.int8, jnp.float8_e4m3fn):
+    return f'w is {w_EIO.dtype} and has a scale, which only int8 and float8_e4m3fn may'
+  multiple = 64 if scale_EO is None else 128
+  if I % 64 or O % multiple: return f'{I} inputs and {O} outputs must be multiples of 64 and {multiple}'
   return ''
 
 
-def rows(x_MI, w_EKN, sizes_E, scale_EN=None, transposed: bool = False, *, tiles: GpuTiles | None = None):
+def rows(x, w_EIO, sizes_E, scale_EO=None, transposed: bool = False, *, tiles: GpuTiles | None = None):
   """y_m = x_m @ w_e * scale_e, or (x_m * scale_e) @ w_e^T if `transposed`; in the dtype of x.
 
-  x_MI has the `inputs` that are summed over: K, or N if `transposed`. The result has the other ones.
+  x: (M, I), or the gradient (M, O) if `transposed`. The result is (M, O), or (M, I).
   """
-  M, (E, K, N), of = x_MI.shape[0], w_EKN.shape, 'dgrad' if transposed else 'forward'
-  x_MI = whole_patterns(x_MI)
-  tiles = tiles or gpu_tiles(of, M, K, N, E, x_MI.dtype, w_EKN.dtype)
-  plan = visits(sizes_E, x_MI.shape[0], tiles.M, align=ALIGN)
-  scales = [] if scale_EN is None else [scale_EN.astype(jnp.float32)]
+  M, (E, I, O), of = x.shape[0], w_EIO.shape, 'dgrad' if transposed else 'forward'
+  x = whole_patterns(x)
+  tiles = tiles or gpu_tiles(of, M, I, O, E, x.dtype, w_EIO.dtype)
+  plan = visits(sizes_E, x.shape[0], tiles.M, align=ALIGN)
+  scales = [] if scale_EO is None else [scale_EO.astype(jnp.float32)]
   work = _Rows(tiles, transposed, scaled=bool(scales), num_groups=E)
-  y_MO = _kernel(work.body, of, tiles.cluster, jax.ShapeDtypeStruct((x_MI.shape[0], K if transposed else N), x_MI.dtype),
-                 work.scratch(w_EKN.dtype))(*plan[:4], plan.count[None], x_MI, w_EKN, *scales)
-  return y_MO[:M]
+  y = _kernel(work.body, of, tiles.cluster, jax.ShapeDtypeStruct((x.shape[0], I if transposed else O), x.dtype),
+                 work.scratch(w_EIO.dtype))(*plan[:4], plan.count[None], x, w_EIO, *scales)
+  return y[:M]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-  """The kernel of `rows`. The two consumers split the rows of a tile, or its columns if each has to widen its own weights or
-  there are fewer rows than two products take."""
+  """The kernel of `rows`. The two consumers split the rows of a tile. They split its columns where each converts its own
+  weights, and where there are fewer rows than two products take."""
   tiles: GpuTiles
   transposed: bool
   scaled: bool
@@ -80,13 +82,13 @@ class _Rows:
 
   @property
   def step(self) -> int:
-    """Inputs of a step."""
-    return self.tiles.N if self.transposed else self.tiles.K
+    """The number of inputs of a step."""
+    return self.tiles.O if self.transposed else self.tiles.I
 
   @property
   def columns(self) -> int:
-    """Outputs of a tile."""
-    return self.tiles.K if self.transposed else self.tiles.N
+    """The number of outputs of a tile."""
+    return self.tiles.I if self.transposed else self.tiles.O
 
   @property
   def by_columns(self) -> bool:
@@ -98,36 +100,37 @@ class _Rows:
 
   @property
   def share(self) -> tuple[int, int]:
-    """Rows and columns of a tile that one consumer multiplies."""
+    """The rows and columns of a tile that one consumer multiplies."""
     return (self.tiles.M, self.columns // 2) if self.by_columns else (self.tiles.M // 2, self.columns)
 
   def scratch(self, w_dtype) -> dict:
-    """Buffers in shared memory, and barriers: `full` when a step's operands are there, `free` when they have been used."""
-    stages, (K, N) = self.tiles.stages, (self.tiles.K, self.tiles.N)
-    wide = (K // 2, N) if self.transposed else (K, N // 2)
+    """Buffers in shared memory, and barriers: `full` when a step's operands have arrived, `free` when they have been
+    used."""
+    stages, (I, O) = self.tiles.stages, (self.tiles.I, self.tiles.O)
+    wide = (I // 2, O) if self.transposed else (I, O // 2)
     extra = {'wide_smem': swizzled((2, 2, *wide), jnp.bfloat16)} if self.scaled else {}
     if self.scales_inputs: extra['scale_smem'] = plgpu.SMEM((stages, self.step), jnp.float32)
     return dict(
-      x_smem=swizzled((stages, self.tiles.M, self.step), jnp.bfloat16), w_smem=swizzled((stages, K, N), w_dtype),
+      x_smem=swizzled((stages, self.tiles.M, self.step), jnp.bfloat16), w_smem=swizzled((stages, I, O), w_dtype),
       out_smem=swizzled((2, 2, *CHUNK), jnp.bfloat16), part_smem=plgpu.SMEM((2, *CHUNK), jnp.bfloat16),
       full=plgpu.Barrier(num_arrivals=2 + self.scales_inputs, num_barriers=stages),
       free=_freed(self.tiles), **extra)
 
   def body(self, group_V, row_V, low_V, high_V, count, x, w, *refs, x_smem, w_smem, out_smem, part_smem, full, free,
            wide_smem=None, scale_smem=None):
-    """Copies or multiplies the tiles of this block."""
+    """Copies or multiplies the tiles of this block of threads, depending on the warpgroup."""
     *scale, y = refs
     steps = pl.cdiv(x.shape[1], self.step)
     across, cluster = pl.cdiv(y.shape[1], self.columns * self.tiles.cluster), self.tiles.cluster
 
-    def place(turn):
-      """(visit, first column, number of steps) of a tile: the rows past the groups are only written."""
-      visit, column = banded(turn, count[0], across, self.tiles.band)
+    def place(number):
+      """(visit, first column, number of steps) of a tile. Rows past the groups have no steps: they are only written."""
+      visit, column = banded(number, count[0], across, self.tiles.band)
       column = (column * cluster + lax.axis_index('cluster')) * self.columns
       return visit, column, jnp.where(group_V[visit] < self.num_groups, steps, 0)
 
-    def copy(turn, done):
-      visit, column, steps = place(turn)
+    def copy(number, done):
+      visit, column, steps = place(number)
       group, row = jnp.minimum(group_V[visit], self.num_groups - 1), pl.multiple_of(row_V[visit], ALIGN)
 
       def start(i, slot):
@@ -139,8 +142,8 @@ class _Rows:
         if self.scales_inputs: plgpu.copy_gmem_to_smem(scale[0].at[group, inputs], scale_smem.at[slot], full.at[slot])
       return _copied(steps, done, free, start)
 
-    def multiply(turn, done):
-      visit, column, steps = place(turn)
+    def multiply(number, done):
+      visit, column, steps = place(number)
       group = jnp.minimum(group_V[visit], self.num_groups - 1)
       own = _Share(self, lax.axis_index('warpgroup'), group, column)
 
@@ -161,24 +164,24 @@ class _Rows:
 
 @dataclasses.dataclass(frozen=True)
 class _Share:
-  """What a consumer of `_Rows` does in one tile. index: 0 or 1; group and column: of the tile."""
+  """The part of a consumer of `_Rows` in one tile. index: 0 or 1, for the consumer. group, column: those of the tile."""
   work: _Rows
   index: jax.Array
   group: jax.Array
   column: jax.Array
 
   def of_x(self, x_ref):
-    """The operand of its rows."""
+    """The rows of x that it multiplies."""
     return x_ref if self.work.by_columns else x_ref.at[pl.ds(self.index * self.work.share[0], self.work.share[0])]
 
   def of_w(self, w_ref):
-    """The part of the matrix that its columns take."""
+    """The part of the matrix that it multiplies by."""
     own = pl.ds(self.index * self.work.share[1], self.work.share[1])
     if not self.work.by_columns: return w_ref
     return w_ref.at[own] if self.work.transposed else w_ref.at[:, own]
 
   def widened(self, w_ref, wide_ref, scale_smem, slot):
-    """That part in bfloat16, in wide_ref; with its scales, if their dimension is summed over."""
+    """That part, converted to bfloat16 in wide_ref, and multiplied by its scales if their dimension is summed over."""
     w = w_ref[...]
     # Hopper has no instruction from float8 to bfloat16.
     if self.work.scales_inputs or w.dtype != jnp.int8: w = w.astype(jnp.float32)
@@ -188,7 +191,7 @@ class _Share:
     return wide_ref
 
   def store(self, acc, y, scale, row, low, high, out_smem, part_smem):
-    """Writes the rows [row + low, row + high) of the tile, as far as they are its own, a chunk at a time."""
+    """Writes those of the rows [row + low, row + high) of the tile that are in its part, a chunk at a time."""
     (height, width), number = self.work.share, 0
     top, left = (0, self.index * width) if self.work.by_columns else (self.index * height, 0)
     for r in range(0, height, CHUNK[0]):
@@ -197,7 +200,7 @@ class _Share:
         column = self.column + left + c
         chunk = acc[r:r + CHUNK[0], c:c + CHUNK[1]]
         if scale and not self.work.transposed:
-          # Columns past the last are not stored; their scales must only lie somewhere in memory.
+          # Columns past the last one are not stored, but their scales must be read from valid memory.
           inside = pl.ds(jnp.minimum(column, y.shape[1] - CHUNK[1]), CHUNK[1])
           scales = plgpu.load(scale[0].at[self.group, inside], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
           chunk *= lax.broadcast_in_dim(scales, chunk.shape, (1,))
@@ -207,9 +210,10 @@ class _Share:
 
 
 def _store_rows(chunk, y, row, column, first, last, whole, part, number: int):
-  """Writes rows [first, last) of chunk `number` of a tile to y from (row, column) on; columns past its end are left out.
+  """Writes rows [first, last) of chunk `number` of a tile to y from (row, column) on, without columns past the end of y.
 
-  whole: one of two buffers in turn. part: not swizzled, since swizzled copies start at whole patterns.
+  whole: one of two buffers in turn, for chunks of which all rows are written. part: a buffer without swizzling for others,
+  because swizzled copies must start at whole patterns.
   """
   columns = pl.ds(column, CHUNK[1])
 
@@ -225,7 +229,7 @@ def _store_rows(chunk, y, row, column, first, last, whole, part, number: int):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     part[...] = chunk
     plgpu.commit_smem()
-    # A copy has a fixed number of rows, so one for each bit of how many there are.
+    # A copy has a fixed number of rows: there is one copy for each bit of the number of rows.
     count, start = last - first, first
     for size in (32, 16, 8, 4, 2, 1):
       there = (count & size) != 0
@@ -236,48 +240,48 @@ def _store_rows(chunk, y, row, column, first, last, whole, part, number: int):
       start += jnp.where(there, size, 0)
 
 
-def weights(x_MK, g_MN, sizes_E, *, tiles: GpuTiles | None = None):
+def weights(x_MI, g_MO, sizes_E, *, tiles: GpuTiles | None = None):
   """dw_e = the sum of x_m^T g_m over the rows m of group e, in the dtype of x."""
-  (M, K), N, E = x_MK.shape, g_MN.shape[1], sizes_E.shape[0]
-  x_MK, g_MN = whole_patterns(x_MK), whole_patterns(g_MN)
-  tiles = tiles or gpu_tiles('wgrad', M, K, N, E, x_MK.dtype, x_MK.dtype)
+  (M, I), O, E = x_MI.shape, g_MO.shape[1], sizes_E.shape[0]
+  x_MI, g_MO = whole_patterns(x_MI), whole_patterns(g_MO)
+  tiles = tiles or gpu_tiles('wgrad', M, I, O, E, x_MI.dtype, x_MI.dtype)
   end_E = jnp.cumsum(sizes_E)
   scratch = dict(
-    x_smem=swizzled((tiles.stages, tiles.M, tiles.K), x_MK.dtype),
-    g_smem=swizzled((tiles.stages, tiles.M, tiles.N), g_MN.dtype), out_smem=swizzled((2, 2, *CHUNK), x_MK.dtype),
+    x_smem=swizzled((tiles.stages, tiles.M, tiles.I), x_MI.dtype),
+    g_smem=swizzled((tiles.stages, tiles.M, tiles.O), g_MO.dtype), out_smem=swizzled((2, 2, *CHUNK), x_MI.dtype),
     full=plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
     free=_freed(tiles), masked=plgpu.Barrier(num_arrivals=2))
   return _kernel(functools.partial(_weights_body, tiles), 'wgrad', tiles.cluster,
-                 jax.ShapeDtypeStruct((E, K, N), x_MK.dtype), scratch)(
-    end_E - sizes_E, end_E, x_MK, g_MN)
+                 jax.ShapeDtypeStruct((E, I, O), x_MI.dtype), scratch)(
+    end_E - sizes_E, end_E, x_MI, g_MO)
 
 
 def _weights_body(tiles: GpuTiles, start_E, end_E, x, g, dw, *, x_smem, g_smem, out_smem, masked, full, free):
-  """Copies or multiplies the tiles of this block; the consumers split the rows of each, which are columns of x."""
-  (E, K, N), height = dw.shape, tiles.K // 2
-  down, across = pl.cdiv(K, tiles.K), pl.cdiv(N, tiles.N * tiles.cluster)
+  """Copies or multiplies the tiles of this block of threads. Each consumer has half of a tile's rows, the columns of x."""
+  (E, I, O), height = dw.shape, tiles.I // 2
+  down, across = pl.cdiv(I, tiles.I), pl.cdiv(O, tiles.O * tiles.cluster)
 
-  def place(turn):
-    """(group, its first row rounded down, steps over its rows, first row and column of the tile of dw)."""
-    group = lax.div(turn, down * across)
-    k, n = banded(lax.rem(turn, down * across), down, across, tiles.band)
+  def place(number):
+    """(group, its first row rounded down, number of steps over its rows, first row and first column in dw)."""
+    group = lax.div(number, down * across)
+    i, o = banded(lax.rem(number, down * across), down, across, tiles.band)
     start, end = start_E[group], end_E[group]
     aligned = lax.div(start, ALIGN) * ALIGN
     steps = jnp.where(end > start, lax.div(end - aligned + tiles.M - 1, tiles.M), 0)
-    return group, aligned, steps, k * tiles.K, (n * tiles.cluster + lax.axis_index('cluster')) * tiles.N
+    return group, aligned, steps, i * tiles.I, (o * tiles.cluster + lax.axis_index('cluster')) * tiles.O
 
-  def copy(turn, done):
-    _, aligned, steps, k, n = place(turn)
+  def copy(number, done):
+    _, aligned, steps, top, left = place(number)
 
     def start(i, slot):
       rows = pl.ds(pl.multiple_of(aligned + i * tiles.M, ALIGN), tiles.M)
-      plgpu.copy_gmem_to_smem(x.at[rows, pl.ds(k, tiles.K)], x_smem.at[slot], full.at[slot],
+      plgpu.copy_gmem_to_smem(x.at[rows, pl.ds(top, tiles.I)], x_smem.at[slot], full.at[slot],
                               collective_axes=_together(tiles.cluster))
-      plgpu.copy_gmem_to_smem(g.at[rows, pl.ds(n, tiles.N)], g_smem.at[slot], full.at[slot])
+      plgpu.copy_gmem_to_smem(g.at[rows, pl.ds(left, tiles.O)], g_smem.at[slot], full.at[slot])
     return _copied(steps, done, free, start)
 
-  def multiply(turn, done):
-    group, aligned, steps, k, n = place(turn)
+  def multiply(number, done):
+    group, aligned, steps, top, left = place(number)
     consumer = lax.axis_index('warpgroup')
 
     def sums(acc):
@@ -289,7 +293,7 @@ def _weights_body(tiles: GpuTiles, start_E, end_E, x, g, dw, *, x_smem, g_smem, 
         @pl.when((first > 0) | (last < tiles.M))
         def _():
           _keep_rows(own, first, last)
-          _keep_rows(g_smem.at[slot, :, pl.ds(consumer * (tiles.N // 2), tiles.N // 2)], first, last)
+          _keep_rows(g_smem.at[slot, :, pl.ds(consumer * (tiles.O // 2), tiles.O // 2)], first, last)
           plgpu.commit_smem()
           plgpu.barrier_arrive(masked)
           plgpu.barrier_wait(masked)
@@ -297,8 +301,8 @@ def _weights_body(tiles: GpuTiles, start_E, end_E, x, g, dw, *, x_smem, g_smem, 
       _multiplied(steps, done, full, free, start)
       return acc[...]
 
-    acc = pl.run_scoped(sums, plgpu.ACC((height, tiles.N)))
-    _store_matrix(acc, dw, group, k + consumer * height, n, out_smem, consumer)
+    acc = pl.run_scoped(sums, plgpu.ACC((height, tiles.O)))
+    _store_matrix(acc, dw, group, top + consumer * height, left, out_smem, consumer)
     return done + steps
 
   _specialised(E * down * across, free, copy, multiply)
@@ -311,7 +315,7 @@ def _keep_rows(ref, first, last):
 
 
 def _store_matrix(acc, dw, group, row, column, out_smem, consumer):
-  """Writes acc to dw[group] from (row, column) on; what reaches past its end is left out."""
+  """Writes acc to dw[group] from (row, column) on, without rows and columns past its end."""
   number = 0
   for r in range(0, acc.shape[0], CHUNK[0]):
     for c in range(0, acc.shape[1], CHUNK[1]):
@@ -324,16 +328,18 @@ def _store_matrix(acc, dw, group, row, column, out_smem, consumer):
 
 
 def _specialised(total, free, copy, multiply):
-  """Runs copy or multiply(turn, steps done) -> steps done for each turn of this block: every so many-th of `total`."""
+  """Runs copy or multiply(number, steps done) -> steps done for the tiles of this block of threads, whose numbers are block,
+  block + blocks, … below `total`."""
   block, blocks = lax.axis_index('block'), lax.axis_size('block')
-  turns = lax.div(total - block + blocks - 1, blocks)
-  every = lambda function: lax.fori_loop(0, turns, lambda t, done: function(block + t * blocks, done), jnp.int32(0))
+  own_tiles = lax.div(total - block + blocks - 1, blocks)
+  every = lambda function: lax.fori_loop(0, own_tiles, lambda t, done: function(block + t * blocks, done), jnp.int32(0))
 
   @pl.when(lax.axis_index('warpgroup') == PRODUCER)
   def _():
     plgpu.set_max_registers(PRODUCER_REGISTERS, action='decrease')
     every(copy)
-    for slot in range(free.shape[0]): plgpu.barrier_wait(free.at[slot])   # a block must not end before those who arrive
+    # A block must not end before the consumers of its cluster have arrived at its barriers.
+    for slot in range(free.shape[0]): plgpu.barrier_wait(free.at[slot])
 
   @pl.when(lax.axis_index('warpgroup') != PRODUCER)
   def _():
@@ -344,7 +350,7 @@ def _specialised(total, free, copy, multiply):
 
 
 def _copied(steps, done, free, start):
-  """start(i, slot) starts the copies of each of `steps` steps as soon as its slot has been used. Returns the steps done."""
+  """Calls start(i, slot), which starts the copies of step i, as soon as its slot is free. -> number of steps done."""
   def one(i, done):
     slot = lax.rem(done, free.shape[0])
     plgpu.barrier_wait(free.at[slot])
@@ -354,7 +360,8 @@ def _copied(steps, done, free, start):
 
 
 def _multiplied(steps, done, full, free, start):
-  """start(i, slot) starts the product of each step when its operands are there; those of the step before are then freed."""
+  """Calls start(i, slot), which starts the product of step i, when its operands have arrived, and frees the slot of the
+  step before."""
   stages = full.shape[0]
 
   def one(i, done):
@@ -375,23 +382,23 @@ def _multiplied(steps, done, full, free, start):
     plgpu.barrier_arrive(free.at[lax.rem(done + steps + stages - 1, stages)])
 
 
-def banded(turn, down, across, band: int):
-  """(row, column) number `turn` of a grid of down x across that is swept column by column, `band` rows at a time."""
-  top = lax.div(turn, band * across) * band
+def banded(number, down, across, band: int):
+  """(row, column) of tile `number` in a grid of down x across that is swept column by column, `band` rows at a time."""
+  top = lax.div(number, band * across) * band
   height = jnp.minimum(band, down - top)
-  within = turn - top * across
+  within = number - top * across
   return top + lax.rem(within, height), lax.div(within, height)
 
 
 def swizzled(shape: tuple[int, ...], dtype):
-  """A buffer in shared memory laid out for the matrix unit, in patterns as wide as a row of it, 128 bytes at most."""
+  """A buffer in shared memory in the layout of the matrix unit, in patterns as wide as its rows, at most 128 bytes."""
   swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
   return plgpu.SMEM(shape, dtype, transforms=(
     plgpu.TilingTransform((ALIGN, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)))
 
 
 def _freed(tiles: GpuTiles):
-  """The barriers at which the consumers say that a step's operands have been used, those of the whole cluster to all."""
+  """The barriers at which the consumers of the whole cluster arrive when a step's operands have been used."""
   if tiles.cluster == 1: return plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages)
   return plgpu.ClusterBarrier(collective_axes=('cluster',), num_arrivals=2, num_barriers=tiles.stages)
 
@@ -400,9 +407,9 @@ def _together(cluster: int):
   return 'cluster' if cluster > 1 else None
 
 
-def whole_patterns(x_MI):
-  """With rows added to make up whole patterns; numbers of rows that are whole cost nothing."""
-  return jnp.pad(x_MI, ((0, -x_MI.shape[0] % ALIGN), (0, 0)))
+def whole_patterns(x):
+  """x, padded to whole patterns of rows. A number of rows that is a multiple already costs nothing."""
+  return jnp.pad(x, ((0, -x.shape[0] % ALIGN), (0, 0)))
 
 
 def _kernel(body, of: str, cluster: int, out_type, scratch: dict):

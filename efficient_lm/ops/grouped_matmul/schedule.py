@@ -1,9 +1,12 @@
-"""Which tiles of rows a grouped product visits: a list that is computed on the device, since sizes are known only there.
+"""The tiles of rows that a grouped product visits: a list that is computed on the device, where the sizes are known.
 
-A tile is `block` consecutive rows that begin at a multiple of `align`. Each group visits the tiles that hold its rows, the
-first one from its own first row rounded down, so where two groups meet both visit rows of the other and must leave them
-alone. How far down: to 1 in plain JAX, to what a copy engine can address on a GPU (8), to whole blocks on a TPU, whose
-tiles lie on a grid. The rows past the last group are a group of their own, number E: somebody has to write their zeros.
+A tile is `block` successive rows that begin at a multiple of `align`. Each group visits the tiles that hold its rows; the
+first one begins at the group's first row, rounded down to a multiple of `align`. Where two groups meet, both may visit rows
+of the other, which they must not write. `align` is 1 in plain JAX, 8 on a GPU, whose copies begin at multiples of 8 rows,
+and `block` on a TPU, whose tiles lie on a grid. The rows past the last group count as group E, because zeros have to be
+written to them.
+
+Letters: V visits, F = E + 1 groups with the rows past the last group.
 """
 from typing import NamedTuple
 
@@ -12,12 +15,12 @@ import jax.numpy as jnp
 
 
 class Visits(NamedTuple):
-  """int32 arrays, one entry a visit, in order of rows. Entries from `count` on hold group E + 1 and no rows.
+  """int32 arrays with one entry for each visit, in order of rows. Entries from `count` on have group E + 1 and no rows.
 
-  group: 0 to E; E is the rows past the last group.
-  row: first row of the tile.
-  low, high: the rows [row + low, row + high) of the tile are the group's.
-  count: how many visits there are, a scalar.
+  group: 0 to E; E stands for the rows past the last group.
+  row: the first row of the tile.
+  low, high: the rows [row + low, row + high) of the tile belong to the group.
+  count: the number of visits, a scalar.
   """
   group: jax.Array
   row: jax.Array
@@ -27,8 +30,9 @@ class Visits(NamedTuple):
 
 
 def most_visits(M: int, E: int, block: int, align: int) -> int:
-  """No E groups and a tail within M rows need more: a group of s rows takes at most (s + align + block - 2) / block, and
-  where tiles lie on a grid each of the E borders adds at most one to those of the grid."""
+  """An upper bound of the visits of E groups and the rows past them, M rows together. A group of s rows makes at most
+  (s + align + block - 2) / block visits. Where tiles lie on a grid, each of the E borders adds at most one visit to those of
+  the grid."""
   on_grid = -(-M // block) + E
   return on_grid if align == block else (M + (E + 1) * (align + block - 2)) // block
 
@@ -39,8 +43,8 @@ def visits(sizes_E, M: int, block: int, align: int = 1, *, empty: bool = False, 
   Args:
     sizes_E: int32 rows of each group.
     block: rows of a tile, a multiple of `align`.
-    empty: a group without rows makes one visit too (a gradient of zeros has to be written).
-    tail: the rows past the last group are visited.
+    empty: whether a group without rows makes one visit too (a gradient of zeros has to be written).
+    tail: whether the rows past the last group are visited.
   """
   E = sizes_E.shape[0]
   end_F = jnp.cumsum(jnp.append(sizes_E, 0)).at[E].set(M)   # F = E + 1 groups with the tail

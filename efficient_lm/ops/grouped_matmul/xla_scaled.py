@@ -1,9 +1,9 @@
 """The grouped product with frozen weights of eight bits and their scales, in plain JAX, on any backend.
 
-As in `xla`, tiles of rows are visited in order and each is a small dense product; here the matrix of a tile's group is
-widened to the dtype of x as the tile needs it, so no copy of all weights ever exists. Every number of eight bits is exact
-in bfloat16 and float32. Forward, the scales multiply the float32 sums. In the gradient of x they belong to what is summed
-over and so multiply its rows before the product, where they are rounded to the dtype of x once.
+As in `xla`, tiles of rows are computed in order, each by a small dense product. The matrix of a tile's group is converted to
+the dtype of x for each tile, so that no copy of all weights ever exists. Numbers of eight bits are exact in bfloat16 and
+float32. In the forward product the scales multiply the float32 sums. In the gradient of x their dimension is summed over, so
+that they multiply the rows before the product, which are then rounded to the dtype of x once.
 """
 import functools
 import math
@@ -18,71 +18,72 @@ from efficient_lm.ops.grouped_matmul.schedule import visits
 from efficient_lm.ops.quantized_matmul.storage import quantize_rows
 
 
-def grouped_matmul(x_MK, w_EKN, sizes_E, scale_EN):
+def grouped_matmul(x_MI, w_EIO, sizes_E, scale_EO):
   """y_m = x_m @ w_e * scale_e for the group e that holds row m, and 0 for a row past the last group; see the API."""
-  return differentiable(_rows)(x_MK, w_EKN, sizes_E, scale_EN)
+  return differentiable(_rows)(x_MI, w_EIO, sizes_E, scale_EO)
 
 
 def block_rows(M: int, E: int) -> int:
-  """Rows of a tile: about those of an average group. Long ones are worth it: each tile widens a whole matrix."""
+  """Rows of a tile: about as many as an average group has. Tiles are longer than in `xla`, because each converts a whole
+  matrix."""
   return min(max(8, 2 ** round(math.log2(max(M / E, 1)))), 512)
 
 
-def _rows(x_MK, w_EKN, sizes_E, scale_EN, transposed: bool = False):
+def _rows(x_MI, w_EIO, sizes_E, scale_EO, transposed: bool = False):
   """y_m = x_m @ w_e * scale_e, or (x_m * scale_e) @ w_e^T if `transposed`."""
-  (M, _), N = x_MK.shape, w_EKN.shape[1 if transposed else 2]
-  block = block_rows(M, w_EKN.shape[0])
+  (M, _), O = x_MI.shape, w_EIO.shape[1 if transposed else 2]
+  block = block_rows(M, w_EIO.shape[0])
   plan = visits(sizes_E, M, block, tail=False)
-  # A slice near the end would be moved back to fit, and so would its rows: make room for the longest overhang.
-  x_PK = jnp.pad(x_MK, ((0, block), (0, 0)))
+  # Dynamic slices are moved back where they exceed the array; padding of one tile keeps every slice in place.
+  x_PI = jnp.pad(x_MI, ((0, block), (0, 0)))
   contract = ((1,), (1 if transposed else 0,)), ((), ())
 
-  def tile(i, y_PN):
+  def tile(i, y_PO):
     e, row = plan.group[i], plan.row[i]
-    x_QK = lax.dynamic_slice_in_dim(x_PK, row, block)
-    w_KN = lax.dynamic_index_in_dim(w_EKN, e, keepdims=False).astype(x_MK.dtype)
-    scale_N = lax.dynamic_index_in_dim(scale_EN, e, keepdims=False).astype(jnp.float32)
-    if transposed: x_QK = (x_QK * scale_N).astype(x_MK.dtype)
-    y_QN = lax.dot_general(x_QK, w_KN, contract, preferred_element_type=jnp.float32)
-    if not transposed: y_QN *= scale_N
-    # The last tile of a group reaches into the next ones, whose own tiles come later and overwrite it.
-    return lax.dynamic_update_slice_in_dim(y_PN, y_QN.astype(y_PN.dtype), row, axis=0)
+    x_tile = lax.dynamic_slice_in_dim(x_PI, row, block)
+    w_IO = lax.dynamic_index_in_dim(w_EIO, e, keepdims=False).astype(x_MI.dtype)
+    scale_O = lax.dynamic_index_in_dim(scale_EO, e, keepdims=False).astype(jnp.float32)
+    if transposed: x_tile = (x_tile * scale_O).astype(x_MI.dtype)
+    y_tile = lax.dot_general(x_tile, w_IO, contract, preferred_element_type=jnp.float32)
+    if not transposed: y_tile *= scale_O
+    # The last tile of a group also covers rows of the next groups, whose own tiles are computed later and overwrite it.
+    return lax.dynamic_update_slice_in_dim(y_PO, y_tile.astype(y_PO.dtype), row, axis=0)
 
-  y_PN = lax.fori_loop(0, plan.count, tile, jnp.zeros((M + block, N), x_MK.dtype))
-  return jnp.where(jnp.arange(M)[:, None] < jnp.sum(sizes_E), y_PN[:M], 0)
+  y_PO = lax.fori_loop(0, plan.count, tile, jnp.zeros((M + block, O), x_MI.dtype))
+  return jnp.where(jnp.arange(M)[:, None] < jnp.sum(sizes_E), y_PO[:M], 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def rounded(x_MK, w_EKN, sizes_E, scale_EN, activations: str):
-  """The same of rows that are rounded to the dtype `activations` first: integers are summed in int32. The gradient of x is
-  that without rounding."""
-  (M, _), N = x_MK.shape, w_EKN.shape[2]
-  block = block_rows(M, w_EKN.shape[0])
+def rounded(x_MI, w_EIO, sizes_E, scale_EO, activations: str):
+  """The product of rows that are rounded to the dtype `activations` first; integers are summed in int32. The gradient of x
+  is that without rounding."""
+  (M, _), O = x_MI.shape, w_EIO.shape[2]
+  block = block_rows(M, w_EIO.shape[0])
   plan = visits(sizes_E, M, block, tail=False)
-  q_PK, scale_P1 = (jnp.pad(a, ((0, block), (0, 0))) for a in quantize_rows(x_MK, jnp.dtype(activations)))
-  integers = jnp.issubdtype(q_PK.dtype, jnp.integer)
-  # XLA:CPU has no product of float8; widened it is exact.
+  q_PI, scale_P1 = (jnp.pad(a, ((0, block), (0, 0))) for a in quantize_rows(x_MI, jnp.dtype(activations)))
+  integers = jnp.issubdtype(q_PI.dtype, jnp.integer)
+  # XLA:CPU has no product of float8 numbers, which are exact in float32.
   widened = (lambda a: a) if integers or dispatch.device().platform != 'cpu' else (lambda a: a.astype(jnp.float32))
 
-  def tile(i, y_PN):
+  def tile(i, y_PO):
     e, row = plan.group[i], plan.row[i]
-    q_QK, scale_Q1 = (lax.dynamic_slice_in_dim(a, row, block) for a in (q_PK, scale_P1))
-    w_KN, scale_N = (lax.dynamic_index_in_dim(a, e, keepdims=False) for a in (w_EKN, scale_EN))
-    y_QN = lax.dot_general(widened(q_QK), widened(w_KN), (((1,), (0,)), ((), ())),
+    q_tile, scale_tile = (lax.dynamic_slice_in_dim(a, row, block) for a in (q_PI, scale_P1))
+    w_IO, scale_O = (lax.dynamic_index_in_dim(a, e, keepdims=False) for a in (w_EIO, scale_EO))
+    y_tile = lax.dot_general(widened(q_tile), widened(w_IO), (((1,), (0,)), ((), ())),
                            preferred_element_type=jnp.int32 if integers else jnp.float32)
-    y_QN = y_QN.astype(jnp.float32) * scale_Q1 * scale_N
-    return lax.dynamic_update_slice_in_dim(y_PN, y_QN.astype(y_PN.dtype), row, axis=0)
+    y_tile = y_tile.astype(jnp.float32) * scale_tile * scale_O
+    return lax.dynamic_update_slice_in_dim(y_PO, y_tile.astype(y_PO.dtype), row, axis=0)
 
-  y_PN = lax.fori_loop(0, plan.count, tile, jnp.zeros((M + block, N), x_MK.dtype))
-  return jnp.where(jnp.arange(M)[:, None] < jnp.sum(sizes_E), y_PN[:M], 0)
-
-
-def _rounded_forward(x_MK, w_EKN, sizes_E, scale_EN, activations):
-  return rounded(x_MK, w_EKN, sizes_E, scale_EN, activations), (w_EKN, sizes_E, scale_EN)
+  y_PO = lax.fori_loop(0, plan.count, tile, jnp.zeros((M + block, O), x_MI.dtype))
+  return jnp.where(jnp.arange(M)[:, None] < jnp.sum(sizes_E), y_PO[:M], 0)
 
 
-def _rounded_backward(activations, saved, g_MN):
-  return _rows(g_MN, *saved, transposed=True), None, None, None
+def _rounded_forward(x_MI, w_EIO, sizes_E, scale_EO, activations):
+  return rounded(x_MI, w_EIO, sizes_E, scale_EO, activations), (w_EIO, sizes_E, scale_EO)
+
+
+def _rounded_backward(activations, saved, g_MO):
+  return _rows(g_MO, *saved, transposed=True), None, None, None
 
 
 rounded.defvjp(_rounded_forward, _rounded_backward)

@@ -11,7 +11,7 @@ from efficient_lm.ops.linear_cross_entropy import reference
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """Sizes, the deviation of the logits, and which pass: 'forward' or 'backward'."""
+  """Sizes, the standard deviation of the logits, the dtype, and the pass `of`: 'forward' or 'backward'."""
   batch: int
   length: int
   dim: int
@@ -39,12 +39,12 @@ class Case:
 
   @property
   def flops(self) -> float:
-    """One product forward; backward three: the logits again, and one for each gradient."""
+    """One product forward, and three backward: the logits again, and one for each gradient."""
     return (2. if self.of == 'forward' else 6.) * self.batch * self.length * self.dim * self.vocab
 
   @property
   def bytes(self) -> float:
-    """Both operands read once, and, backward, as much written; what a token has of scalars is nothing beside it."""
+    """Both operands are read once, and in the backward pass as much is written. The scalars of tokens are not counted."""
     operands = (self.batch * self.length + self.vocab) * self.dim * jnp.dtype(self.dtype).itemsize
     return operands * (1. if self.of == 'forward' else 2.)
 
@@ -53,14 +53,14 @@ class Case:
 
   @property
   def tolerance(self) -> float:
-    """Sums of D, M or V float32 numbers in another order: 1e-5. In bfloat16 the forward pass differs no more, for it is
-    float32 from the products on, and of either gradient the terms and the result are rounded to 8 bits: 2**-8 each.
-    Logits are known to some 2**-24 of the largest, four deviations, and exp makes that relative: 2e-6 a deviation."""
+    """Sums of D, M or V float32 numbers in another order: 1e-5. In bfloat16 the forward pass differs no more, because it is
+    float32 from the products on; the terms and the result of each gradient are rounded to 8 bits, 2**-8 each. Logits have an
+    error of some 2**-24 of the largest one, four deviations, which exp makes a relative error: 2e-6 for each deviation."""
     if self.of == 'forward': return 1e-5
     return 2 ** -7 if self.dtype == jnp.bfloat16 else max(1e-5, 2e-6 * self.logits)
 
   def baselines(self):
-    """All logits built in the dtype of hidden, as one would write it."""
+    """The loss with all logits in the dtype of hidden, as one would write it without this operation."""
     if self.of == 'forward': return {'jnp': _unfused}
     def backward(hidden_BTD, head_DV, labels_BT, _, g_nll_BT, g_logsumexp_BT):
       _, pull = jax.vjp(lambda hidden, head: _unfused(hidden, head, labels_BT), hidden_BTD, head_DV)
@@ -95,7 +95,7 @@ _MODELS = {   # tokens, D, V of public models
 
 
 def bench(platform: str) -> dict[str, Case]:
-  """Realistic sizes: last layers of public models on accelerators, one that takes a moment on a CPU."""
+  """The last layers of public models on accelerators, and a small one on a CPU."""
   sizes = {'research': (512, 256, 8192)} if platform == 'cpu' else _MODELS
   dtype = jnp.float32 if platform == 'cpu' else jnp.bfloat16
   return {f'{name}, {of}': Case(1, tokens, D, V, dtype=dtype, of=of)

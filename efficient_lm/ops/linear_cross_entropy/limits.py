@@ -1,4 +1,4 @@
-"""What the kernels do not take, said in words, without importing them."""
+"""Why the kernels refuse arguments, in words, without importing the kernels."""
 import jax
 import jax.numpy as jnp
 
@@ -7,7 +7,7 @@ def gpu(hidden_BTD, head_DV, *_, **__) -> str:
   """Why the Hopper kernel cannot take this; '' if it can."""
   (B, T, D), V = hidden_BTD.shape, head_DV.shape[1]
   if jax.__version_info__ < (0, 11): return 'needs jax 0.11, this is ' + jax.__version__
-  # Not float16: a gradient of 1e-8, as a likely token's logit has in a batch of a million tokens, is 0 there.
+  # float16 is refused: a gradient of 1e-8, as a likely token's logit has in a batch of a million tokens, would become 0.
   if not hidden_BTD.dtype == head_DV.dtype == jnp.bfloat16:
     return f'multiplies bfloat16, not {hidden_BTD.dtype} with {head_DV.dtype}'
   if D % 64 or V % 8: return f'D must be a multiple of 64 and V one of 8, for 16-byte strides; they are {D} and {V}'

@@ -1,15 +1,15 @@
-"""Mosaic GPU kernels for Hopper: a dense product whose epilogue turns logits into what is needed of them, in registers.
+"""Mosaic GPU kernels for Hopper: a dense product whose epilogue reduces the logits in registers.
 
-A block of three warpgroups walks over tiles of the logits, its share of them (a persistent grid). One warpgroup copies
-tiles of hidden and head into shared memory, `stages` steps ahead, and the next tile's while the epilogue of the last one
-runs; each of the other two multiplies (wgmma) its half of the tokens by all of the tile's columns, so that the
-sums over columns stay within a warpgroup, four threads a row. Copies (TMA) give zeros past the end of an array
-and write nothing there, so V need not be a multiple of the tile.
+Each block of three warpgroups computes its share of the tiles of the logits (a persistent grid). One warpgroup copies tiles
+of hidden and head into shared memory, up to `stages` steps ahead, and those of the next tile while the epilogue of the last
+one runs. Each of the other two multiplies (wgmma) its half of the tokens by all columns of the tile, so that the sums over
+columns stay within a warpgroup, with four threads for each row. Copies (TMA) read zeros past the end of an array and write
+nothing there, so that V need not be a multiple of the tile.
 
-Forward, a tile leaves one logsumexp a token, and the label's logit or 0: [2, V / columns, M] float32, 1 / 64 of bfloat16
-logits, combined by XLA. Tokens are not kept by a block for all of the vocabulary, because then every block would read its
-own tokens again for every tile, more than the L2 cache holds: tiles go in bands instead that share both operands.
-Backward see vocabulary.py: a kernel writes the gradient by a chunk of logits, in 16 bits, and cuBLAS multiplies it.
+Forward, a tile leaves a logsumexp for each token, and the label's logit or 0: [2, V / columns, M] float32, which is 1 / 64
+of bfloat16 logits; XLA combines them. A block does not keep its tokens for the whole vocabulary: every block would read its
+own tokens again for every tile, which exceeds the L2 cache. Tiles are ordered in bands instead, which share both operands.
+Backward, a kernel writes the gradient by a chunk of logits, in 16 bits, and cuBLAS multiplies it: see vocabulary.py.
 """
 import functools
 import math
@@ -25,8 +25,8 @@ from efficient_lm.ops.linear_cross_entropy import vocabulary
 from efficient_lm.ops.linear_cross_entropy.tiles import STORE_COLUMNS, GpuTiles, gpu_tiles_for
 
 LOG2_E = math.log2(math.e)
-H200_CORES = 132   # where nobody knows the device
-ROW = plgpu.Layout.WGMMA.reduce(1)   # a value a token, as the sums over a tile's columns lie
+H200_CORES = 132   # multiprocessors, where the device is not known
+ROW = plgpu.Layout.WGMMA.reduce(1)   # the layout of one value for each token, which sums over a tile's columns have
 
 
 def linear_cross_entropy(hidden_BTD, head_DV, labels_BT, *, tiles: GpuTiles | None = None):
@@ -44,7 +44,7 @@ def _forward(hidden_MD, head_DV, labels_M, tiles):
   num_tiles = pl.cdiv(V, tiles.columns)
 
   def epilogue(logits, rows, n, half, out, smem):
-    """logits: of one warpgroup, in registers; rows: its slice of tokens; n: the tile's number along the vocabulary."""
+    """logits: those of one warpgroup, in registers. rows: its slice of tokens. n: the tile's number along the vocabulary."""
     labels_gmem, result_gmem = out
     column = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA)
     label = plgpu.load(labels_gmem.at[rows], layout=ROW, optimized=False) - n * tiles.columns
@@ -52,7 +52,7 @@ def _forward(hidden_MD, head_DV, labels_M, tiles):
     hit = jnp.where(at_label, logits, 0.).sum(axis=1)
     if V % tiles.columns: logits = jnp.where(column < V - n * tiles.columns, logits, -jnp.inf)
     maximum = logits.max(axis=1)
-    # exp2 of a fused multiply-add instead of exp of a difference.
+    # exp2 of a fused multiply-add takes fewer instructions than exp of a difference.
     total = jnp.exp2(logits * LOG2_E - lax.broadcast_in_dim(maximum * LOG2_E, logits.shape, [0])).sum(axis=1)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     smem[half, 0] = maximum + jnp.log(total)
@@ -83,7 +83,7 @@ def _dlogits(hidden_MD, head_DV, per_token, start, width: int, tiles):
       first = i * STORE_COLUMNS
       p = jnp.exp2(logits[:, first:first + STORE_COLUMNS] * LOG2_E - wide(shift)) * wide(p_scale)
       d = p - jnp.where(column == wide(label - first), wide(label_scale), 0.)
-      plgpu.wait_smem_to_gmem(1, wait_read_only=True)   # the copy before the last one: its slot is free
+      plgpu.wait_smem_to_gmem(1, wait_read_only=True)   # for the copy before the last one, whose slot is then free
       smem[half, i % 2] = d.astype(d_gmem.dtype)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(smem.at[half, i % 2],
@@ -108,13 +108,13 @@ def persistent(body, out_type, name: str):
 
 
 def swizzled(columns: int, dtype):
-  """How rows of so many columns lie in shared memory."""
+  """The layout in shared memory of rows with so many columns."""
   swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
   return (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
 
 
 def product(hidden, head, start, width: int, tiles: GpuTiles, smem, epilogue):
-  """Calls `epilogue` with each tile of hidden_MD @ head_DV[:, start:start + width], of which this block has its share.
+  """Calls `epilogue` with each of this block's tiles of hidden_MD @ head_DV[:, start:start + width].
 
   epilogue: (logits, slice of tokens, number of the tile along the columns, warpgroup, shared memory `smem`).
   """
@@ -137,7 +137,7 @@ def product(hidden, head, start, width: int, tiles: GpuTiles, smem, epilogue):
     @plgpu.nd_loop((shape[0] * shape[1],), collective_axes='block')
     def _(loop):
       m, n = plgpu.planar_snake(loop.index[0], shape, 0, tiles.band)
-      # Chunks begin at multiples of every tile; what a copy has to know is that swizzled rows of 64 are whole.
+      # Chunks begin at multiples of every tile; the copy has to know that it begins at a whole swizzled row of 64.
       first = pl.multiple_of(start + n * tiles.columns, 64)
 
       def tile(run_pipeline):
@@ -148,7 +148,7 @@ def product(hidden, head, start, width: int, tiles: GpuTiles, smem, epilogue):
 
       def step(_, hidden_smem, head_smem, accumulator):
         plgpu.wgmma(accumulator, hidden_smem.at[pl.ds(half * tiles.rows, tiles.rows)], head_smem)
-        plgpu.wgmma_wait(1)   # of the step before, whose shared memory is given back: see delay_release
+        plgpu.wgmma_wait(1)   # for the product of the previous step, whose shared memory is freed: see delay_release
         return accumulator
 
       pipeline(step, compute_context=tile)(

@@ -1,9 +1,9 @@
-"""Mosaic TPU kernels: the logits of a tile are summed up in VMEM, and only what is made of them leaves it.
+"""Mosaic TPU kernels: the logits of a tile are computed in VMEM, reduced there, and never leave it.
 
-Forward, the innermost loops run over the vocabulary and over D: for each tile of tokens the running maximum, the sum of
-exponentials and the label's logit stay in VMEM (Milakov and Gimelshein 2018, arXiv 1805.02867), with one value a token in
-each of 128 lanes, as vectors lie. Backward see vocabulary.py: a kernel builds the gradient by a chunk of logits, and XLA's
-products do the rest.
+Forward, the innermost loops run over the vocabulary and over D. For each tile of tokens the running maximum, the sum of
+exponentials and the label's logit stay in VMEM (Milakov and Gimelshein 2018, arXiv 1805.02867); each of the 128 lanes has
+the value of a token, which is the layout of vectors. Backward, a kernel computes the gradient by a chunk of logits, and XLA
+multiplies it: see vocabulary.py.
 """
 import functools
 
@@ -31,7 +31,7 @@ def backward(*arguments, tiles: TpuTiles | None = None):
 
 
 def lanes(x_M):
-  """(M,) -> (M, 128): a token's value in every lane, which is how a vector of a column per row is kept."""
+  """(M,) -> (M, 128): a token's value in every lane, which is the layout of one number for each row."""
   return jnp.broadcast_to(x_M[:, None], (x_M.size, LANES))
 
 
@@ -53,13 +53,13 @@ def _forward(hidden_MD, head_DV, labels_M, tiles):
 
 
 def parameters(*semantics: str):
-  """How the compiler may order the grid, and what memory it has."""
-  # What the compiler may use is more than tiles.vmem counts, which is what the kernel asks for by itself.
+  """The order in which the compiler may run the grid, and the VMEM it may use."""
+  # The compiler needs more VMEM than the buffers of the kernel, which tiles.vmem counts.
   return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM)
 
 
 def accumulate(hidden_ref, head_ref, logits_ref):
-  """Adds this step's part of the sum over D."""
+  """Adds the part of the logits of this step over D."""
   @pl.when(pl.program_id(2) == 0)
   def _():
     logits_ref[...] = jnp.zeros_like(logits_ref)
@@ -67,7 +67,7 @@ def accumulate(hidden_ref, head_ref, logits_ref):
 
 
 def columns(shape, v):
-  """Column of the logits, of each element of tile v."""
+  """The column in the logits of each element of tile v."""
   return lax.broadcasted_iota(jnp.int32, shape, 1) + v * shape[1]
 
 
@@ -84,7 +84,7 @@ def _forward_kernel(hidden_ref, head_ref, labels_ref, logsumexp_ref, label_ref, 
   @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
   def _():
     column = columns(logits_ref.shape, v)
-    logits = jnp.where(column < V, logits_ref[...], -jnp.inf)   # the last tile reaches past the end
+    logits = jnp.where(column < V, logits_ref[...], -jnp.inf)   # the last tile may exceed the vocabulary
     old, previous = maximum_ref[:, :1], total_ref[:, :1]
     new = jnp.maximum(old, jnp.max(logits, axis=1, keepdims=True))
     total = previous * jnp.exp(old - new) + jnp.sum(jnp.exp(logits - new), axis=1, keepdims=True)
@@ -95,7 +95,7 @@ def _forward_kernel(hidden_ref, head_ref, labels_ref, logsumexp_ref, label_ref, 
 
 
 def _dlogits(hidden_MD, head_DV, per_token, start, width: int, tiles):
-  # The columns of a chunk begin at a traced place: the kernel is given which tile that is, before its blocks are fetched.
+  # The first column of a chunk is traced, so that its tile is a prefetched scalar.
   M, D = hidden_MD.shape
   block = pl.BlockSpec((tiles.rows, LANES), lambda m, v, d, first: (m, 0))
   return pl.pallas_call(
@@ -123,12 +123,13 @@ def _dlogits_kernel(first_ref, hidden_ref, head_ref, labels_ref, logsumexp_ref, 
   def _():
     p = jnp.exp(logits_ref[...] - logsumexp_ref[:, :1]) * p_scale_ref[:, :1]
     d = p - jnp.where(column == labels_ref[:, :1], label_scale_ref[:, :1], 0)
-    d_ref[...] = d.astype(d_ref.dtype)   # what is past the end of the array is not written
+    d_ref[...] = d.astype(d_ref.dtype)   # columns past the end of the array are not written
 
 
 def head_columns(head_DV, start, width: int):
-  """head_DC, copied by a kernel on tpu7x: for the products of a slice all of the head would be laid out as they want it, and
-  laid out back for each call of the kernel above: twice D x V of memory. Other TPUs have one layout for both."""
+  """head_DC. On tpu7x a kernel copies it: for products of a slice, XLA would convert the layout of the whole head, and
+  convert it back for each call of the kernel above, which takes twice D x V of memory. Other TPUs have one layout for
+  both."""
   if 'TPU7x' not in dispatch.device().kind or width % LANES: return vocabulary.columns_of(head_DV, start, width)
 
   def kernel(start_ref, head_ref, out_ref):

@@ -1,4 +1,4 @@
-"""The loss of a language model's last layer as its equation: all logits are built."""
+"""The loss of a language model's last layer as its equation, with all logits."""
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +12,7 @@ def linear_cross_entropy(hidden_BTD, head_DV, labels_BT):
 
 
 def backward(hidden_BTD, head_DV, labels_BT, logsumexp_BT, g_nll_BT, g_logsumexp_BT):
-  """Gradients by hidden and head; the logsumexp of the forward pass is not needed here."""
+  """The gradients by hidden and head. The logsumexp of the forward pass is not needed here."""
   del logsumexp_BT
   _, pull = jax.vjp(lambda hidden, head: linear_cross_entropy(hidden, head, labels_BT), hidden_BTD, head_DV)
   return pull((g_nll_BT, g_logsumexp_BT))

@@ -1,16 +1,17 @@
-"""The loss in chunks of the vocabulary: what is left to an implementation is one chunk forward and one chunk backward.
+"""The loss in chunks of the vocabulary: an implementation provides one chunk of the forward and one of the backward pass.
 
-Backward, the gradient by the logits of a chunk, d_MC, is kept in the dtype of hidden, and two dense products follow:
+Letters: M tokens, C columns of a chunk, P tokens with padding. Backward, the gradient by the logits of a chunk, d_MC, is
+stored in the dtype of hidden, and two dense products follow:
 
   dhidden_MD += d_MC @ head_DC^T      accumulated in float32 over the chunks
   dhead_DC    = hidden_MD^T @ d_MC    complete as it is: a chunk has all of its tokens
 
-So the only thing built is M x C, and the dense products are the library's, at the speed of any other. Chunks of tokens
-would accumulate dhead_DV instead, which is D x V in float32, read and written for each of them: with a large vocabulary
-that costs more than the products. The price here is M x D in float32, read and written for each chunk.
+Only an M x C matrix is stored, and the dense products are those of the library, at full speed. Chunks of tokens would
+accumulate dhead_DV instead, D x V in float32, which is read and written for each chunk: with a large vocabulary that takes
+longer than the products. Chunks of the vocabulary read and write dhidden_MD in float32 for each chunk.
 
-Memory, for M = 16384, D = 4096, V = 131072 in bfloat16 and the default sixteenth: d_MC 256 MiB, dhidden 256 MiB, a chunk
-of head and one of dhead 64 MiB each, against 4 GiB for bfloat16 logits alone.
+Memory for M = 16384, D = 4096, V = 131072 in bfloat16 and the default of a sixteenth: d_MC 256 MiB, dhidden 256 MiB, and a
+chunk of head and one of dhead 64 MiB each. bfloat16 logits alone would take 4 GiB.
 """
 import dataclasses
 import functools
@@ -21,18 +22,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-CHUNKS = 16   # as many, unless chunks become narrower than this:
-MIN_WIDTH = 4096   # of the sum in dhidden, so that reading and writing it stays small beside the products
-TILE = 2048   # a multiple of the columns of every tile of a kernel
+CHUNKS = 16        # chunks of the vocabulary, unless they were narrower than MIN_WIDTH
+MIN_WIDTH = 4096   # columns of a chunk, so that reading and writing dhidden takes little time beside the products
+TILE = 2048        # a multiple of the columns of every tile of a kernel
 
 
 def width_for(V: int) -> int:
-  """Columns of a chunk on an accelerator: a sixteenth of the vocabulary, or what products need to be fast."""
+  """Columns of a chunk on an accelerator: a sixteenth of the vocabulary, but at least MIN_WIDTH."""
   return min(V, max(MIN_WIDTH, -(-V // CHUNKS // TILE) * TILE))
 
 
 def columns_of(head_DV, start, width: int):
-  """head_DC: the columns start … start + width - 1."""
+  """head_DC: the columns start … start + width - 1 of the head."""
   return lax.dynamic_slice_in_dim(head_DV, start, width, axis=1)
 
 
@@ -40,12 +41,12 @@ def gradients(dlogits: Callable, hidden_MD, head_DV, width: int, columns: Callab
   """dhidden_MD and dhead_DV, in the dtypes of hidden and head.
 
   Args:
-    dlogits: (first column, int32 scalar; number of columns, int) -> d_MC, the gradient by those logits.
+    dlogits: (first column, int32 scalar; number of columns, int) -> d_MC, the gradient by the logits of these columns.
     width: columns of a chunk: see `fold`.
     columns: (head_DV, first column, number of columns) -> head_DC.
   """
   V = head_DV.shape[1]
-  # Kernels and products may want hidden laid out differently: as one value it would be laid out anew for every chunk.
+  # Kernels and products may need different layouts of hidden: as one value, its layout would be converted for every chunk.
   multiplied_MD = lax.optimization_barrier(hidden_MD)
 
   def chunk(start, width, carry):
@@ -62,27 +63,29 @@ def gradients(dlogits: Callable, hidden_MD, head_DV, width: int, columns: Callab
 
 
 def fold(V: int, width: int, chunk: Callable, carry):
-  """Takes `carry` through chunk(first column, int32 scalar; number of columns, int; carry) for the whole vocabulary; what
-  chunks of that width leave over is a narrower one."""
+  """carry = chunk(first column, int32 scalar; number of columns, int; carry) for all chunks of the vocabulary. The last
+  chunk is narrower where the width does not divide V."""
   whole, rest = divmod(V, width)
   carry = lax.fori_loop(0, whole, lambda i, carry: chunk(i * width, width, carry), carry)
   return chunk(jnp.int32(V - rest), rest, carry) if rest else carry
 
 
 def combine(maximum_M, total_M, logsumexp_M):
-  """Running maximum and sum of exp(logit - maximum), with one more chunk's logsumexp; -inf, 0 to begin with."""
+  """The running maximum and the sum of exp(logit - maximum), with the logsumexp of one more chunk. They begin with -inf and
+  0."""
   new_M = jnp.maximum(maximum_M, logsumexp_M)
   return new_M, total_M * jnp.exp(maximum_M - new_M) + jnp.exp(logsumexp_M - new_M)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-  """What a device has to offer; arrays are matrices and vectors, with M a multiple of what `rows` says.
+  """The functions that an implementation provides. Arrays are matrices and vectors, and M is a multiple of what `rows`
+  returns.
 
   forward: (hidden_MD, head_DV, labels_M, tiles) -> logsumexp_M and the logit of the label, label_M.
   dlogits: (hidden_MD, head_DV, per_token_4M, start, width, tiles) -> d_MC for the columns start … start + width - 1:
     exp(logits - logsumexp) * p_scale - (at label) * label_scale, per_token being labels, logsumexp and those two scales.
-  tiles: (pass, M, D, V, bytes of an element) -> what to use where nothing was given.
+  tiles: (pass, M, D, V, bytes of an element) -> the default tiles.
   rows: tiles -> the multiple to which tokens are padded.
   columns: see `gradients`.
   """
@@ -104,7 +107,7 @@ def linear_cross_entropy(kernels: Kernels, hidden_BTD, head_DV, labels_BT, tiles
 
 
 def backward(kernels: Kernels, hidden_BTD, head_DV, labels_BT, logsumexp_BT, g_nll_BT, g_logsumexp_BT, tiles):
-  """Gradients by hidden and head. What pads the tokens has zeros for scales, so nothing comes of it."""
+  """The gradients by hidden and head. Padding tokens have scales of 0, so that they contribute nothing."""
   M = labels_BT.size
   tiles, hidden_PD, *per_token = _flat('backward', kernels, tiles, head_DV, hidden_BTD, labels_BT, logsumexp_BT,
                                        g_nll_BT + g_logsumexp_BT, g_nll_BT)
@@ -114,7 +117,7 @@ def backward(kernels: Kernels, hidden_BTD, head_DV, labels_BT, logsumexp_BT, g_n
 
 
 def _flat(of: str, kernels: Kernels, tiles, head_DV, hidden_BTD, *per_token_BT):
-  """The tiles of a pass; and a matrix and vectors, padded with zeros to a whole number of them."""
+  """The tiles of a pass; and hidden as a matrix, and vectors of tokens, padded with zeros to a multiple of the tiles."""
   (B, T, D), V = hidden_BTD.shape, head_DV.shape[1]
   M = B * T
   tiles = tiles or kernels.tiles(of, M, D, V, hidden_BTD.dtype.itemsize)

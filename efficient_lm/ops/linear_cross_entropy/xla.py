@@ -1,11 +1,13 @@
-"""Logits in chunks, built once in each pass and never kept: memory of one chunk, and one product more.
+"""The loss in chunks of logits, which are computed once in each pass and never kept: it takes the memory of one chunk, and
+one product more.
 
-The gradient by the logits is softmax * (g_nll + g_logsumexp) - onehot * g_nll. What is cut:
+The gradient by the logits is softmax * (g_nll + g_logsumexp) - onehot * g_nll. Chunks are
 
-- Tokens, where devices share the arrays and the compiler places them (a mesh is in force): chunks cut T and leave B and V
-  whole, so that devices that share the batch or the vocabulary all work on every chunk.
-- The vocabulary (vocabulary.py), on one device or inside `shard_map`, where it is longer than there are tokens: each cut
-  accumulates the gradient of the other side in float32, once a chunk, and the smaller of the two should be that one.
+- of tokens, where devices share the arrays and the compiler partitions them (a mesh is in force): chunks cut T and leave B
+  and V whole, so that devices that share the batch or the vocabulary all compute every chunk;
+- of the vocabulary (vocabulary.py), on one device or inside `shard_map`, if it is longer than there are tokens. Chunks of
+  tokens accumulate the gradient by head in float32 for each chunk, and chunks of the vocabulary that by hidden; the smaller
+  one is accumulated.
 """
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,8 @@ from jax import lax
 from efficient_lm.ops import dispatch
 from efficient_lm.ops.linear_cross_entropy import vocabulary
 
-CHUNK_LOGITS = 2 ** 23   # 32 MiB of float32, about what caches hold
-CHUNK_LOGITS_ACCELERATOR = 2 ** 27   # fewer and larger products: 512 MiB
+CHUNK_LOGITS = 2 ** 23   # logits of a chunk on a CPU: 32 MiB of float32, about the size of caches
+CHUNK_LOGITS_ACCELERATOR = 2 ** 27   # logits of a chunk elsewhere, for fewer and larger products: 512 MiB
 
 
 @jax.custom_vjp
@@ -25,7 +27,7 @@ def linear_cross_entropy(hidden_BTD, head_DV, labels_BT):
 
 
 def backward(hidden_BTD, head_DV, labels_BT, logsumexp_BT, g_nll_BT, g_logsumexp_BT):
-  """Gradients by hidden and head, from those by the two results and the logsumexp of the forward pass."""
+  """The gradients by hidden and head, from those by the two results and the logsumexp of the forward pass."""
   way = _cut(labels_BT.shape, head_DV.shape[1])[1]
   return way(hidden_BTD, head_DV, labels_BT, logsumexp_BT, g_nll_BT, g_logsumexp_BT)
 
@@ -39,19 +41,19 @@ linear_cross_entropy.defvjp(_forward, lambda saved, g: (*backward(*saved, *g), N
 
 
 def _cut(tokens: tuple[int, int], V: int):
-  """Forward and backward function: by tokens or by vocabulary."""
+  """The forward and the backward function, in chunks of tokens or of the vocabulary."""
   return BY_VOCABULARY if by_vocabulary(tokens, V) else BY_TOKENS
 
 
 def by_vocabulary(tokens: tuple[int, int], V: int) -> bool:
-  """Whether it is the vocabulary that is cut, of B x T tokens by V words."""
+  """Whether the chunks of B x T tokens by V words are chunks of the vocabulary."""
   mesh = jax.sharding.get_abstract_mesh()
   shared = not mesh.empty and mesh.size > 1 and len(mesh.manual_axes) < len(mesh.axis_names)
   return not shared and tokens[0] * tokens[1] < V
 
 
 def chunk_logits() -> int:
-  """How many logits a chunk has, at most."""
+  """The number of logits of a chunk, at most."""
   return CHUNK_LOGITS if dispatch.device().platform == 'cpu' else CHUNK_LOGITS_ACCELERATOR
 
 
@@ -83,8 +85,8 @@ def _backward_by_tokens(hidden_BTD, head_DV, *others_BT):
 
 
 def gradients_of_product(hidden_BTD, head_DV, d_BTV):
-  """Float32 gradients by hidden and head of their product, whose own is rounded to the dtype of hidden first."""
-  # Two matrices: a product that sums over two dims, B and T, makes XLA:CPU transpose first.
+  """Float32 gradients by hidden and head. The gradient by the logits, d_BTV, is rounded to the dtype of hidden first."""
+  # These are products of matrices, because XLA:CPU transposes operands for a product that sums over two dims, B and T.
   d_MV = d_BTV.astype(hidden_BTD.dtype).reshape(-1, d_BTV.shape[-1])
   hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
   dhead_DV = lax.dot_general(hidden_MD, d_MV, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
@@ -99,13 +101,14 @@ def product(hidden_BTD, head_DV):
 
 
 def _logits(hidden_BTD, head_DV, labels_BT):
-  """Float32 logits, and where the label is: a comparison, because a gather would need the whole vocabulary."""
+  """Float32 logits, and whether a logit is the label's: by a comparison, because a gather would need the whole
+  vocabulary."""
   return product(hidden_BTD, head_DV), labels_BT[..., None] == jnp.arange(head_DV.shape[1])
 
 
 def token_chunks(B: int, T: int, V: int):
-  """Functions that cut (B, T, ...) into (chunks, B, tokens, ...), padded with zeros or as `mode` says, and put it
-  together again."""
+  """A function that cuts (B, T, ...) into (chunks, B, tokens, ...), padded with zeros or by `mode` of `jnp.pad`, and its
+  inverse."""
   count = min(-(-B * T * V // chunk_logits()), T)
   tokens = -(-T // count)
 
@@ -160,7 +163,7 @@ def columns(hidden_MD, head_DV, start, width: int):
 
 
 def chunk_width(M: int, V: int) -> int:
-  """Columns of a chunk: as many as a chunk of logits allows, in multiples of 128."""
+  """Columns of a chunk: as many as the logits of a chunk allow, in multiples of 128."""
   return min(V, max(128, chunk_logits() // M // 128 * 128))
 
 

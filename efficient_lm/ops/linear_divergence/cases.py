@@ -15,8 +15,9 @@ LISTED = 8   # tokens of a teacher that are listed or drawn, at most
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """tokens: (B, T); dims: widths of student and teacher; signal: 'dense', 'top_k' or 'sampled'; logits: their deviation;
-  of: 'forward', or 'both' passes, as training runs them: where a pass saves what the other one needs is not told apart."""
+  """tokens: (B, T). dims: the widths of student and teacher. signal: 'dense', 'top_k' or 'sampled'. logits: their standard
+  deviation. of: 'forward', or 'both' passes as training runs them, because implementations save different things between the
+  passes."""
   tokens: tuple[int, int]
   dims: tuple[int, int]
   vocab: int
@@ -27,7 +28,7 @@ class Case:
   of: str = 'forward'
 
   def arguments(self):
-    """hidden_BTD, head_DV and the teacher's two arrays; for both passes also the cotangent of the result."""
+    """hidden_BTD, head_DV and the two arrays of the teacher; for both passes also the cotangent of the result."""
     *keys, ids, cotangent = jax.random.split(jax.random.key(self.tokens[1]), 6)
     draw = lambda key, *shape: jax.random.normal(key, shape)
     layer = lambda hidden, head, D: (draw(hidden, *self.tokens, D).astype(self.dtype),
@@ -42,7 +43,7 @@ class Case:
     shape = *self.tokens, listed
     if self.signal == 'sampled':
       return jax.random.randint(ids, shape, 0, self.vocab), jax.random.randint(counts, shape, 0, 5)
-    # Different ids: every listed-th one, from a place of its own for each token.
+    # The ids of a token are different: they lie at equal distances, from a random first one on.
     first = jax.random.randint(ids, (*self.tokens, 1), 0, self.vocab)
     ids_BTA = (first + jnp.arange(listed) * max(self.vocab // listed, 1)) % self.vocab
     kept = 1. if listed == self.vocab else 0.8
@@ -62,14 +63,14 @@ class Case:
 
   @property
   def flops(self) -> float:
-    """A product for each set of logits; backward these again, and one for each gradient."""
+    """A product for each set of logits, and in the backward pass these again and one for each gradient."""
     B, T = self.tokens
     student, teacher = self.dims[0], self.dims[1] if self.signal == 'dense' else 0
     return 2. * B * T * self.vocab * (student + teacher if self.of == 'forward' else 4 * student + 2 * teacher)
 
   @property
   def bytes(self) -> float:
-    """Hidden states and heads read once a pass; backward, as much written as the student has."""
+    """Hidden states and heads are read once in each pass; in the backward pass the student's gradients are written."""
     student, teacher = self.dims[0], self.dims[1] if self.signal == 'dense' else 0
     width = student + teacher if self.of == 'forward' else 3 * student + 2 * teacher
     return float((self.tokens[0] * self.tokens[1] + self.vocab) * width * jnp.dtype(self.dtype).itemsize)
@@ -79,13 +80,13 @@ class Case:
 
   @property
   def tolerance(self) -> float:
-    """Sums of float32 numbers in another order: 1e-5, and 2e-6 for each deviation of logits, which are known to some
-    2**-24 of the largest before exp makes that relative. In bfloat16 the gradient by the logits and both results of the
-    backward pass are rounded to 8 bits, 2**-8 each."""
+    """Sums of float32 numbers in another order: 1e-5, and 2e-6 for each deviation of the logits, which have an error of some
+    2**-24 of the largest one; exp makes that a relative error. In bfloat16 the gradient by the logits and both results of
+    the backward pass are rounded to 8 bits, 2**-8 each."""
     return 2 ** -7 if self.dtype == jnp.bfloat16 and self.of == 'both' else max(1e-5, 2e-6 * self.logits)
 
   def baselines(self):
-    """All logits built, as one would write it."""
+    """The divergence with all logits, as one would write it without this operation."""
     return {'jnp': self.call('reference')}
 
 
@@ -108,11 +109,11 @@ CASES = _FORWARD | {f'{name}, both': dataclasses.replace(case, of='both') for na
 
 
 def bench(platform: str) -> dict[str, Case]:
-  """A student of 1B taught by one of 8B on accelerators (Llama 3.2 by 3.1), and one that takes a moment on a CPU."""
+  """A student of 1B parameters with a teacher of 8B on accelerators (Llama 3.2 and 3.1), and a small pair on a CPU."""
   case = Case((1, 256), (128, 256), 8192) if platform == 'cpu' else Case(
     (2, 4096), (2048, 4096), 128256, dtype=jnp.bfloat16)
   signals = {'forward KL': {}, 'Jensen-Shannon': dict(kind='jensen_shannon'), 'top 8': dict(signal='top_k'),
              'sampled': dict(signal='sampled')}
-  # Forward alone, Jensen-Shannon is plain JAX's everywhere.
+  # The forward pass of Jensen-Shannon is plain JAX on every device.
   return {f'{name}, {of}': dataclasses.replace(case, of=of, **options) for name, options in signals.items()
           for of in ('forward', 'both') if (name, of) != ('Jensen-Shannon', 'forward')}

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 
 from efficient_lm.ops.linear_divergence.reference import divergence, kl
 
-NONE = -1e30   # the logarithm of nothing: finite, so that differences of two of them are no NaN
+NONE = -1e30   # stands for log 0; it is finite, so that the difference of two is not NaN
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-  """What is asked of a student's logits: a divergence (see the API), or by kind 'rest' the logsumexp of those logits that
-  another array does not rule out by being NONE where it is 0 elsewhere."""
+  """What is computed from a student's logits: a divergence (see the API), or for the kind 'rest' the logsumexp of the logits
+  that another array does not exclude. That array is NONE at excluded logits, and 0 elsewhere."""
   kind: str
   beta: float = 0.5
   temperature: float = 1.
@@ -24,14 +24,14 @@ class Measure:
 
   @property
   def rate(self) -> float:
-    """What `slope` is to be multiplied with besides the cotangent."""
+    """The factor by which `slope` has to be multiplied, beside the cotangent."""
     return (1 - self.beta if self.kind == 'jensen_shannon' else 1) / self.temperature
 
 
 def statistics(measure: Measure, student_V, teacher_V):
-  """From all logits of a token, which dimensions may precede: the divergence D(p, q), the logsumexp of the student's
-  logits / temperature and of the teacher's, and KL(q || r), which the gradient needs: r is p for the reverse KL, m for
-  Jensen-Shannon; 0 for the forward KL, which needs none."""
+  """From the logits of tokens, (..., V): the divergence D(p, q), the logsumexp of the student's logits / temperature and of
+  the teacher's, and KL(q || r), which the gradient needs. r is p for the reverse KL and m for Jensen-Shannon; the forward KL
+  needs none, and gets 0."""
   kind, beta = measure.kind, measure.beta
   student_V, teacher_V = measure.tempered(student_V), measure.tempered(teacher_V)
   of_student_1, of_teacher_1 = (jax.nn.logsumexp(x_V, axis=-1, keepdims=True) for x_V in (student_V, teacher_V))
@@ -47,19 +47,19 @@ def statistics(measure: Measure, student_V, teacher_V):
 
 
 def slope(measure: Measure, student, other, *per_token):
-  """The gradient by a student's logits but for the cotangent and `rate`, which are the last of `per_token`, multiplied.
+  """The gradient by a student's logits. The last array of `per_token` is the product of the cotangent and `rate`.
 
   With q, p, m as in the API and r as in `statistics`, by the chain rule through q = softmax(logits / temperature):
     forward KL      q - p
     reverse KL      q (log q - log r - KL(q || r))
-    Jensen-Shannon  the same times 1 - beta: of dD / dq = (1 - beta) log (q / m), terms of p and m cancel
-    rest            the softmax over the rest
-  Logarithms of q / r come from that of p / q without one of q or p alone, which overflow sooner.
+    Jensen-Shannon  the same times 1 - beta, because dD / dq = (1 - beta) log (q / m): the terms of p and m cancel
+    rest            the softmax over the logits that are not excluded
+  The logarithm of q / r is computed from that of p / q, without the logarithm of q or p alone, which overflow sooner.
 
   Args:
-    student, other: tiles of logits, the latter the teacher's, or what rules tokens out.
-    per_token: for 'rest' its logsumexp and the factor; else what `statistics` returned but the value, and the factor.
-      Broadcast against the tiles.
+    student, other: tiles of the student's logits, and of the teacher's or of the array that excludes tokens.
+    per_token: for 'rest' its logsumexp and the factor; otherwise what `statistics` returned without the value, and the
+      factor. They broadcast against the tiles.
   """
   student = measure.tempered(student)
   if measure.kind == 'rest':
@@ -75,8 +75,8 @@ def slope(measure: Measure, student, other, *per_token):
 
 
 def combined(one: tuple, other: tuple) -> tuple:
-  """Values of two sets of columns as those of both: the logsumexp of a; and, unless that is all, that of b, and the mean of
-  a - b under softmax(a)."""
+  """Joins the values of two sets of columns to those of both. Values are the logsumexp of a; or that, the logsumexp of b,
+  and the mean of a - b under softmax(a)."""
   total = tuple(_logaddexp(x, y) for x, y in zip(one[:2], other[:2]))
   if len(one) == 1: return total
   weighted = (jnp.exp(part[0] - total[0]) * part[2] for part in (one, other))
@@ -84,20 +84,20 @@ def combined(one: tuple, other: tuple) -> tuple:
 
 
 def _logaddexp(x, y):
-  # Not jnp.logaddexp: its care for infinities and NaN is nothing that kernels can be asked for.
+  # jnp.logaddexp handles infinities and NaN by operations that kernels do not have.
   largest = jnp.maximum(x, y)
   return largest + jnp.log(jnp.exp(x - largest) + jnp.exp(y - largest))
 
 
 def top_k(log_p_BTA, log_q_BTA, others_BT, measure: Measure, V: int):
-  """Divergence over the listed tokens and the rest, of which the student's log-mass is given."""
+  """The divergence over the listed tokens and all others as one outcome, whose log-probability by the student is given."""
   if log_p_BTA.shape[-1] == V: return divergence(log_p_BTA, log_q_BTA, measure.kind, measure.beta)
-  # log(1 - sum p), of a sum that rounding may carry past 1.
+  # log(1 - sum p), where rounding may have made the sum larger than 1.
   left_BT1 = -jnp.expm1(jnp.minimum(jax.nn.logsumexp(log_p_BTA, axis=-1, keepdims=True), 0))
   return divergence(jnp.concatenate([log_p_BTA, jnp.log(left_BT1)], -1),
                     jnp.concatenate([log_q_BTA, others_BT[..., None]], -1), measure.kind, measure.beta)
 
 
 def sampled(counts_BTA, log_q_BTA):
-  """Cross-entropy on counted samples."""
+  """The cross-entropy on counted samples."""
   return -jnp.sum(counts_BTA * log_q_BTA, axis=-1) / jnp.maximum(jnp.sum(counts_BTA, axis=-1), 1)

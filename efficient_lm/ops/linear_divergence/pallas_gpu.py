@@ -1,9 +1,9 @@
-"""Mosaic GPU kernels for Hopper: the cross-entropy's product, whose epilogue has the student's logits in registers and reads
-another array's where they lie, in memory. See vocabulary.py for what becomes of both, and the cross-entropy's kernels for
-how tiles are made.
+"""Mosaic GPU kernels for Hopper: the product of the cross-entropy, whose epilogue has the student's logits in registers and
+reads those of another array from memory. See vocabulary.py for what is computed from both, and the kernels of the
+cross-entropy for the tiles.
 
-An epilogue goes over 32 columns at a time, so that beside the logits of a tile, 128 registers of a thread, there is room
-for what is computed of these: with 64 the compiler spills. Forward, a tile leaves up to three values a token,
+An epilogue processes 32 columns at a time, so that registers are left beside the logits of a tile, which take 128 registers
+of a thread: with 64 columns the compiler spills. Forward, a tile leaves up to three values for each token,
 [V / columns, 3, M] float32 in all, which XLA combines.
 """
 import functools
@@ -28,7 +28,8 @@ def _sweep(measure: Measure, hidden_MD, head_DV, other_MC, start, tiles: GpuTile
     other_gmem, result_gmem = out
     values = None
     for _, _, student, other in _slices(logits, other_gmem, rows, n, tiles):
-      # Past the end of the vocabulary copies of head give zeros: there the other array is NONE, and the student as well.
+      # Past the end of the vocabulary the other array is NONE, and the copies read zeros for head: the student becomes NONE
+      # too.
       if V % tiles.columns: student = jnp.where(other < NONE / 2, NONE, student)
       more = _of_columns(measure, student, other)
       values = more if values is None else equations.combined(values, more)
@@ -52,8 +53,8 @@ def _sweep(measure: Measure, hidden_MD, head_DV, other_MC, start, tiles: GpuTile
 
 
 def _slices(logits, other_gmem, rows, n, tiles: GpuTiles):
-  """Of each WIDTH columns of a tile: their number in it, which column of the chunk is the first, the student's logits, and
-  the other array's."""
+  """For each slice of WIDTH columns of a tile: its number, its first column in the chunk, the student's logits, and those of
+  the other array."""
   for i in range(tiles.columns // WIDTH):
     at = n * tiles.columns + i * WIDTH
     other = plgpu.load(other_gmem.at[rows, pl.ds(at, WIDTH)], layout=plgpu.Layout.WGMMA, optimized=False)
@@ -61,12 +62,12 @@ def _slices(logits, other_gmem, rows, n, tiles: GpuTiles):
 
 
 def _padded(other_MC, tiles: GpuTiles):
-  """With whole tiles, as the last chunk of the vocabulary may lack: epilogues read without looking where it ends."""
+  """The other array, padded with NONE to whole tiles, because epilogues read whole tiles also of the last chunk."""
   return jnp.pad(other_MC, ((0, 0), (0, -other_MC.shape[1] % tiles.columns)), constant_values=NONE)
 
 
 def _of_columns(measure: Measure, student, other) -> tuple:
-  """Values of some columns, one a token each: see `vocabulary.Kernels.sweep`."""
+  """The values of some columns, one of each for every token: see `vocabulary.Kernels.sweep`."""
   student = measure.tempered(student)
   if measure.kind == 'rest': return _logsumexp(student + other)[:1]
   other = measure.tempered(other)
@@ -77,7 +78,7 @@ def _of_columns(measure: Measure, student, other) -> tuple:
 
 
 def _logsumexp(x):
-  """The logarithm of the sum over columns, that sum relative to the largest term, and its terms."""
+  """The logsumexp over columns, the sum relative to its largest term, and the terms of that sum."""
   largest = x.max(axis=1)
   terms = jnp.exp(x - lax.broadcast_in_dim(largest, x.shape, [0]))
   total = terms.sum(axis=1)
@@ -93,7 +94,7 @@ def _dlogits(measure: Measure, hidden_MD, head_DV, other_MC, per_token, start, t
             for x in per_token]
     for i, at, student, other in _slices(logits, other_gmem, rows, n, tiles):
       d = equations.slope(measure, student, other, *wide)
-      plgpu.wait_smem_to_gmem(1, wait_read_only=True)   # the copy before the last one: its slot is free
+      plgpu.wait_smem_to_gmem(1, wait_read_only=True)   # for the copy before the last one, whose slot is then free
       smem[half, i % 2] = d.astype(dtype)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(smem.at[half, i % 2], d_gmem.at[rows, pl.ds(at, WIDTH)])

@@ -1,5 +1,5 @@
-"""Mosaic TPU kernels: a tile of the student's logits is summed up in VMEM, meets one of another array there, and only what
-is made of both leaves it. See vocabulary.py for what that is, and the cross-entropy's kernels for how tiles are made.
+"""Mosaic TPU kernels: a tile of the student's logits is computed in VMEM, and only what is computed from it and from a tile
+of another array leaves VMEM. See vocabulary.py for what that is, and the kernels of the cross-entropy for the tiles.
 """
 import functools
 
@@ -29,12 +29,13 @@ def _sweep(measure: Measure, hidden_MD, head_DV, other_MC, start, tiles: TpuTile
 
 
 def _first(start, tiles: TpuTiles):
-  """Which tile a chunk begins with: told to the kernel before its blocks are fetched, for `start` is traced."""
+  """The first tile of a chunk, as a prefetched scalar, because `start` is traced."""
   return jnp.reshape(start // tiles.columns, 1).astype(jnp.int32)
 
 
 def _grid(hidden_MD, other_MC, tiles: TpuTiles, more_in: list, outputs):
-  """Over tiles of tokens, of the chunk's columns and of D. Inputs: hidden, head, the other array, and more."""
+  """A grid over tiles of tokens, of the chunk's columns and of D. Inputs are hidden, head, the other array, and
+  `more_in`."""
   (M, D), width = hidden_MD.shape, other_MC.shape[1]
   return pltpu.PrefetchScalarGridSpec(
     num_scalar_prefetch=1,
@@ -59,14 +60,14 @@ def _sweep_kernel(first_ref, hidden_ref, head_ref, other_ref, *refs, measure, V)
   @pl.when(d == pl.num_programs(2) - 1)
   def _():
     student, other = measure.tempered(logits_ref[...]), measure.tempered(other_ref[...])
-    inside = columns(student.shape, v + first_ref[0]) < V   # the last tile reaches past the end
+    inside = columns(student.shape, v + first_ref[0]) < V   # the last tile may exceed the vocabulary
     more = _of_tile(measure, *(jnp.where(inside, x, NONE) for x in (student, other)))
     for ref, value in zip(values, equations.combined(tuple(ref[:, :1] for ref in values), more)):
       ref[...] = jnp.broadcast_to(value, ref.shape)
 
 
 def _of_tile(measure: Measure, student, other) -> tuple:
-  """Values of one tile, (rows, 1) each: see `vocabulary.Kernels.sweep`."""
+  """The values of one tile, (rows, 1) each: see `vocabulary.Kernels.sweep`."""
   if measure.kind == 'rest': return _logsumexp(student + other)[:1]
   first, second = (other, student) if measure.kind == 'forward_kl' else (student, other)
   of_first, total, terms = _logsumexp(first)
@@ -75,7 +76,7 @@ def _of_tile(measure: Measure, student, other) -> tuple:
 
 
 def _logsumexp(x):
-  """The logarithm of the sum over columns, that sum relative to the largest term, and its terms."""
+  """The logsumexp over columns, the sum relative to its largest term, and the terms of that sum."""
   largest = jnp.max(x, axis=1, keepdims=True)
   terms = jnp.exp(x - largest)
   total = jnp.sum(terms, axis=1, keepdims=True)
@@ -101,7 +102,7 @@ def _dlogits_kernel(first_ref, hidden_ref, head_ref, other_ref, *refs, measure):
   @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
   def _():
     d = equations.slope(measure, logits_ref[...], other_ref[...], *(ref[:, :1] for ref in per_token))
-    d_ref[...] = d.astype(d_ref.dtype)   # what is past the end of the array is not written
+    d_ref[...] = d.astype(d_ref.dtype)   # columns past the end of the array are not written
 
 
 KERNELS = vocabulary.Kernels(_sweep, _dlogits, tpu_tiles_for, lambda tiles: tiles.rows, head_columns)

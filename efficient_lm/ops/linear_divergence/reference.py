@@ -1,4 +1,4 @@
-"""The divergences as their equations: all logits of student and teacher are built. Autodiff gives the gradient."""
+"""The divergences as their equations, with all logits of student and teacher. Autodiff gives the gradient."""
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,7 +12,7 @@ def linear_divergence(hidden_BTD, head_DV, teacher_hidden_BTE, teacher_head_EV, 
 
 
 def linear_top_k_divergence(hidden_BTD, head_DV, ids_BTA, logprobs_BTA, *, kind, beta, temperature):
-  """D(p, q) over A + 1 outcomes: the listed tokens, and all others as one."""
+  """D(p, q) over A + 1 outcomes: the listed tokens, and all others as one outcome."""
   log_q_BTV = log_softmax(hidden_BTD, head_DV, temperature)
   log_q_BTA = jnp.take_along_axis(log_q_BTV, ids_BTA, axis=-1)
   log_p_BTA = lax.stop_gradient(logprobs_BTA.astype(jnp.float32))
@@ -46,5 +46,5 @@ def divergence(log_p, log_q, kind: str, beta: float):
 
 
 def kl(log_p, log_q):
-  """sum p (log p - log q) over the last dimension, where an outcome with p = 0 adds nothing."""
+  """sum p (log p - log q) over the last dimension; an outcome with p = 0 adds nothing."""
   return jnp.sum(jnp.where(log_p == -jnp.inf, 0, jnp.exp(log_p) * (log_p - log_q)), axis=-1)

@@ -1,9 +1,9 @@
-"""Functions of all logits of a token, in chunks of tokens: logits are built once in each pass and never kept.
+"""Functions of all logits of a token, in chunks of tokens: logits are computed once in each pass and never kept.
 
-A token's divergence is a function of its own logits, so a chunk of tokens is differentiated as it is, with the equations
-of the reference; the gradient by its logits is multiplied at once, and that of head added up in float32. Memory is that of
-a few arrays as large as a chunk of logits. Chunks cut T and leave B and V whole, as those of the cross-entropy do where
-devices share the arrays.
+A token's divergence is a function of its own logits, so that autodiff differentiates the equations of the reference on a
+chunk of tokens. The gradient by the logits of a chunk is multiplied at once, and the gradient by head is accumulated in
+float32. This takes the memory of a few chunks of logits. Chunks cut T and leave B and V whole, as those of the cross-entropy
+do where devices share the arrays.
 """
 import functools
 
@@ -15,12 +15,12 @@ from efficient_lm.ops.linear_cross_entropy.xla import gradients_of_product, prod
 
 
 def chunked(of_logits, hidden_BTD, head_DV, per_token: tuple, whole: tuple):
-  """of_logits(hidden @ head, *per_token, *whole), a tree of arrays (B, T, ...), in chunks of tokens.
+  """of_logits(hidden @ head, *per_token, *whole), a tree of arrays (B, T, ...), computed in chunks of tokens.
 
   Args:
-    of_logits: logits_BTV, float32, and the rest -> values_BT, or a tree of them; closes over no array.
-    per_token: arrays (B, T, ...) that are cut with the tokens.
-    whole: arrays that are not.
+    of_logits: (logits_BTV float32, *per_token, *whole) -> values_BT, or a tree of such; it closes over no array.
+    per_token: arrays (B, T, ...) that are cut into chunks with the tokens.
+    whole: arrays that every chunk gets whole.
   """
   def chunk(_, inputs):
     hidden_BTD, *per_token = inputs
@@ -33,7 +33,7 @@ def chunked(of_logits, hidden_BTD, head_DV, per_token: tuple, whole: tuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def over_tokens(of_logits, hidden_BTD, head_DV, per_token: tuple, whole: tuple):
-  """`chunked`, of one array values_BT, and differentiable in hidden and head alone."""
+  """`chunked` for one array values_BT, differentiable in hidden and head alone."""
   return chunked(of_logits, hidden_BTD, head_DV, per_token, whole)
 
 
@@ -60,5 +60,6 @@ over_tokens.defvjp(_forward, _backward)
 
 
 def _split(split, x):
-  # Not with zeros: they are no distribution, and what is infinite in the padding is NaN in the gradient.
+  # Padding repeats the last token: zeros would be no distribution, and infinite values in the padding would make the
+  # gradient NaN.
   return split(x, mode='edge')

@@ -1,27 +1,30 @@
-"""The divergences in chunks of the vocabulary: what is left to an implementation is one chunk forward and one backward.
+"""The divergences in chunks of the vocabulary: an implementation provides one chunk of the forward and one of the backward
+pass.
 
-In a kernel the student's logits exist a tile at a time, never in memory, and meet an array of M tokens by a chunk's columns
-that is there: the teacher's logits, float32, or what rules listed tokens out. Products of M tokens by the whole vocabulary,
-student's and teacher's alike:
+In a kernel the student's logits exist one tile at a time, and never in memory. They are combined with a float32 array of M
+tokens by the columns of a chunk, which is in memory: the teacher's logits, or the array that excludes listed tokens. The
+numbers of products of M tokens by the whole vocabulary, of student and teacher together, are
 
   forward KL, reverse KL      forward 2: both logits
   Jensen-Shannon              forward 2: both logits, in chunks of tokens (tokens.py) of plain JAX
   any of these                backward 4: both logits again, and one for each gradient
   listed or drawn tokens      forward 1, backward 3: as these, without a teacher
 
-For a KL, sums go on as chunks come: KL(a || b) = logsumexp(b) - logsumexp(a) + the mean of a - b under softmax(a), and means
-of parts are weighted by exp of their logsumexp. Jensen-Shannon cannot: a term of it needs both normalisers of the whole. Two
-sweeps of chunks would be four products. Keeping the logits of a chunk of tokens is two, and traffic, some 32 bytes a logit:
-with student and teacher 2048 and 4096 wide that is by arithmetic half of what two more products take on an H200, two thirds
-on a v5e, but half as much again on a v6e. Its gradient knows the normalisers, and is a kernel's as the others.
+A KL is accumulated over chunks: KL(a || b) = logsumexp(b) - logsumexp(a) + the mean of a - b under softmax(a), where the
+means of chunks are weighted by exp of their logsumexp. Jensen-Shannon cannot be accumulated, because each term needs the
+normalisers of the whole vocabulary: two sweeps over the chunks would take four products. Keeping the logits of a chunk of
+tokens takes two products and some 32 bytes of memory traffic for each logit. With widths of 2048 and 4096 for student and
+teacher, that traffic takes, by arithmetic, half the time of two more products on an H200, two thirds on a v5e, but one and a
+half times as long on a v6e. The gradient of Jensen-Shannon knows the normalisers, and kernels compute it as that of a KL.
 
-The teacher's logits of a chunk go through memory, 8 bytes each, because then their product is the library's, for any width
-and dtype, and a kernel's tile is that of the cross-entropy, 128 x 256 on Hopper. With both logits in registers it would be
-128 x 128: 64 bytes of operands a cycle for a block at full speed, a third more than now, where L2 caches give some 30.
+The teacher's logits of a chunk pass through memory, 8 bytes each. Their product is then the library's, for any width and
+dtype, and the tile of a kernel is that of the cross-entropy, 128 x 256 on Hopper. With both logits in registers it would be
+128 x 128, and a block at full speed would need 64 bytes of operands in a cycle, a third more than now, while L2 caches
+deliver some 30.
 
 Backward, the gradient by the student's logits, d_MC, is written in the dtype of hidden, and two dense products follow, as
-for the cross-entropy: see its vocabulary.py. Beside that memory is the other array's, M x C float32, and for listed tokens
-the transpose of a head that is not one already.
+for the cross-entropy: see its vocabulary.py. The other array takes M x C float32 of memory beside that, and listed tokens
+need the transpose of the head, unless the head is a transpose already.
 """
 import dataclasses
 import functools
@@ -41,13 +44,14 @@ from efficient_lm.ops.linear_divergence.equations import NONE, Measure
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-  """What a device has to offer; arrays are matrices and vectors, with M a multiple of what `rows` says.
+  """The functions that an implementation provides. Arrays are matrices and vectors, and M is a multiple of what `rows`
+  returns.
 
-  sweep: (measure, hidden_MD, head_DV, other_MC, start, tiles) -> values of the columns start … start + C - 1, vectors over
-    M, float32, that `equations.combined` puts together: for a KL(a || b) the logsumexp of a and of b and the mean of a - b
-    under softmax(a); for 'rest' a logsumexp. None where all is known from chunks of tokens.
+  sweep: (measure, hidden_MD, head_DV, other_MC, start, tiles) -> the values of the columns start … start + C - 1, float32
+    vectors over M that `equations.combined` joins: for a KL(a || b) the logsumexp of a and of b and the mean of a - b under
+    softmax(a), for 'rest' a logsumexp. None where the forward pass is computed in chunks of tokens.
   dlogits: (measure, hidden_MD, head_DV, other_MC, per_token, start, tiles) -> d_MC: see `equations.slope`.
-  tiles: (pass, M, D, V, bytes of an element) -> what to use where nothing was given.
+  tiles: (pass, M, D, V, bytes of an element) -> the default tiles.
   rows: tiles -> the multiple to which tokens are padded.
   columns: see `vocabulary.gradients` of the cross-entropy.
   width: (M, V) -> columns of a chunk, C.
@@ -62,13 +66,13 @@ class Kernels:
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-  """How a measure is taken."""
+  """A measure, the kernels that compute it, and their tiles."""
   kernels: Kernels
   measure: Measure
   tiles: Any = None
 
   def flat(self, of: str, hidden_BTD, head_DV, *per_token):
-    """The tiles of a pass; and arrays (B, T, ...) as (M, ...), padded with zeros to a whole number of them."""
+    """The tiles of a pass; and arrays (B, T, ...) as (M, ...), padded with zeros to a multiple of the tiles."""
     (B, T, D), V = hidden_BTD.shape, head_DV.shape[1]
     tiles = self.tiles or self.kernels.tiles(of, B * T, D, V, hidden_BTD.dtype.itemsize)
     padding = -B * T % self.kernels.rows(tiles)
@@ -76,7 +80,7 @@ class Way:
     return tiles, *map(flat, (hidden_BTD, *per_token))
 
   def sums(self, tiles, hidden_MD, head_DV, other: Callable):
-    """Values of all columns. other: (first column, number of columns) -> other_MC."""
+    """The values of all columns. other: (first column, number of columns) -> other_MC."""
     def chunk(start, width, values):
       other_MC = other(start, width)
       more = self.kernels.sweep(self.measure, hidden_MD, head_DV, other_MC, start, tiles)
@@ -87,7 +91,7 @@ class Way:
     return vocabulary.fold(V, self.kernels.width(M, V), chunk, values)
 
   def gradients(self, tiles, hidden_MD, head_DV, other: Callable, per_token, finish=lambda d_MC, start: d_MC):
-    """dhidden_MD and dhead_DV. finish: (d_MC, first column) -> d_MC with what is not a kernel's part of it."""
+    """dhidden_MD and dhead_DV. finish: (d_MC, first column) -> d_MC, with the terms that kernels do not compute."""
     def dlogits(start, width):
       d_MC = self.kernels.dlogits(self.measure, hidden_MD, head_DV, other(start, width), per_token, start, tiles)
       return finish(d_MC, start)
@@ -115,7 +119,7 @@ def linear_sampled_cross_entropy(kernels: Kernels, hidden_BTD, head_DV, ids_BTA,
   """See the API."""
   listed_BTA, rest_BT = _listed_and_rest(Way(kernels, Measure('rest', temperature=temperature), tiles), hidden_BTD,
                                          head_DV, ids_BTA)
-  # A token that was drawn twice has one logit.
+  # A token that was drawn twice counts once in the normaliser.
   A = ids_BTA.shape[-1]
   again_BTA = jnp.any((ids_BTA[..., :, None] == ids_BTA[..., None, :]) & jnp.tri(A, k=-1, dtype=bool), axis=-1)
   once_BT = jax.nn.logsumexp(jnp.where(again_BTA, NONE, listed_BTA), axis=-1)
@@ -146,7 +150,7 @@ def _divergence_forward(way: Way, hidden_BTD, head_DV, teacher_hidden_BTE, teach
 
 def _divergence_backward(way: Way, saved, g_BT):
   (hidden_BTD, head_DV, teacher_hidden_BTE, teacher_head_EV), statistics = saved
-  # What pads the tokens has 0 for a factor, so nothing comes of it.
+  # Padding tokens have a factor of 0, so that they contribute nothing.
   tiles, hidden_MD, teacher_ME, *per_token = way.flat('backward', hidden_BTD, head_DV, teacher_hidden_BTE, *statistics,
                                                       g_BT * way.measure.rate)
   other = lambda start, width: columns(teacher_ME, teacher_head_EV, start, width)
@@ -159,10 +163,10 @@ _divergence.defvjp(_divergence_forward, _divergence_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _listed_and_rest(way: Way, hidden_BTD, head_DV, ids_BTA):
-  """Logits / temperature of listed tokens, (B, T, A), and the logsumexp of all others', (B, T).
+  """Logits / temperature of listed tokens, (B, T, A), and the logsumexp of those of all other tokens, (B, T).
 
-  Others are summed up by themselves: as a difference, 1 less the listed probabilities, their mass would be known to 1e-6 of
-  1, which is nothing where the listed tokens have nearly all of it and a gradient divides by what they leave."""
+  The other tokens are summed themselves. As the difference of 1 and the listed probabilities, their mass would have an error
+  of 1e-6, which is too large where the listed tokens have nearly all mass and a gradient divides by the rest."""
   return _listed_and_rest_forward(way, hidden_BTD, head_DV, ids_BTA)[0]
 
 
@@ -188,23 +192,25 @@ _listed_and_rest.defvjp(_listed_and_rest_forward, _listed_and_rest_backward)
 
 
 def _listed(way: Way, hidden_BTD, head_DV, ids_BTA):
-  """Logits / temperature of listed tokens, one a token at a time, so that their columns of head are never an array."""
-  # Rows of the transpose: an embedding read as a head is transposed already, any other one is once, not for each.
+  """Logits / temperature of listed tokens, one for each token at a time, so that their columns of the head are never
+  stored."""
+  # They are rows of the transposed head: a tied head is a transposed embedding, and any other head is transposed once.
   head_VD = head_DV.T
   def one(ids_BT): return jnp.sum(hidden_BTD.astype(jnp.float32) * head_VD[ids_BT].astype(jnp.float32), axis=-1)
   return way.measure.tempered(jnp.moveaxis(lax.map(one, jnp.moveaxis(ids_BTA, -1, 0)), 0, -1))
 
 
 def _ruled_out(ids_MA, start, width: int):
-  """NONE, or more than once that, at the listed columns of a chunk and 0 elsewhere: (M, width)."""
+  """(M, width): NONE, or a multiple of NONE, at the listed columns of a chunk, and 0 elsewhere."""
   M, A = ids_MA.shape
   return _at_listed(jnp.zeros((M, width), jnp.float32), ids_MA, start, jnp.full((M, A), NONE))
 
 
 def _at_listed(x_MC, ids_MA, start, values_MA):
-  """x_MC, of a chunk that begins with column `start`, with values added at its listed columns."""
+  """x_MC with values added at the listed columns of a chunk that begins with column `start`."""
   values_MA = values_MA.astype(x_MC.dtype)
-  # A TPU scatters one number after the other, those of all other chunks too; A comparisons for each of x are less.
+  # A TPU scatters one number after another, also those of all other chunks; A comparisons for each number of x take less
+  # time.
   add = _compared if dispatch.device().platform == 'tpu' else _scattered
   return add(x_MC, ids_MA - start, values_MA)
 
@@ -217,5 +223,5 @@ def _compared(x_MC, at_MA, values_MA):
 
 def _scattered(x_MC, at_MA, values_MA):
   M, width = x_MC.shape
-  at_MA = jnp.where(at_MA < 0, width, at_MA)   # a negative index would count from the end; one past it is dropped
+  at_MA = jnp.where(at_MA < 0, width, at_MA)   # A negative index would count from the end; an index past the end is dropped.
   return x_MC.at[jnp.arange(M)[:, None], at_MA].add(values_MA, mode='drop')

@@ -1,9 +1,9 @@
-"""The divergences in plain JAX: logits are built once forward and once again backward, in chunks, and never kept.
+"""The divergences in plain JAX: logits are computed once in each pass, in chunks, and never kept.
 
-Forward, chunks are of tokens: all is known of a token that has all its logits (tokens.py). Backward, chunks of tokens
-would accumulate the gradient of head, D x V in float32, for each of them, and chunks of the vocabulary (vocabulary.py) that
-of hidden: the smaller of both is taken, as for the cross-entropy. What a teacher lists is gathered from all logits of a
-token, so those signals know chunks of tokens alone.
+Forward, chunks are of tokens, because a divergence needs all logits of a token (tokens.py). Backward, chunks of tokens
+accumulate the gradient by head, D x V in float32, for each chunk, and chunks of the vocabulary (vocabulary.py) that by
+hidden; the smaller of the two is accumulated, as for the cross-entropy. The logits of listed tokens are gathered from all
+logits of a token, so that signals with listed tokens have chunks of tokens alone.
 """
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def linear_divergence(hidden_BTD, head_DV, teacher_hidden_BTE, teacher_head_EV, 
 
 
 def by_tokens(hidden_BTD, head_DV, teacher_hidden_BTE, teacher_head_EV, measure: Measure):
-  """The divergence with chunks of tokens in both passes."""
+  """The divergence in chunks of tokens in both passes."""
   def of_logits(logits_BTV, teacher_hidden_BTE, teacher_head_EV):
     return equations.statistics(measure, logits_BTV, xla.product(teacher_hidden_BTE, teacher_head_EV))[0]
   return over_tokens(of_logits, hidden_BTD, head_DV, (teacher_hidden_BTE,), (teacher_head_EV,))

@@ -1,10 +1,10 @@
 """Quantization of rows on Hopper and later: a row is read once, stays in the registers of a warpgroup, and is written once
-as bytes. Rows come through a ring of copies (TMA), so that some are under way while one is worked on.
+as bytes. Rows arrive by a ring of asynchronous copies (TMA), so that some are under way while one is processed.
 
-A Hadamard product of n = f1 f2 … fp numbers is p passes (H_ab = H_a ⊗ H_b), each of sums and differences among f numbers
-that one thread holds; between passes the row changes hands through shared memory. log2(n) additions a number in float32, no
-tensor core: bfloat16 products of a float32 row would take three parts, and 64 rows of a block that a row does not have. The
-error of a rotated number is that of log2(n) additions. Numbers of 16 bits are read two, and bytes written four, to a word.
+A Hadamard product of n = f1 f2 … fp numbers takes p passes (H_ab = H_a ⊗ H_b), each of sums and differences among f numbers
+that one thread holds; between passes threads exchange the row through shared memory. It takes log2(n) float32 additions a
+number, and no tensor core: bfloat16 products of a float32 row would need three parts and operands of 64 rows. A rotated
+number has the error of log2(n) additions. Numbers of 16 bits are read two at a time, and bytes are written four at a time.
 """
 import functools
 import math
@@ -15,44 +15,44 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from efficient_lm.ops.quantize.grid import SMALLEST, largest
+from efficient_lm.ops.absmax import SMALL, largest
 from efficient_lm.ops.quantize.tiles import SHARED_MEMORY, GpuTiles, factors_for, gpu_tiles_for, padded, shared_memory
 
-# Registers of a thread hold the row in float32, 128 numbers at most, beside the rest.
+# The registers of a thread hold at most 128 numbers of the row in float32, beside other values.
 LONGEST = 16384
-LINE = 256   # numbers: a copy may have no dimension that is longer, so a row is several lines
+LINE = 256   # numbers: no dimension of a copy may be longer, so that a row is several lines
 
 
-def refuses(x_MD, *, norm_D=None, hadamard=None, **_) -> str:
+def refuses(x_MI, *, norm_I=None, block=None, **_) -> str:
   """Why this kernel cannot take these arguments, or ''."""
-  D = x_MD.shape[1]
+  I = x_MI.shape[1]
   if not hasattr(plgpu, 'InterpretGPUParams'): return 'needs jax 0.11'
-  if D % 512 or D > LONGEST: return f'rows of {D} numbers: must be a multiple of 512, at most {LONGEST}'
-  if hadamard is None: return ''
-  factors = factors_for(D, hadamard, x_MD.dtype.itemsize)
-  if not factors: return f'no passes of a warpgroup for Hadamard blocks of {hadamard} in rows of {D} numbers'
-  tiles = gpu_tiles_for(x_MD.shape[0], D, x_MD.dtype.itemsize)
-  if shared_memory(tiles, D, x_MD.dtype.itemsize, factors) > SHARED_MEMORY: return f'a row of {D} numbers does not fit'
+  if I % 512 or I > LONGEST: return f'rows of {I} numbers: must be a multiple of 512, at most {LONGEST}'
+  if block is None: return ''
+  factors = factors_for(I, block, x_MI.dtype.itemsize)
+  if not factors: return f'no passes of a warpgroup for Hadamard blocks of {block} in rows of {I} numbers'
+  tiles = gpu_tiles_for(x_MI.shape[0], I, x_MI.dtype.itemsize)
+  if shared_memory(tiles, I, x_MI.dtype.itemsize, factors) > SHARED_MEMORY: return f'a row of {I} numbers does not fit'
   return ''
 
 
-def quantize(x_MD, *, dtype, norm_D=None, eps: float = 1e-6, hadamard: int | None = None, tiles: GpuTiles | None = None):
+def quantize(x_MI, *, dtype, norm_I=None, eps: float = 1e-6, block: int | None = None, tiles: GpuTiles | None = None):
   """See the API."""
-  M, D = x_MD.shape
-  tiles = tiles or gpu_tiles_for(M, D, x_MD.dtype.itemsize)
-  if hadamard is not None: return _rotated(x_MD, norm_D, dtype, eps, factors_for(D, hadamard, x_MD.dtype.itemsize), tiles)
-  row = (D // LINE, LINE)
-  operands = [x_MD.reshape(M, *row)]
-  if norm_D is not None: operands.append(norm_D.astype(jnp.float32).reshape(row))
-  scratch = dict(x=plgpu.SMEM((tiles.stages, *row), x_MD.dtype), values=plgpu.SMEM((2, *row), dtype),
+  M, I = x_MI.shape
+  tiles = tiles or gpu_tiles_for(M, I, x_MI.dtype.itemsize)
+  if block is not None: return _rotated(x_MI, norm_I, dtype, eps, factors_for(I, block, x_MI.dtype.itemsize), tiles)
+  row = (I // LINE, LINE)
+  operands = [x_MI.reshape(M, *row)]
+  if norm_I is not None: operands.append(norm_I.astype(jnp.float32).reshape(row))
+  scratch = dict(x=plgpu.SMEM((tiles.stages, *row), x_MI.dtype), values=plgpu.SMEM((2, *row), dtype),
                  barriers=plgpu.Barrier(num_barriers=tiles.stages))
   values, scale_M = plgpu.kernel(
-    functools.partial(_kernel, tiles=tiles, eps=eps, normalised=norm_D is not None, dtype=dtype),
+    functools.partial(_kernel, tiles=tiles, eps=eps, normalised=norm_I is not None, dtype=dtype),
     out_type=(jax.ShapeDtypeStruct((M, *row), dtype), jax.ShapeDtypeStruct((M,), jnp.float32)),
     grid=(pl.cdiv(M, tiles.rows),), grid_names=('rows',), scratch_types=scratch,
     compiler_params=plgpu.CompilerParams(), kernel_name='quantize',
   )(*operands)
-  return values.reshape(M, D), scale_M
+  return values.reshape(M, I), scale_M
 
 
 def _kernel(x_ref, *refs, tiles: GpuTiles, eps: float, normalised: bool, dtype, x, values, barriers):
@@ -61,7 +61,7 @@ def _kernel(x_ref, *refs, tiles: GpuTiles, eps: float, normalised: bool, dtype, 
   first = lax.axis_index('rows') * tiles.rows
   count = jnp.minimum(M - first, tiles.rows)
   strided = plgpu.Layout.WG_STRIDED(tuple(shape), vec_size=4)
-  if normalised: norm_D = plgpu.layout_cast(norm[0][...], strided)
+  if normalised: norm_I = plgpu.layout_cast(norm[0][...], strided)
 
   def fetch(i):
     slot = lax.rem(i, stages)
@@ -72,16 +72,17 @@ def _kernel(x_ref, *refs, tiles: GpuTiles, eps: float, normalised: bool, dtype, 
   def row(i, _):
     slot, out = lax.rem(i, stages), lax.rem(i, 2)
     plgpu.barrier_wait(barriers.at[slot])
-    y_D = plgpu.layout_cast(x[slot], strided).astype(jnp.float32)
+    y_I = plgpu.layout_cast(x[slot], strided).astype(jnp.float32)
     if normalised:
-      y_D = y_D * lax.rsqrt(jnp.sum(y_D * y_D) * (1 / math.prod(shape)) + eps) * norm_D
-    scale = jnp.maximum(jnp.max(jnp.abs(y_D)), SMALLEST) * (1 / largest(dtype))
-    y_D = y_D * (1 / scale)
-    if dtype == jnp.int8: y_D = jnp.round(y_D)
+      y_I = y_I * lax.rsqrt(jnp.sum(y_I * y_I) * (1 / math.prod(shape)) + eps) * norm_I
+    # `absmax.scale_of` and `absmax.nearest` with products in place of quotients, which a GPU has no instruction for.
+    scale = jnp.maximum(jnp.max(jnp.abs(y_I)), SMALL) * (1 / largest(dtype))
+    y_I = y_I * (1 / scale)
+    if dtype == jnp.int8: y_I = jnp.round(y_I)
     limit = largest(dtype)
-    y_D = jnp.minimum(jnp.maximum(y_D, -limit), limit)
+    y_I = jnp.minimum(jnp.maximum(y_I, -limit), limit)
     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-    values[out] = y_D.astype(dtype)
+    values[out] = y_I.astype(dtype)
     scale_ref[first + i] = scale
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(values.at[out], values_ref.at[first + i])
@@ -91,33 +92,33 @@ def _kernel(x_ref, *refs, tiles: GpuTiles, eps: float, normalised: bool, dtype, 
   plgpu.wait_smem_to_gmem(0)
 
 
-def _rotated(x_MD, norm_D, dtype, eps: float, factors: tuple[int, ...], tiles: GpuTiles):
-  """A row as (blocks, f1, …, fp); in words of int32, it is (blocks, f1, …, fp / 2) if its numbers have 16 bits, and (blocks,
-  f1, …, fp / 4) of the result."""
-  (M, D), size = x_MD.shape, math.prod(factors)
-  pairs = x_MD.dtype.itemsize == 2
-  row = (D // size, *factors)
+def _rotated(x_MI, norm_I, dtype, eps: float, factors: tuple[int, ...], tiles: GpuTiles):
+  """`quantize` with a rotation. A row is (blocks, f1, …, fp) numbers; as words of int32 it is (blocks, f1, …, fp / 2) if its
+  numbers have 16 bits, and the values of a row are (blocks, f1, …, fp / 4)."""
+  (M, I), size = x_MI.shape, math.prod(factors)
+  pairs = x_MI.dtype.itemsize == 2
+  row = (I // size, *factors)
   words = lambda count: (*row[:-1], factors[-1] // count)
-  x = x_MD.reshape(M, *row)
+  x = x_MI.reshape(M, *row)
   if pairs: x = lax.bitcast_convert_type(x.reshape(M, *words(2), 2), jnp.int32)
   operands = [x]
-  if norm_D is not None: operands.append(norm_D.astype(jnp.float32).reshape(words(2) + (2,) if pairs else row))
+  if norm_I is not None: operands.append(norm_I.astype(jnp.float32).reshape(words(2) + (2,) if pairs else row))
   scratch = dict(x=plgpu.SMEM((tiles.stages, *x.shape[1:]), x.dtype), values=plgpu.SMEM((2, *words(4)), jnp.int32),
                  z=plgpu.SMEM(padded(row), jnp.float32), barriers=plgpu.Barrier(num_barriers=tiles.stages))
   values, scale_M = plgpu.kernel(
-    functools.partial(_rotated_kernel, factors=factors, tiles=tiles, eps=eps, normalised=norm_D is not None, dtype=dtype),
+    functools.partial(_rotated_kernel, factors=factors, tiles=tiles, eps=eps, normalised=norm_I is not None, dtype=dtype),
     out_type=(jax.ShapeDtypeStruct((M, *words(4)), jnp.int32), jax.ShapeDtypeStruct((M,), jnp.float32)),
     grid=(pl.cdiv(M, tiles.rows),), grid_names=('rows',), scratch_types=scratch,
     compiler_params=plgpu.CompilerParams(), kernel_name='quantize_rotated',
   )(*operands)
-  return lax.bitcast_convert_type(values, dtype).reshape(M, D), scale_M
+  return lax.bitcast_convert_type(values, dtype).reshape(M, I), scale_M
 
 
 def _rotated_kernel(x_ref, *refs, factors: tuple[int, ...], tiles: GpuTiles, eps: float, normalised: bool, dtype, x, z,
                     values, barriers):
   *norm, values_ref, scale_ref = refs
   M, stages, size = x_ref.shape[0], tiles.stages, math.prod(factors)
-  D = x_ref.shape[1] * size
+  I = x_ref.shape[1] * size
   first = lax.axis_index('rows') * tiles.rows
   count = jnp.minimum(M - first, tiles.rows)
 
@@ -134,8 +135,8 @@ def _rotated_kernel(x_ref, *refs, factors: tuple[int, ...], tiles: GpuTiles, eps
     for axis in range(2, len(factors)): _middle_pass(z, factors, axis)
     y, absmax = _last_pass(z, factors, x.dtype == jnp.int32)
     unit = size ** -.5
-    if normalised: unit *= lax.rsqrt(squares * (1 / D) + eps)
-    scale = jnp.maximum(absmax * unit, SMALLEST) * (1 / largest(dtype))
+    if normalised: unit *= lax.rsqrt(squares * (1 / I) + eps)
+    scale = jnp.maximum(absmax * unit, SMALL) * (1 / largest(dtype))
     plgpu.wait_smem_to_gmem(1, wait_read_only=True)
     packed = values.at[out]
     for word in range(factors[-1] // 4):
@@ -150,12 +151,12 @@ def _rotated_kernel(x_ref, *refs, factors: tuple[int, ...], tiles: GpuTiles, eps
 
 
 def _load(ref):
-  """Into registers, consecutive numbers in consecutive threads."""
+  """Loads a buffer into registers, consecutive numbers into consecutive threads."""
   return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED(ref.shape, vec_size=1))
 
 
 def _butterflies(y: list) -> list:
-  """The Hadamard product along the list: H_2m = [[H_m, H_m], [H_m, -H_m]]."""
+  """The Hadamard product along the list, by H_2m = [[H_m, H_m], [H_m, -H_m]]."""
   if len(y) == 1: return y
   half = len(y) // 2
   low, high = y[:half], y[half:]
@@ -163,8 +164,8 @@ def _butterflies(y: list) -> list:
 
 
 def _first_pass(x, norm, z, factors):
-  """Rotates along f1 on the way from x to z, where the first of each pair is in the first half of fp. Returns the sum of
-  squares of x if it is to be normalised; the factor that follows from it is applied at the end."""
+  """Rotates x along f1 into z, where the first number of each pair lies in the first half of fp. Returns the sum of the
+  squares of x if x is to be normalised; the factor that follows from it is applied in the last pass."""
   pairs, squares = x.dtype == jnp.int32, 0.
   words = [_load(x.at[:, j]) for j in range(factors[0])]
   for parity in range(1 + pairs):
@@ -189,7 +190,7 @@ def _middle_pass(z, factors, axis: int):
 
 
 def _last_pass(z, factors, pairs: bool):
-  """Rotates along fp: a list of fp arrays (blocks, f1, …, 1), and the largest magnitude."""
+  """Rotates z along fp. Returns a list of fp arrays (blocks, f1, …, 1), and the largest magnitude."""
   width = factors[-1]
   places = [j // 2 + j % 2 * (width // 2) if pairs else j for j in range(width)]
   y = _butterflies([_load(z.at[:, pl.ds(0, factors[0]), ..., pl.ds(place, 1)]) for place in places])
@@ -197,10 +198,11 @@ def _last_pass(z, factors, pairs: bool):
 
 
 def _word(y: list, factor, dtype):
-  """Four numbers, times the factor, as the bytes of an int32, the first in the lowest. None is larger than the largest value
-  by more than roundings, which rounding to it takes away."""
+  """Four numbers times the factor, as the bytes of an int32, the first one in the lowest byte. They exceed the largest value
+  by float32 roundings at most, which the rounding to bytes removes."""
   if dtype == jnp.int8:
-    # The last bit of a float32 of this size is 1, so the addition rounds, to even, and the integer is in the lowest byte.
+    # The last bit of a float32 of this size stands for 1, so that the addition rounds to even and leaves the integer in the
+    # lowest byte.
     codes = [lax.bitcast_convert_type(one * factor + 1.5 * 2 ** 23, jnp.int32) for one in y]
   else:
     codes = [lax.bitcast_convert_type((one * factor).astype(dtype), jnp.int8).astype(jnp.int32) for one in y]

@@ -14,10 +14,8 @@ INT8, FLOAT8 = 'int8', 'float8_e4m3fn'
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-  """How weights and activations are rounded.
-
-  group: inputs that share a scale, None for all. symmetric: False gives zero points.
-  """
+  """How weights and activations are rounded. group: inputs that share a scale, None for all. symmetric: False for zero
+  points."""
   bits: int = 8
   group: int | None = None
   activations: str | None = None
@@ -42,89 +40,90 @@ class Case:
   of: str = 'forward'
 
   def arguments(self):
-    """x_MK or, for 'dgrad', g_MN; then values, scale_QN and, where there is one, zero_QN."""
+    """x_MI or, for 'dgrad', g_MO; then values, scale_QO and, if the scheme has zero points, zero_QO."""
     x, w = jax.random.split(jax.random.key(self.rows))
     columns = self.outputs if self.of == 'dgrad' else self.inputs
-    x_MK = jax.random.normal(x, (self.rows, columns), self.dtype)
+    x_MI = jax.random.normal(x, (self.rows, columns), self.dtype)
     s = self.scheme
-    w_NK = jax.random.normal(w, (self.outputs, self.inputs)) * self.inputs ** -.5
-    matrix = op.quantize(w_NK, s.bits, s.group, dtype=jnp.dtype(s.dtype), symmetric=s.symmetric)
-    return x_MK, *jax.tree.leaves(matrix)
+    w_OI = jax.random.normal(w, (self.outputs, self.inputs)) * self.inputs ** -.5
+    matrix = op.quantize(w_OI, s.bits, s.group, dtype=jnp.dtype(s.dtype), symmetric=s.symmetric)
+    return x_MI, *jax.tree.leaves(matrix)
 
-  def matrix(self, values, scale_QN, zero_QN=None) -> op.QuantizedMatrix:
-    """The weight of `arguments`."""
-    return op.QuantizedMatrix(values, scale_QN, zero_QN, self.scheme.bits)
+  def matrix(self, values, scale_QO, zero_QO=None) -> op.QuantizedMatrix:
+    """The weight that `arguments` returns as arrays."""
+    return op.QuantizedMatrix(values, scale_QO, zero_QO, self.scheme.bits)
 
   def call(self, implementation: str, tiles=None):
-    """One pass as a function of `arguments`."""
-    def forward(x_MK, *arrays):
+    """The pass `of` as a function of `arguments`."""
+    def forward(x_MI, *arrays):
       w = self.matrix(*arrays)
       if tiles is not None:
-        return op.IMPLEMENTATIONS[implementation].run(x_MK, w, self.scheme.activations, tiles=tiles)
-      return op.quantized_matmul(x_MK, w, activations=self.scheme.activations, implementation=implementation)
-    def dgrad(g_MN, *arrays):
+        return op.IMPLEMENTATIONS[implementation].run(x_MI, w, self.scheme.activations, tiles=tiles)
+      return op.quantized_matmul(x_MI, w, activations=self.scheme.activations, implementation=implementation)
+    def dgrad(g_MO, *arrays):
       if 'pallas' in implementation: raise ValueError(f'{implementation} cannot take this: the gradient is that of xla')
-      x_MK = jnp.zeros((self.rows, self.inputs), g_MN.dtype)
-      return jax.vjp(lambda x_MK: forward(x_MK, *arrays), x_MK)[1](g_MN)[0]
+      x_MI = jnp.zeros((self.rows, self.inputs), g_MO.dtype)
+      return jax.vjp(lambda x_MI: forward(x_MI, *arrays), x_MI)[1](g_MO)[0]
     return dgrad if self.of == 'dgrad' else forward
 
   @property
   def flops(self) -> float:
-    """2 M K N."""
+    """2 M I O."""
     return 2 * self.rows * self.inputs * self.outputs
 
   @property
   def bytes(self) -> float:
-    """Each operand read once, at its stored size, and the result written once."""
+    """Each operand is read once, at its stored size, and the result is written once."""
     arrays = jax.eval_shape(self.arguments)
     result = self.rows * (self.inputs if self.of == 'dgrad' else self.outputs) * jnp.dtype(self.dtype).itemsize
     return result + sum(array.size * array.dtype.itemsize for array in arrays)
 
   @property
   def precision(self) -> str:
-    """What the products are made of: the ceiling to compare with."""
+    """The dtype of the products, which determines their roofline."""
     rounded = self.of == 'forward' and self.scheme.activations
     return rounded or jnp.dtype(self.dtype).name
 
   @property
   def tolerance(self) -> float:
-    """Float32: sums of at most 2048 products, in another order. Bfloat16: x is the same on both sides; the result is rounded
-    to 8 bits, and so are dequantised weights, whose errors average out; in sum within two roundings of the result. Rounded
-    activations may fall on the other side of a step where a device divides otherwise: rare, and a step of one of many."""
+    """In float32, sums of at most 2048 products in another order. In bfloat16, x is the same on both sides; the result is
+    rounded to 8 bits, and so are dequantized weights, whose errors average out: two roundings of the result together. Where
+      a device divides differently, rounded activations may fall on the other side of a step; that is rare, and affects one
+      of many terms."""
     if jnp.dtype(self.dtype) == jnp.bfloat16: return 2 ** -7
     return 1e-5
 
   def baselines(self):
-    """What one would write without us: the product of x with the weight kept in x's dtype. It makes that weight in the same
-    pass, so that its time is an upper bound: `unquantized` is given one."""
+    """What one would write without this operation: the weight is dequantized to the dtype of x and multiplied. Its time
+    includes making that weight, unlike that of `unquantized`, which is given one."""
     if self.of == 'dgrad': return {'dequantize, then multiply': self._dequantize_then_multiply}
     found = {'dequantize, then multiply': self._dequantize_then_multiply}
     if self.scheme.bits == 8 and self.scheme.activations: found['round, then dot'] = self._dot_of_converted
     return found
 
   def unquantized(self):
-    """Arguments and function of the product that quantization replaces: x and w_NK in the dtype of x."""
-    x_MK, *arrays = self.arguments()
-    w_NK = op.dequantize(self.matrix(*arrays), x_MK.dtype)
+    """Arguments and function of the product that the quantized one replaces: x and w_OI in the dtype of x."""
+    x_MI, *arrays = self.arguments()
+    w_OI = op.dequantize(self.matrix(*arrays), x_MI.dtype)
     contract = ((1,), (0 if self.of == 'dgrad' else 1,)), ((), ())
-    return (x_MK, w_NK), lambda x, w: lax.dot_general(x, w, contract, preferred_element_type=jnp.float32).astype(x.dtype)
+    return (x_MI, w_OI), lambda x, w: lax.dot_general(x, w, contract, preferred_element_type=jnp.float32).astype(x.dtype)
 
-  def _dequantize_then_multiply(self, x_MK, *arrays):
-    w_NK = op.dequantize(self.matrix(*arrays), x_MK.dtype)
+  def _dequantize_then_multiply(self, x_MI, *arrays):
+    w_OI = op.dequantize(self.matrix(*arrays), x_MI.dtype)
     contract = ((1,), (0 if self.of == 'dgrad' else 1,)), ((), ())
-    return lax.dot_general(x_MK, w_NK, contract, preferred_element_type=jnp.float32).astype(x_MK.dtype)
+    return lax.dot_general(x_MI, w_OI, contract, preferred_element_type=jnp.float32).astype(x_MI.dtype)
 
-  def _dot_of_converted(self, x_MK, values, scale_QN):
-    q_MK, scale_M1 = op.quantize_rows(x_MK, values.dtype)
+  def _dot_of_converted(self, x_MI, values, scale_QO):
+    q_MI, scale_M1 = op.quantize_rows(x_MI, values.dtype)
     dtype = jnp.int32 if values.dtype == jnp.int8 else jnp.float32
-    y_MN = lax.dot_general(q_MK, values, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
-    return (y_MN * scale_M1 * scale_QN).astype(x_MK.dtype)
+    y_MO = lax.dot_general(q_MI, values, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    return (y_MO * scale_M1 * scale_QO).astype(x_MI.dtype)
 
-  def expected(self, x_MK, *arrays):
-    """By the definition."""
+  def expected(self, x_MI, *arrays):
+    """The result of the reference."""
     w = self.matrix(*arrays)
-    if self.of == 'dgrad': return reference.input_gradient(x_MK, w)
-    return reference.quantized_matmul(x_MK, w, self.scheme.activations)
+    if self.of == 'dgrad': return reference.input_gradient(x_MI, w)
+    return reference.quantized_matmul(x_MI, w, self.scheme.activations)
 
 
 CASES = {
@@ -151,21 +150,21 @@ CASES = {
   'gradient of W8A8, bfloat16': Case(5, 64, 24, W8A8, jnp.bfloat16, of='dgrad'),
 }
 
-# (K, N) of a public model: Llama 3.1 8B, whose query and output projections are 4096 square.
+# Inputs and outputs of a public model, Llama 3.1 8B, whose query and output projections are 4096 square.
 LLAMA_8B = {'up': (4096, 14336), 'down': (14336, 4096), 'query': (4096, 4096)}
 
 
 def bench(platform: str) -> dict[str, Case]:
-  """Realistic products for 'cpu', 'gpu' or 'tpu'."""
+  """Products to time on 'cpu', 'gpu' or 'tpu': those of Llama 3.1 8B on accelerators, small ones on a CPU."""
   if platform == 'cpu':
     shapes = {'M=512': (512, 1024, 1024), 'M=1': (1, 2048, 2048)}
     schemes = {'W8A8': W8A8, 'W4A16': W4A16, 'W4A8': W4A8, 'W2A8': W2A8}
     return {f'{name} {shape}': Case(*sizes, scheme) for name, scheme in schemes.items() for shape, sizes in shapes.items()}
   found = {}
-  for layer, (K, N) in LLAMA_8B.items():
+  for layer, (I, O) in LLAMA_8B.items():
     for rows in (1, 16):
       for name, scheme in {'W4A16': W4A16, 'W8A16': W8A16, 'W8A8': W8A8}.items():
-        found[f'{name} {layer} M={rows}'] = Case(rows, K, N, scheme, jnp.bfloat16)
+        found[f'{name} {layer} M={rows}'] = Case(rows, I, O, scheme, jnp.bfloat16)
   for name, scheme in {'W8A8': W8A8, 'float8': F8, 'W4A16': W4A16, 'W8A16': W8A16}.items():
     for rows in (256, 8192):
       found[f'{name} up M={rows}'] = Case(rows, *LLAMA_8B['up'], scheme, jnp.bfloat16)

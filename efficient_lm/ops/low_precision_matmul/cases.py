@@ -1,4 +1,4 @@
-"""Low-precision products on which every implementation must agree, and those that are worth timing."""
+"""Low-precision products on which every implementation must agree, and those that benchmarks time."""
 import dataclasses
 
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from efficient_lm.ops.contract import contract
 from efficient_lm.ops.grouped_matmul import grouped_matmul
-from efficient_lm.ops.low_precision import low_precision_grouped_matmul, low_precision_matmul
+from efficient_lm.ops.low_precision_matmul import low_precision_grouped_matmul, low_precision_matmul
 
 INT8, FLOAT8 = ('int8', 'int8', 'int8'), ('float8_e4m3fn', 'float8_e5m2', 'float8_e5m2')
 PASSES = ('forward', 'dgrad', 'wgrad')
@@ -19,7 +19,7 @@ class Case:
   shape: rows, inputs, outputs.
   formats: of forward, dgrad and wgrad.
   sizes: rows of each group, if there are groups; rows past their sum hold NaN.
-  stochastic: gradients are rounded at random.
+  stochastic: whether gradients are rounded stochastically.
   dtype: of x and w.
   of: 'forward', 'dgrad', 'wgrad', or 'all' three.
   """
@@ -31,17 +31,17 @@ class Case:
   of: str = 'all'
 
   def arguments(self) -> tuple:
-    """x_MK, w_KN or w_EKN, a cotangent g_MN, and sizes_E or None; columns differ in size, a thousandfold."""
-    (M, K, N), keys = self.shape, jax.random.split(jax.random.key(sum(self.shape)), 3)
+    """x_MI, w_IO or w_EIO, a cotangent g_MO, and sizes_E or None. The magnitudes of columns differ up to a thousandfold."""
+    (M, I, O), keys = self.shape, jax.random.split(jax.random.key(sum(self.shape)), 3)
     draw = lambda key, *shape: jax.random.normal(key, shape) * 10. ** -(jnp.arange(shape[-1]) % 4)
     past_M1 = jnp.arange(M)[:, None] >= (M if self.sizes is None else sum(self.sizes))
-    x_MK, g_MN = (jnp.where(past_M1, jnp.nan, draw(key, M, width)) for key, width in ((keys[0], K), (keys[1], N)))
-    w = draw(keys[2], *(() if self.sizes is None else (len(self.sizes),)), K, N)
+    x_MI, g_MO = (jnp.where(past_M1, jnp.nan, draw(key, M, width)) for key, width in ((keys[0], I), (keys[1], O)))
+    w = draw(keys[2], *(() if self.sizes is None else (len(self.sizes),)), I, O)
     sizes_E = None if self.sizes is None else jnp.array(self.sizes, jnp.int32)
-    return *(a.astype(self.dtype) for a in (x_MK, w, g_MN)), sizes_E
+    return *(a.astype(self.dtype) for a in (x_MI, w, g_MO)), sizes_E
 
   def call(self, implementation: str, tiles=None):
-    """A function of the arguments. What only other passes need is dead code in it."""
+    """A function of the arguments that computes the pass `of`. What only other passes need is dead code in its program."""
     options = dict(zip(PASSES, self.formats), implementation=implementation)
     def product(x, w, sizes_E):
       key = jax.random.key(1) if self.stochastic else None
@@ -59,33 +59,34 @@ class Case:
 
   @property
   def flops(self) -> float:
-    """2 M K N a pass, of the rows that belong to groups."""
-    M, K, N = self.shape
-    return 2.0 * (3 if self.of == 'all' else 1) * (M if self.sizes is None else sum(self.sizes)) * K * N
+    """2 M I O for each pass, counting the rows that belong to groups."""
+    M, I, O = self.shape
+    return 2.0 * (3 if self.of == 'all' else 1) * (M if self.sizes is None else sum(self.sizes)) * I * O
 
   @property
   def bytes(self) -> float:
-    """Operands read and the result written once, in the dtype of x: rounding is part of the work."""
-    (M, K, N), groups = self.shape, 1 if self.sizes is None else len(self.sizes)
-    return float((3 if self.of == 'all' else 1) * jnp.dtype(self.dtype).itemsize * (M * K + M * N + groups * K * N))
+    """Operands are read and the result is written once, in the dtype of x: rounding is part of the work."""
+    (M, I, O), groups = self.shape, 1 if self.sizes is None else len(self.sizes)
+    return float((3 if self.of == 'all' else 1) * jnp.dtype(self.dtype).itemsize * (M * I + M * O + groups * I * O))
 
   @property
   def precision(self) -> str:
-    """What is multiplied."""
+    """The dtype of the numbers that are multiplied."""
     format = self.formats[0 if self.of == 'all' else PASSES.index(self.of)]
     return self.dtype if format is None else 'int8' if format == 'int8' else 'float8_e4m3fn'
 
   @property
   def tolerance(self) -> float:
-    """Relative to the largest number of the reference. Both round alike, so float32 results differ by the order of sums of
-    float32 numbers. A value may fall on the other side of a step where a program computes its quotient otherwise; that is
-    rare, and one of hundreds of terms. Bfloat16 results are rounded once, to 8 bits: a unit apart where sums straddle."""
+    """Relative to the largest number of the reference. Both round operands alike, so that float32 results differ by the
+    order in which float32 numbers are summed. Where a program computes a quotient differently, a value may be rounded to the
+    other side of a step; that is rare, and affects one of hundreds of terms. Bfloat16 results are rounded once, to 8 bits,
+    and differ by one unit where sums lie on both sides of a boundary."""
     return 2 ** -7 if self.dtype == 'bfloat16' else 1e-5
 
   def baselines(self) -> dict:
-    """The product that is not rounded, in the dtype of x."""
+    """The product without rounding, in the dtype of x."""
     def product(x, w, sizes_E):
-      return contract('MK,KN->MN', x, w) if self.sizes is None else grouped_matmul(x, w, sizes_E)
+      return contract('MI,IO->MO', x, w) if self.sizes is None else grouped_matmul(x, w, sizes_E)
     return {f'in {self.dtype}': self._passes(product)}
 
 
@@ -114,7 +115,7 @@ CASES = {
 
 
 def bench(platform: str) -> dict[str, Case]:
-  """Layers of models in training: `small` of the zoo on a CPU, Llama 3.1 8B and Mixtral 8x7B elsewhere."""
+  """Layers of models in training: those of `small` of the zoo on a CPU, of Llama 3.1 8B and Mixtral 8x7B elsewhere."""
   if platform == 'cpu':
     dense = {f'small up {of}': Case((4096, 384, 1024), of=of) for of in PASSES}
     random = {f'small up {of}, at random': Case((4096, 384, 1024), stochastic=True, of=of) for of in PASSES[1:]}

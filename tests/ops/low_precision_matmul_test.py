@@ -1,4 +1,5 @@
-"""Products in eight bits are those of rounded operands, noise is right in the mean, and integers are what is multiplied."""
+"""Products in eight bits equal those of rounded operands, stochastic rounding is unbiased, and programs multiply
+integers."""
 import contextlib
 import functools
 import re
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from efficient_lm.ops.absmax import largest
 from efficient_lm.ops.contract import contract
 from efficient_lm.ops.grouped_matmul import grouped_matmul
-from efficient_lm.ops.low_precision import (
+from efficient_lm.ops.low_precision_matmul import (
   FORMATS,
   low_precision_contract,
   low_precision_grouped_matmul,
@@ -20,13 +22,12 @@ from efficient_lm.ops.low_precision import (
   rounding,
   xla,
 )
-from efficient_lm.ops.low_precision.cases import CASES, PASSES, Case, bench
-from efficient_lm.ops.quantize.grid import largest
+from efficient_lm.ops.low_precision_matmul.cases import CASES, PASSES, Case, bench
 
 
 @pytest.fixture(scope='module', autouse=True)
 def _quick_compilation():
-  """Compiling is nearly all that these tests spend their time on; what they state holds of any program."""
+  """Compilation takes nearly all the time of these tests; what they state holds for any program."""
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)
@@ -34,7 +35,7 @@ def _quick_compilation():
 
 @contextlib.contextmanager
 def optimized():
-  """As programs are compiled where they are used."""
+  """Compiles with the optimizations that programs have where they are used."""
   jax.config.update('jax_disable_most_optimizations', False)
   yield
   jax.config.update('jax_disable_most_optimizations', True)
@@ -94,7 +95,7 @@ def test_a_pass_without_a_format_is_the_plain_one_bit_for_bit_and_one_with_is_no
   x, g = draw(48, 16), draw(48, 24, seed=1)
   w = draw(*(() if groups is None else (3,)), 16, 24, seed=2)
   formats = dict.fromkeys(rounded, 'int8')
-  ours, plain = functools.partial(low_precision_matmul, **formats), functools.partial(contract, 'MK,KN->MN')
+  ours, plain = functools.partial(low_precision_matmul, **formats), functools.partial(contract, 'MI,IO->MO')
   if groups is not None:
     sizes_E = jnp.array(groups)
     ours = lambda x, w: low_precision_grouped_matmul(x, w, sizes_E, **formats)
@@ -105,7 +106,7 @@ def test_a_pass_without_a_format_is_the_plain_one_bit_for_bit_and_one_with_is_no
 
 @pytest.mark.parametrize('format', FORMATS)
 @pytest.mark.parametrize('size', [1, 1e-12, 1e12])
-def test_rounding_to_the_nearest_errs_by_half_a_step(format, size):
+def test_round_to_nearest_errs_by_half_a_step(format, size):
   a = draw(50, 70) ** 3 * size
   values, scale = jax.jit(rounding.rounded, static_argnums=(1, 2))(a, 1, format)
   y = a / scale
@@ -116,7 +117,7 @@ def test_rounding_to_the_nearest_errs_by_half_a_step(format, size):
 
 
 @pytest.mark.parametrize('format', FORMATS)
-def test_rounding_at_random_takes_a_neighbour_and_is_right_in_the_mean(format):
+def test_stochastic_rounding_takes_a_neighbour_and_is_unbiased(format):
   a = jnp.concatenate([draw(6, 64) ** 3, 10. ** -jnp.linspace(0, 9, 64)[None], jnp.zeros((1, 64))])
   draws = 4096
   def once(key):
@@ -126,28 +127,29 @@ def test_rounding_at_random_takes_a_neighbour_and_is_right_in_the_mean(format):
   _, scale = rounding.rounded(a, 1, format)
   step = rounding._step(a / scale, jnp.dtype(format)) * scale * jnp.ones_like(a)
   assert (jnp.abs(found - a) <= step * (1 + 1e-5)).all()
-  # A mean of values a step apart deviates by at most half a step over the root of their number; five times that.
+  # The mean of values that are a step apart has a deviation of at most half a step over the root of their number: five
+  # deviations.
   assert (jnp.abs(found.mean(0) - a) <= step * (2.5 * draws ** -0.5 + 2 ** -16)).all()
   assert (found[:, :7].std(0).mean(1) > 0).all() and not found[:, 7].any()
 
 
-def test_rounding_to_the_nearest_is_not_right_in_the_mean():
-  """What rounding at random is for: a thousand gradients of a third of a step each add up to nothing."""
+def test_round_to_nearest_is_biased():
+  """It rounds a thousand gradients of a third of a step to 0 each; stochastic rounding keeps their sum."""
   x, w, g = jnp.ones((1, 1)), jnp.ones((1, 2)), jnp.array([[127., 0.3]])
   gradient = lambda key: jax.vjp(lambda w: low_precision_matmul(x, w, wgrad='int8', key=key), w)[1](g)[0]
-  second = jnp.array([[0., 1.]])   # lets the second of two gradients through
+  second = jnp.array([[0., 1.]])   # a weight that passes on the second of two gradients
   dgradient = lambda key: jax.vjp(lambda x: low_precision_matmul(x, second, dgrad='int8', key=key), x)[1](g)[0]
   assert not dgradient(None).any()
   total = jnp.sum(jax.vmap(dgradient)(jax.random.split(KEY, 1000)))
   assert 230 < total < 370   # 300, of deviation 14
-  np.testing.assert_allclose(gradient(None), g, rtol=1e-6)   # a column of one number is its own scale
+  np.testing.assert_allclose(gradient(None), g, rtol=1e-6)   # the only number of a column determines its scale
 
 
 def test_noise_is_uniform_and_differs_between_keys():
   bits = rounding.noise(KEY, (300, 301))
   assert bits.shape == (300, 301) and bits.dtype == jnp.uint16
   counts = np.bincount(np.asarray(bits).ravel() >> 12, minlength=16)
-  # Deviation of a count of 90300 / 16: 73.
+  # A count of 90300 / 16 has a deviation of 73: five deviations.
   assert np.abs(counts - bits.size / 16).max() < 365
   assert np.mean(np.asarray(bits) == np.asarray(rounding.noise(jax.random.key(4), (300, 301)))) < 0.001
 
@@ -165,14 +167,14 @@ def test_a_key_changes_gradients_and_nothing_else():
 
 
 def test_a_sum_too_long_for_int32_is_summed_in_runs():
-  """2^18 products of 127^2 would wrap around."""
+  """The int32 sum of 2^18 products of 127^2 would overflow."""
   S = 2 ** 18
   assert S * 127 ** 2 > 2 ** 31 and xla.LONGEST * 127 ** 2 < 2 ** 31
   y = jax.jit(lambda: low_precision_matmul(jnp.ones((1, S)), jnp.ones((S, 1)), forward='int8'))()
   np.testing.assert_allclose(y, S, rtol=1e-6)
 
 
-def test_runs_are_rounded_by_themselves_and_padding_does_no_harm(monkeypatch):
+def test_runs_have_scales_of_their_own_and_padding_changes_nothing(monkeypatch):
   x, w, g = draw(10, 7), draw(7, 5, seed=1), draw(10, 5, seed=2)
   monkeypatch.setattr(xla, 'LONGEST', 4)
   y, dx, dw = jitted(functools.partial(low_precision_matmul, **ALL_INT8, key=KEY), x, w, g)
@@ -194,7 +196,7 @@ def test_an_equation_is_the_einsum_to_rounding(equation):
   wanted = jitted(functools.partial(jnp.einsum, equation), x, w, g)
   got = jitted(functools.partial(low_precision_contract, equation, **ALL_INT8), x, w, g)
   for a, b in zip(got, wanted, strict=True):
-    # Up to 30 terms, each of whose two factors errs by up to 1/254 of the largest number around: a few percent of a sum.
+    # Up to 30 terms, whose factors err by up to 1/254 of the largest number of their row or column: a few percent of a sum.
     assert a.shape == b.shape and 0 < jnp.abs(a - b).max() < 0.05 * jnp.abs(b).max()
   plain = low_precision_contract(equation, x, w, forward=None)
   np.testing.assert_array_equal(plain, contract(equation, x, w))
