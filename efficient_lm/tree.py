@@ -5,12 +5,17 @@ from typing import Any
 
 import jax
 
-from efficient_lm.errors import Misfit
+from efficient_lm.errors import IncompatibleError
 
 
 def path_name(path) -> str:
   """'stacks/0/blocks/mlp/up': the only spelling of a path in this project (Module and State spell theirs differently)."""
   return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def is_variable(node) -> bool:
+  """Whether a node of a tree is an `nnx.Variable`, told by its metadata."""
+  return hasattr(node, 'get_metadata')
 
 
 def select(tree, kind: type, where: str = '') -> Iterator[tuple[str, Any]]:
@@ -20,14 +25,15 @@ def select(tree, kind: type, where: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def rewrite(tree, kind: type, change: Callable[[str, Any], Any], where: str = ''):
-  """Replaces every node that `select` finds by `change(path, node)`. A selector that finds nothing raises Misfit."""
+  """Replaces every node that `select` finds by `change(path, node)`. A selector that finds nothing raises
+  IncompatibleError."""
   found = []
   def visit(path, node):
     if not (isinstance(node, kind) and re.search(where, path_name(path))): return node
     found.append(path)
     return change(path_name(path), node)
   result = jax.tree_util.tree_map_with_path(visit, tree, is_leaf=lambda node: isinstance(node, kind))
-  if not found: raise Misfit(f'no {kind.__name__} on a path that matches {where!r}; {_paths(tree, kind)}')
+  if not found: raise IncompatibleError(f'no {kind.__name__} on a path that matches {where!r}; {_paths(tree, kind)}')
   return result
 
 

@@ -8,7 +8,8 @@ from flax import nnx
 from efficient_lm import tree
 from efficient_lm.formats import Int
 from efficient_lm.models import spec
-from efficient_lm.weights.quantized import FakeQuantized, Rounding
+from efficient_lm.weights.fake_quantized import FakeQuantized
+from efficient_lm.weights.quantizers import Rounding
 from efficient_lm.weights.weight import Dense, Weight
 
 

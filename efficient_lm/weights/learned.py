@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from efficient_lm.errors import Misfit
+from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import Format, Int, MeanSquaredError, MidRise, Ternary
 from efficient_lm.formats.floating import power_of_two
 from efficient_lm.formats.format import Scales
 from efficient_lm.formats.granularity import Tensor, tile, untile
 from efficient_lm.formats.ranges import Reduce
-from efficient_lm.weights.quantized import Layout, Quantizer, straight_through
+from efficient_lm.weights.layout import Layout, matrix_shape
+from efficient_lm.weights.quantizers import Quantizer, straight_through
 from efficient_lm.weights.weight import Weight
 
 NUM_QUANTILES = 4096   # of a normal distribution, as a stand-in for activations that nobody has seen yet
@@ -65,7 +66,7 @@ class LearnedStep(Quantizer):
   and the gradient of the step is multiplied by 1 / sqrt(n Q_P) (section 2.2) for the n numbers of a weight that share it,
   or the n inputs of a token. Adam does not see that factor; clipping by the norm does.
 
-  exponent: of the steps, (..., q, n) for (..., N, K) cut in n x q tiles, as `Scales` are stored. Matrices with more
+  exponent: of the steps, (..., q, n) for (..., O, I) cut in n x q tiles, as `Scales` are stored. Matrices with more
   dimensions in front, copies in a mixture for one, share it. numbers: n above.
   """
   range = TwiceTheMean()
@@ -77,22 +78,22 @@ class LearnedStep(Quantizer):
 
   @classmethod
   def accepted(cls, format: Format) -> Format:
-    """A copy of the format. Raises Misfit if its steps are not free, to be any positive float."""
+    """A copy of the format. Raises IncompatibleError if its steps are not free, to be any positive float."""
     end = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     scale, zero, outer = jax.eval_shape(format.fit, end, end)
     if not (zero is None and outer is None and scale.dtype == jnp.float32):
-      raise Misfit(f'{format.name}: only a grid around 0 with one float32 scale to a tile can be learned')
+      raise IncompatibleError(f'{format.name}: only a grid around 0 with one float32 scale to a tile can be learned')
     return Quantizer.copied(format)
 
   @classmethod
   def of_weight(cls, weight: Weight, format: Format, range=None):
     """For a weight, one step to a tile of the format; `range` (default: the class's) fits the first ones."""
     layout = Layout.of(weight)
-    w_NK = layout.matrix(weight.materialize())
-    (N, K), step_qn = w_NK.shape[-2:], cls.accepted(format).scales_for(w_NK, range or cls.range).scale
+    w_OI = layout.matrix(weight.materialize())
+    (num_outputs, num_inputs), step_qn = w_OI.shape[-2:], cls.accepted(format).scales_for(w_OI, range or cls.range).scale
     # A tile of zeros says nothing of its size; with the smallest of all steps it would never leave 0.
-    step_qn = jnp.where(step_qn > jnp.finfo(jnp.float32).tiny, step_qn, K ** -0.5 / format.largest)
-    numbers = N * K // math.prod(step_qn.shape[-2:])
+    step_qn = jnp.where(step_qn > jnp.finfo(jnp.float32).tiny, step_qn, num_inputs ** -0.5 / format.largest)
+    numbers = num_outputs * num_inputs // math.prod(step_qn.shape[-2:])
     return cls(format, step_qn, layout.experts + layout.letters[-1] + layout.letters[-2], numbers)
 
   @classmethod
@@ -103,14 +104,12 @@ class LearnedStep(Quantizer):
     the first step is the one with the least squared error for a normal distribution of deviation 1.
     """
     if format.scales != Tensor():
-      raise Misfit(f'{format.name}: tokens that are yet to come cannot each have a learned step: give the activations '
-                       f'scales=Tensor(), one step for all')
-    layout = Layout.of(weight)
-    *lead, _, K = jax.eval_shape(lambda weight: layout.matrix(weight.materialize()), weight).shape
-    if layout.experts: lead = lead[:-1]
+      raise IncompatibleError(f'{format.name}: tokens that are yet to come cannot each have a learned step: give the '
+                              f'activations scales=Tensor(), one step for all')
+    num_inputs = matrix_shape(weight)[1]
     quantiles = jax.scipy.special.ndtri((jnp.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES)
     step_qn = cls.accepted(format).scales_for(quantiles[None], MeanSquaredError(candidates=64, least=0.05)).scale
-    return cls(format, jnp.broadcast_to(step_qn, (*lead, 1, 1)), '11', K)
+    return cls(format, jnp.broadcast_to(step_qn, (*weight.stack, 1, 1)), '11', num_inputs)
 
   @property
   def reach(self) -> float:
@@ -121,25 +120,25 @@ class LearnedStep(Quantizer):
     """The derivative by the step of what is within reach."""
     return self.format.numbers(self.format.codes(y)) - y
 
-  def scales(self, matrix, reduce: Reduce) -> Scales:
+  def scales(self, matrix_OI, reduce: Reduce) -> Scales:
     step_qn = power(self.exponent.get_value())
-    return Scales(jnp.broadcast_to(step_qn, (*matrix.shape[:-2], *step_qn.shape[-2:])))
+    return Scales(jnp.broadcast_to(step_qn, (*matrix_OI.shape[:-2], *step_qn.shape[-2:])))
 
-  def __call__(self, matrix, reduce: Reduce):
-    scales = self.scales(matrix, reduce)
-    rounded = self.format.rounded(lax.stop_gradient(matrix), lax.stop_gradient(scales))
+  def __call__(self, matrix_OI, reduce: Reduce):
+    scales = self.scales(matrix_OI, reduce)
+    quantized_OI = self.format.rounded(lax.stop_gradient(matrix_OI), lax.stop_gradient(scales))
     step, _ = self.format.steps(scales)
     step = lax.stop_gradient(step) + self.gradient_scale * (step - lax.stop_gradient(step))
-    values = jax.checkpoint(self.values, prevent_cse=False)(matrix, step)
-    return straight_through(values, rounded.astype(matrix.dtype))
+    values = jax.checkpoint(self.values, prevent_cse=False)(matrix_OI, step)
+    return straight_through(values, quantized_OI.astype(matrix_OI.dtype))
 
-  def values(self, matrix, step_nq):
-    """Has the gradient that `matrix` on the grid shall have, in its two arguments."""
-    tiles = tile(matrix.astype(jnp.float32), step_nq.shape[-2:])
+  def values(self, matrix_OI, step_nq):
+    """Has the gradient that the matrix on the grid shall have, in its two arguments."""
+    tiles = tile(matrix_OI.astype(jnp.float32), step_nq.shape[-2:])
     step = step_nq[..., :, None, :, None]
     y = lax.stop_gradient(tiles / step)
     within, beyond = tiles + step * self.slope(y), step * (jnp.sign(y) * self.format.largest)
-    return untile(jnp.where(jnp.abs(y) < self.reach, within, beyond)).astype(matrix.dtype)
+    return untile(jnp.where(jnp.abs(y) < self.reach, within, beyond)).astype(matrix_OI.dtype)
 
 
 class Stretched(LearnedStep):
@@ -158,7 +157,7 @@ class Stretched(LearnedStep):
   @classmethod
   def accepted(cls, format: Format) -> Format:
     if not isinstance(format, (Int, MidRise, Ternary)):
-      raise Misfit(f'{format.name}: only grids of equal steps can be stretched: choose MidRise(…), Int(…) or Ternary()')
+      raise IncompatibleError(f'{format.name}: only grids of equal steps can be stretched: MidRise(…), Int(…) or Ternary()')
     return super().accepted(format)
 
   @property

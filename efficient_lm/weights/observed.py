@@ -2,12 +2,14 @@
 is what it saw. So calibration is one `jax.grad`, through scans, experts and meshes alike; the backward pass proper is dead
 code, which XLA drops.
 
-Statistics of the rows x (M, K) that a weight multiplies, its inputs merged; float32, stacks of layers and experts in front:
+Statistics of the rows x (M, I) that a weight multiplies, its inputs merged; float32, stacks of layers and experts in front:
 
-  gram       (..., K, K)   x^T x
-  magnitude  (..., K)      the sum of |x|
-  peak       (..., K)      the largest |x|
-  count      (..., 1)      the number of rows, M; of experts, what each was sent
+  gram       (..., I, I)   x^T x
+  magnitude  (..., I)      the sum of |x|
+  peak       (..., I)      the largest |x|
+  count      (..., 1)      the number of rows that are not all zeros; of experts, of what each was sent
+
+Rows of zeros add nothing to any of them: so does padding, whose hidden states calibration sets to zero.
 
 All but `peak` add up, over batches and over devices.
 """
@@ -19,7 +21,7 @@ from flax import nnx
 from jax import lax
 
 from efficient_lm.ops.grouped_matmul import grouped_matmul
-from efficient_lm.weights.quantized import Layout
+from efficient_lm.weights.layout import Layout, matrix_shape
 from efficient_lm.weights.weight import Weight, Wrapper
 
 
@@ -27,9 +29,9 @@ class Statistic(nnx.Variable):
   """Something observed."""
 
 
-def shape_of(statistic: str, K: int) -> tuple[int, ...]:
-  """Of a weight with K inputs."""
-  return {'gram': (K, K), 'magnitude': (K,), 'peak': (K,), 'count': (1,)}[statistic]
+def shape_of(statistic: str, num_inputs: int) -> tuple[int, ...]:
+  """Of a weight with so many inputs."""
+  return {'gram': (num_inputs, num_inputs), 'magnitude': (num_inputs,), 'peak': (num_inputs,), 'count': (1,)}[statistic]
 
 
 def joined(statistic: str, a, b):
@@ -42,10 +44,9 @@ class Observed(Wrapper):
 
   def __init__(self, inner: Weight, wanted: tuple[str, ...]):
     self.inner = inner
-    layout, shape = Layout.of(inner), jax.eval_shape(lambda weight: weight.materialize(), inner).shape
-    at = len(shape) - len(inner.axes)
-    self.size = math.prod(shape[at + inner.axes.index(letter)] for letter in inner.inputs)
-    lead, sizes = shape[:at + len(layout.experts)], {name: shape_of(name, self.size) for name in wanted}
+    layout, self.size = Layout.of(inner), matrix_shape(inner)[1]
+    lead = inner.shape[:len(inner.stack) + len(layout.experts)]
+    sizes = {name: shape_of(name, self.size) for name in wanted}
     # On a mesh experts' statistics lie where the experts do, those of others everywhere.
     self.statistics = nnx.Dict({name: Statistic(jnp.zeros((*lead, *size)), axes=layout.experts + '1' * len(size))
                                 for name, size in sizes.items()})
@@ -63,37 +64,37 @@ class Observed(Wrapper):
 
 
 @jax.custom_vjp
-def tap(x_MK, statistics):
+def tap(x_MI, statistics):
   """x; the gradient of each statistic is that of x's rows, whatever the loss makes of x."""
-  return x_MK
+  return x_MI
 
 
-def _tap_backward(saved, g_MK):
-  x_MK, statistics = saved
-  return g_MK, {name: _OF_ROWS[name](x_MK.astype(jnp.float32)) for name in statistics}
+def _tap_backward(saved, g_MI):
+  x_MI, statistics = saved
+  return g_MI, {name: _OF_ROWS[name](x_MI.astype(jnp.float32)) for name in statistics}
 
 
-tap.defvjp(lambda x_MK, statistics: (x_MK, (x_MK, statistics)), _tap_backward)
+tap.defvjp(lambda x_MI, statistics: (x_MI, (x_MI, statistics)), _tap_backward)
 
 
 @jax.custom_vjp
-def tap_grouped(x_MK, statistics, sizes_E):
+def tap_grouped(x_MI, statistics, sizes_E):
   """As `tap`, for rows sorted by expert, sizes_E of each: those past the sum count for none."""
-  return x_MK
+  return x_MI
 
 
-def _tap_grouped_backward(saved, g_MK):
-  x_MK, statistics, sizes_E = saved
-  x_MK = x_MK.astype(jnp.float32)
+def _tap_grouped_backward(saved, g_MI):
+  x_MI, statistics, sizes_E = saved
+  x_MI = x_MI.astype(jnp.float32)
   mesh = jax.sharding.get_abstract_mesh()
   # Where 'tensor' cuts the hidden units, each device has some columns of the rows that all of them hold together.
-  if 'tensor' in mesh.manual_axes and any(value.shape[-1] not in (1, x_MK.shape[1]) for value in statistics.values()):
-    x_MK = lax.all_gather(x_MK, 'tensor', axis=1, tiled=True)
-  found = {name: _once(name, _OF_GROUPS[name](x_MK, sizes_E), mesh) for name in statistics}
-  return g_MK, found, None
+  if 'tensor' in mesh.manual_axes and any(value.shape[-1] not in (1, x_MI.shape[1]) for value in statistics.values()):
+    x_MI = lax.all_gather(x_MI, 'tensor', axis=1, tiled=True)
+  found = {name: _once(name, _OF_GROUPS[name](x_MI, sizes_E), mesh) for name in statistics}
+  return g_MI, found, None
 
 
-tap_grouped.defvjp(lambda x_MK, statistics, sizes_E: (x_MK, (x_MK, statistics, sizes_E)), _tap_grouped_backward)
+tap_grouped.defvjp(lambda x_MI, statistics, sizes_E: (x_MI, (x_MI, statistics, sizes_E)), _tap_grouped_backward)
 
 
 def _once(statistic: str, value, mesh):
@@ -103,33 +104,33 @@ def _once(statistic: str, value, mesh):
   return value / math.prod(mesh.shape[name] for name in repeated)
 
 
-def _gram(x_MK):
-  return jnp.matmul(x_MK.T, x_MK, precision='highest')
+def _gram(x_MI):
+  return jnp.matmul(x_MI.T, x_MI, precision='highest')
 
 
-def _gram_of_groups(x_MK, sizes_E):
+def _gram_of_groups(x_MI, sizes_E):
   """The gradient of the grouped product by its matrices, x being both what it multiplies and what comes back."""
-  K = x_MK.shape[1]
+  empty_EII = jnp.zeros((sizes_E.shape[0], x_MI.shape[1], x_MI.shape[1]))
   with jax.default_matmul_precision('highest'):
-    _, pull = jax.vjp(lambda w_EKK: grouped_matmul(x_MK, w_EKK, sizes_E), jnp.zeros((sizes_E.shape[0], K, K)))
-    return pull(x_MK)[0]
+    _, pull = jax.vjp(lambda w_EII: grouped_matmul(x_MI, w_EII, sizes_E), empty_EII)
+    return pull(x_MI)[0]
 
 
-def _group_of(x_MK, sizes_E):
+def _group_of(x_MI, sizes_E):
   """The group of each row, E past the last."""
-  return jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_MK.shape[0]), side='right')
+  return jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_MI.shape[0]), side='right')
 
 
 _OF_ROWS = {
   'gram': _gram,
-  'magnitude': lambda x_MK: jnp.sum(jnp.abs(x_MK), 0),
-  'peak': lambda x_MK: jnp.max(jnp.abs(x_MK), 0),
-  'count': lambda x_MK: jnp.full(1, x_MK.shape[0], jnp.float32),
+  'magnitude': lambda x_MI: jnp.sum(jnp.abs(x_MI), 0),
+  'peak': lambda x_MI: jnp.max(jnp.abs(x_MI), 0),
+  'count': lambda x_MI: jnp.sum(jnp.any(x_MI != 0, -1), keepdims=True).astype(jnp.float32),
 }
 _OF_GROUPS = {
   'gram': _gram_of_groups,
-  'magnitude': lambda x_MK, sizes_E: jax.ops.segment_sum(jnp.abs(x_MK), _group_of(x_MK, sizes_E), sizes_E.shape[0]),
-  'peak': lambda x_MK, sizes_E: jnp.maximum(
-    jax.ops.segment_max(jnp.abs(x_MK), _group_of(x_MK, sizes_E), sizes_E.shape[0]), 0),
-  'count': lambda x_MK, sizes_E: sizes_E[:, None].astype(jnp.float32),
+  'magnitude': lambda x_MI, sizes_E: jax.ops.segment_sum(jnp.abs(x_MI), _group_of(x_MI, sizes_E), sizes_E.shape[0]),
+  'peak': lambda x_MI, sizes_E: jnp.maximum(
+    jax.ops.segment_max(jnp.abs(x_MI), _group_of(x_MI, sizes_E), sizes_E.shape[0]), 0),
+  'count': lambda x_MI, sizes_E: sizes_E[:, None].astype(jnp.float32),
 }

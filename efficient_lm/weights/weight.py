@@ -1,17 +1,22 @@
 """Weight: a matrix that knows how to be multiplied. Techniques wrap or replace Weights; models never name a technique.
 
 Every Weight has `axes`, the letters of its last dimensions ('DNH', 'EDF'), and `inputs`, those of them that a forward
-product sums over ('D'). Stacks of layers add dimensions in front, which no method here looks at.
+product sums over ('D'). Stacks of layers add dimensions in front (`stack`), which no product here looks at.
 """
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from efficient_lm import axes as alphabet
 from efficient_lm.ops.contract import contract
 from efficient_lm.ops.grouped_matmul import grouped_matmul
 from efficient_lm.ops.linear_cross_entropy import linear_cross_entropy
+from efficient_lm.parallel import sharding
+from efficient_lm.weights.invariants import Experts
+
+# Tags of an array that a pruning technique prunes: its number among those of this training, and whether zeros that the array
+# brings are those of an earlier mask.
+PRUNED_BY, MASKED_BEFORE = 'pruned_by', 'masked_before'
 
 
 class Frozen(nnx.Variable):
@@ -19,57 +24,79 @@ class Frozen(nnx.Variable):
 
 
 class Weight(nnx.Module):
-  """Subclasses must say what they are worth as an array; the three verbs follow from that, or are done better."""
+  """Subclasses must have a `shape` and `materialize`; the three verbs follow from these, or are done better.
+
+  product: what its products multiply, in a few words: for tables, as `kind` is.
+  """
   axes: str
   inputs: str
 
-  product = 'float'   # what its products multiply: for tables, as `kind` is
+  product = 'float'
 
   @property
   def kind(self) -> str:
     """What the weight is stored as, in a few words."""
     return type(self).__name__
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """That of the array which `materialize` makes: known without making it, of arrays and of shapes."""
+    raise NotImplementedError
+
+  @property
+  def stack(self) -> tuple[int, ...]:
+    """The dimensions in front of `axes`: of the stack of layers that the weight is part of."""
+    return self.shape[:len(self.shape) - len(self.axes)]
+
+  @property
+  def pruned(self) -> bool:
+    """Whether a pruning technique of the training under way prunes it (see `Dense.tags`)."""
+    return False
+
   def materialize(self) -> jax.Array:
     """The weight as one float array whose last dimensions are `axes`."""
     raise NotImplementedError
 
+  def invariants(self) -> tuple:
+    """What is promised of it: values of `weights.invariants`."""
+    return (Experts(self.shape[-len(self.axes)]),) if self.axes.startswith('E') else ()
+
   def contract(self, equation: str, x, dtype=None):
     """einsum(equation, x, weight) in x's dtype; `dtype` asks for another one of the result (float32 logits)."""
-    x = self.rounded(x, equation.split(',')[0])
+    x = self.prepare_input(x, equation.split(',')[0])
     return self.multiply(equation, x, self.materialize().astype(x.dtype), dtype)
 
   def contract_grouped(self, x_MD, sizes_E):
     """Rows of x sorted by expert, `sizes_E` rows each, times that expert's matrix; rows past the sum give zeros."""
-    x_MD = self.rounded(x_MD, 'M' + self.inputs)
+    x_MD = self.prepare_input(x_MD, 'M' + self.inputs)
     return self.multiply_grouped(x_MD, self.materialize().astype(x_MD.dtype), sizes_E)
 
   def multiply(self, equation: str, x, array, dtype=None):
-    """How this weight multiplies an array that it is worth; a kind that only changes what it is worth asks its `inner`."""
+    """How this weight multiplies an array that stands for it; a wrapper that only changes values asks its `inner`."""
     return contract(equation, x, array, dtype=dtype)
 
   def multiply_grouped(self, x_MD, array, sizes_E):
     """As `multiply`, for rows sorted by expert."""
     return grouped_matmul(x_MD, array, sizes_E)
 
-  def rounded(self, x, axes: str):
-    """What a product of this weight does to x first; activation quantization lives here."""
+  def prepare_input(self, x, axes: str):
+    """What a product of this weight does to x first: activation quantization, a norm."""
     return x
 
-  def narrowed(self, dtype):
+  def cast(self, dtype):
     """The weight as products in `dtype` read it, to be moved between devices; itself, where that would change a product."""
     return self
 
   def nll(self, hidden_BTD, labels_BT):
     """Negative log-likelihood of labels under softmax(hidden @ weight), and the log normaliser: (B, T) float32 each."""
-    hidden_BTD = self.rounded(hidden_BTD, 'BTD')
+    hidden_BTD = self.prepare_input(hidden_BTD, 'BTD')
     head_DV = self.materialize().astype(hidden_BTD.dtype)
-    return alphabet.by_shard(_nll, ('BTD', 'DV', 'BT'), ('BT', 'BT'))(hidden_BTD, head_DV, labels_BT)
+    return sharding.by_shard(_nll, ('BTD', 'DV', 'BT'), ('BT', 'BT'))(hidden_BTD, head_DV, labels_BT)
 
   def take(self, ids):
     """Rows of an embedding: ids of any shape -> that shape + (D,)."""
     # Gathered over its width first: the partitioner knows no way from a table cut both ways to rows cut by batch.
-    return alphabet.constrain(self.materialize(), 'VD')[ids]
+    return sharding.constrain(self.materialize(), 'VD')[ids]
 
 
 class Wrapper(Weight):
@@ -88,26 +115,52 @@ class Wrapper(Weight):
   @property
   def product(self): return self.inner.product
 
+  @property
+  def shape(self): return self.inner.shape
+
+  @property
+  def pruned(self): return self.inner.pruned
+
   def materialize(self): return self.inner.materialize()
-  def rounded(self, x, axes: str): return self.inner.rounded(x, axes)
+  def invariants(self): return self.inner.invariants()
+  def prepare_input(self, x, axes: str): return self.inner.prepare_input(x, axes)
   def multiply(self, *arguments): return self.inner.multiply(*arguments)
   def multiply_grouped(self, *arguments): return self.inner.multiply_grouped(*arguments)
 
 
 class Dense(Weight):
-  """A plain trainable array."""
+  """A plain trainable array. `tags` are further metadata of its Variable, by which an optimizer finds it; all that is made
+  from it by `replaced` carries them on."""
 
-  def __init__(self, array, axes: str, inputs: str):
-    self.array, self.axes, self.inputs = nnx.Param(array, axes=axes, inputs=inputs), axes, inputs
+  def __init__(self, array, axes: str, inputs: str, **tags):
+    self.array, self.axes, self.inputs = nnx.Param(array, axes=axes, inputs=inputs, **tags), axes, inputs
 
   @property
   def kind(self): return jnp.dtype(self.array.get_value().dtype).name
 
+  @property
+  def shape(self): return self.array.get_value().shape
+
+  @property
+  def tags(self) -> dict:
+    return {name: value for name, value in self.array.get_metadata().items() if name in (PRUNED_BY, MASKED_BEFORE)}
+
+  @property
+  def pruned(self): return PRUNED_BY in self.tags
+
+  def replaced(self, array, axes: str | None = None, **tags) -> 'Dense':
+    """With another array, and perhaps other letters or more tags."""
+    return Dense(array, axes or self.axes, self.inputs, **self.tags | tags)
+
+  def untagged(self) -> 'Dense':
+    """Without tags."""
+    return Dense(self.array.get_value(), self.axes, self.inputs)
+
   def materialize(self):
     return self.array.get_value()
 
-  def narrowed(self, dtype):
-    return Dense(self.array.get_value().astype(dtype), self.axes, self.inputs)
+  def cast(self, dtype):
+    return self.replaced(self.array.get_value().astype(dtype))
 
 
 class Transposed(Weight):
@@ -125,6 +178,9 @@ class Transposed(Weight):
   @property
   def kind(self): return self.inner.kind
 
+  @property
+  def shape(self): return self.inner.shape[::-1]
+
   def materialize(self):
     return self.inner.materialize().T
 
@@ -132,12 +188,12 @@ class Transposed(Weight):
     x_axes, rest = equation.split(',')
     return self.inner.contract(f'{x_axes},{rest.replace(self.axes, self.inner.axes, 1)}', x, dtype)
 
-  def rounded(self, x, axes: str):
-    return self.inner.rounded(x, axes)
+  def prepare_input(self, x, axes: str):
+    return self.inner.prepare_input(x, axes)
 
 
 class OutputsFirst(Weight):
-  """What `inner` is worth, kept with its outputs in front ('NHD' for 'DNH'): what one output needs lies together, as the
+  """The values of `inner`, kept with its outputs in front ('NHD' for 'DNH'): what one output needs lies together, as the
   product with a single row reads it fastest on a CPU. For decoding; not to be trained."""
 
   def __init__(self, inner: Weight):
@@ -146,12 +202,17 @@ class OutputsFirst(Weight):
     array = jnp.einsum(f'{inner.axes}->{self.order}', inner.materialize())
     self.array = nnx.Param(array, axes=self.order, inputs=inner.inputs)
 
+  @property
+  def shape(self):
+    shape, n = self.array.get_value().shape, len(self.order)
+    return (*shape[:-n], *(shape[-n:][self.order.index(letter)] for letter in self.axes))
+
   def materialize(self):
     return jnp.einsum(f'{self.order}->{self.axes}', self.array.get_value())
 
   def contract(self, equation, x, dtype=None):
     x_axes, rest = equation.split(',')
-    x = self.rounded(x, x_axes)
+    x = self.prepare_input(x, x_axes)
     return contract(f'{x_axes},{rest.replace(self.axes, self.order, 1)}', x, self.array.get_value().astype(x.dtype),
                     dtype=dtype)
 

@@ -10,11 +10,11 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficient_lm import axes
 from efficient_lm.formats import MXFP8, NF4, AbsMax, Channel, Float8, Group, Int, MeanSquaredError, MidRise, Tensor, Ternary
 from efficient_lm.formats.ranges import Reduce
 from efficient_lm.models import spec
 from efficient_lm.models.moe import routing
+from efficient_lm.parallel import sharding
 from efficient_lm.training import optimizers as optim
 from efficient_lm.tree import rewrite
 from efficient_lm.weights.learned import ClippedActivation, LearnedStep, Stretched, exponent_of, power
@@ -292,7 +292,7 @@ def test_steps_that_devices_share_get_the_gradients_of_all(mesh):
   of = lambda call: jit(jax.grad(lambda moe, x_BTD: jnp.vdot(g_BTD, call(moe, x_BTD))))
   wanted = of(lambda moe, x_BTD: moe.oracle(x_BTD))(moe, x_BTD)
   with mesh(1, 2, 2, 2):
-    placed = jax.device_put(moe, axes.shardings(moe, jax.sharding.get_mesh()))
+    placed = jax.device_put(moe, sharding.shardings(moe, jax.sharding.get_mesh()))
     ours = of(lambda moe, x_BTD: moe(x_BTD)[0])(placed, x_BTD)
   assert np.abs(wanted.experts.down.weights.exponent.get_value()).min() > 0
   for a, b in zip(jax.tree.leaves(jax.device_get(ours)), jax.tree.leaves(wanted), strict=True):

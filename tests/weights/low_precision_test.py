@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from efficient_lm.formats import Int
-from efficient_lm.ops.low_precision import low_precision_contract, low_precision_grouped_matmul
+from efficient_lm.ops.low_precision_matmul import low_precision_contract, low_precision_grouped_matmul
 from efficient_lm.weights.low_precision import LowPrecision, low_precision
 from efficient_lm.weights.quantized import FakeQuantized, Rounding
 from efficient_lm.weights.step_counter import Clock

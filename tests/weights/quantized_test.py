@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from efficient_lm.axes import shardings
-from efficient_lm.errors import Misfit
+from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import MXFP4, NVFP4, Block, Float8, Group, Int, MidRise, Tensor, Ternary
+from efficient_lm.parallel.sharding import shardings
 from efficient_lm.tree import num_bytes
 from efficient_lm.weights.quantized import FakeQuantized, Layout, Quantized, Rounding, quantized, straight_through
 from efficient_lm.weights.weight import Dense, Transposed
@@ -169,7 +169,7 @@ def test_a_factor_that_devices_would_have_to_share_is_refused(mesh, format, refu
     cut = PartitionSpec(None, 'tensor')
     mapped = jax.shard_map(local, in_specs=cut, out_specs=cut, check_vma=False)
     if refused:
-      with pytest.raises(Misfit, match=r"NVFP4 .*share an expert over \('tensor',\)"): mapped(draw('DF'))
+      with pytest.raises(IncompatibleError, match=r"NVFP4 .*share an expert over \('tensor',\)"): mapped(draw('DF'))
     else: np.testing.assert_array_equal(mapped(draw('DF')), local(draw('DF')))
 
 
