@@ -7,18 +7,17 @@ to all that the cache holds up to themselves; the updated cache is returned. `mo
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_lm.axes import constrain
-from efficient_lm.models import spec as specs
 from efficient_lm.models.cache import KeyValues, attend
-from efficient_lm.models.layers import RMSNorm, rotate
+from efficient_lm.models.layers import RMSNorm, apply_rope
 from efficient_lm.ops.attention import attention
+from efficient_lm.parallel.sharding import constrain
 from efficient_lm.weights.weight import initial
 
 
 class GroupedQueryAttention(nnx.Module):
   """N query heads share K key-value heads (Ainslie et al. 2023); the cache holds the K rotated keys and the values."""
 
-  def __init__(self, spec: specs.GroupedQuery, site: 'specs.Site', *, rngs: nnx.Rngs):
+  def __init__(self, spec, site, *, rngs: nnx.Rngs):
     N, K, H, D = spec.num_heads, spec.num_kv_heads, spec.head_dim, site.dim
     sizes = dict(D=D, N=N, K=K, H=H)
     self.query = initial(rngs.params(), sizes, 'DNH', 'D')
@@ -31,7 +30,7 @@ class GroupedQueryAttention(nnx.Module):
     self.theta, self.layout, self.window = spec.rope.theta, spec.rope.layout, spec.window
     self.cache_shape = (K, H)
 
-  def init_cache(self, batch: int, length: int, dtype, form=specs.FloatCache()):
+  def init_cache(self, batch: int, length: int, dtype, form):
     K, H = self.cache_shape
     return KeyValues(*(form.rows(batch, K, length, H, dtype) for _ in range(2)))
 
@@ -40,8 +39,8 @@ class GroupedQueryAttention(nnx.Module):
     k_BTKH = self.key.contract('BTD,DKH->BTKH', x_BTD)
     v_BTKH = self.value.contract('BTD,DKH->BTKH', x_BTD)
     if self.query_norm is not None: q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
-    q_BTNH = constrain(rotate(q_BTNH, positions_BT, self.theta, self.layout), 'BTNH')
-    k_BTKH = rotate(k_BTKH, positions_BT, self.theta, self.layout)
+    q_BTNH = constrain(apply_rope(q_BTNH, positions_BT, self.theta, self.layout), 'BTNH')
+    k_BTKH = apply_rope(k_BTKH, positions_BT, self.theta, self.layout)
     if cache is None: o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=self.window)
     else:
       cache = cache.append(k_BTKH, v_BTKH, start)
@@ -57,7 +56,7 @@ class LatentAttention(nnx.Module):
   space, where attention is that of N queries and a single key-value head, so the cache is R + H numbers a token.
   """
 
-  def __init__(self, spec: specs.Latent, site: 'specs.Site', *, rngs: nnx.Rngs):
+  def __init__(self, spec, site, *, rngs: nnx.Rngs):
     D, N, R, Q = site.dim, spec.num_heads, spec.kv_rank, spec.query_rank
     nope, rope, value = spec.nope_dim, spec.rope_dim, spec.value_dim
     key = rngs.params
@@ -79,7 +78,7 @@ class LatentAttention(nnx.Module):
     self.theta, self.layout = spec.rope.theta, spec.rope.layout
     self.scale, self.cache_sizes = (nope + rope) ** -.5, (R, rope)
 
-  def init_cache(self, batch: int, length: int, dtype, form=specs.FloatCache()):
+  def init_cache(self, batch: int, length: int, dtype, form):
     latent, key = (form.rows(batch, 1, length, size, dtype) for size in self.cache_sizes)
     return {'latent': latent, 'key': key}
 
@@ -89,13 +88,13 @@ class LatentAttention(nnx.Module):
     else: c, letter = self.query_norm(self.query_down.contract('BTD,DR->BTR', x_BTD)), 'R'
     nope_BTNH = self.query_nope.contract(f'BT{letter},{letter}NH->BTNH', c)
     rope_BTNH = self.query_rope.contract(f'BT{letter},{letter}NH->BTNH', c)
-    return nope_BTNH, rotate(rope_BTNH, positions_BT, self.theta, self.layout)
+    return nope_BTNH, apply_rope(rope_BTNH, positions_BT, self.theta, self.layout)
 
   def __call__(self, x_BTD, positions_BT, segments_BT=None, cache=None, start=0):
     nope_BTNH, rope_BTNH = self._queries(x_BTD, positions_BT)
     c_BTR = self.latent_norm(self.latent_down.contract('BTD,DR->BTR', x_BTD))
     k_BT1H = self.key_rope.contract('BTD,DH->BTH', x_BTD)[:, :, None]
-    k_BT1H = rotate(k_BT1H, positions_BT, self.theta, self.layout)
+    k_BT1H = apply_rope(k_BT1H, positions_BT, self.theta, self.layout)
     if cache is None:
       o_BTNH = self._expanded(nope_BTNH, rope_BTNH, c_BTR, k_BT1H, segments_BT)
     else:

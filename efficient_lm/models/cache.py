@@ -3,9 +3,10 @@
 Formats are values (`spec.FloatCache`, `spec.IntegerCache`) that make empty rows, and the caller of `init_cache` chooses one.
 Layers append to rows and read them, and know of no format.
 
-All that a query sees of earlier tokens, and of its own, it sees as the cache holds it: rounded, if the cache is. So a prompt
-read at once and the same prompt read token by token give the same, up to the order of sums. (Only where tokens share a scale
-do they differ more: at once, a token's step already covers the later ones of its group.)
+A query sees earlier tokens, and its own, as the cache holds them: rounded, if the cache is quantized. So a prompt that is
+read at once and the same prompt read token by token give the same result, up to the order of sums. (The difference is larger
+only where tokens share a scale: at once, the scale of a token already covers the later tokens of its group.) A mixture with
+a capacity drops no token that is read through a cache; without a cache it drops those that training would drop.
 """
 import dataclasses
 
@@ -13,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from efficient_lm.axes import by_shard, constrain
-from efficient_lm.errors import Misfit
+from efficient_lm.errors import IncompatibleError
 from efficient_lm.ops.attention import attention
 from efficient_lm.ops.decode_attention import decode_attention
 from efficient_lm.ops.decode_attention.cache import per_token, unpacked
 from efficient_lm.ops.quantize import quantize_cache
+from efficient_lm.parallel.sharding import by_shard, constrain
 
 
 def write(x_BKSH, new_BKTH, start):
@@ -64,8 +65,9 @@ class IntegerRows:
 
   @classmethod
   def empty(cls, batch: int, heads: int, length: int, dim: int, dtype, *, bits: int, group: int):
-    """Rows of `dim` numbers for `length` tokens, by head. Raises Misfit for an odd dim in four bits."""
-    if bits == 4 and dim % 2: raise Misfit(f'a cache in 4 bits of rows of {dim}: must be even, for two to share a byte')
+    """Rows of `dim` numbers for `length` tokens, by head. Raises IncompatibleError for an odd dim in four bits."""
+    if bits == 4 and dim % 2:
+      raise IncompatibleError(f'a cache in 4 bits of rows of {dim}: must be even, for two to share a byte')
     # Groups are written whole, and sometimes one that holds nothing after them: see `append`.
     slots = length if group == 1 else (-(-length // group) + 1) * group
     values, scales = jax.eval_shape(lambda x: quantize_cache(x, bits=bits, group=group),
@@ -90,7 +92,7 @@ class IntegerRows:
                                scale_BKS=write(self.scale_BKS, scale, first), recent_BKTH=recent_BKTH)
 
   def read(self, dtype, end: int | None = None):
-    """(B, end, K, H): the rows of the first slots, of all by default, multiplied out."""
+    """(B, end, K, H): the rows of the first slots, of all by default, dequantized."""
     scale_BKS = per_token(self.scale_BKS, self.x_BKSH.shape[2])[:, :, :end, None]
     return (unpacked(self.x_BKSH[:, :, :end], jnp.float32) * scale_BKS).swapaxes(1, 2).astype(dtype)
 
@@ -116,8 +118,8 @@ class KeyValues:
   def attend(self, q_BTNH, start, segments_BS=None, window: int | None = None):
     """What queries start … start + T - 1 see of the tokens up to themselves, their own included.
 
-    One token reads the cache as it is stored, by `ops.decode_attention`. Several, and any with segments, read it multiplied
-    out, by `ops.attention`: a whole prompt, from 0 on, only the slots that it has filled.
+    One token reads the cache as it is stored, by `ops.decode_attention`. Several tokens, and any with segments, read it
+    dequantized, by `ops.attention`; a prompt that starts at 0 reads only the slots that it has filled.
     """
     T, dtype = q_BTNH.shape[1], q_BTNH.dtype
     if T == 1 and segments_BS is None: return self._decode(q_BTNH[:, 0], start + 1, window)[:, None]

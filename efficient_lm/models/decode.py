@@ -6,11 +6,18 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 
-from efficient_lm.axes import settle
 from efficient_lm.models import spec as specs
-from efficient_lm.models.transformer import Stack, outputs_first, unrolled
+from efficient_lm.models.transformer import Stack, Unrolled
+from efficient_lm.parallel.sharding import wait_on_cpu
+from efficient_lm.tree import rewrite, select
+from efficient_lm.weights.weight import Dense, OutputsFirst, Weight
+
+GREEDY = 1e-6   # a temperature below this counts as 0: logits divided by it would overflow
+HOT = 1e30      # one above this counts as this: all tokens are alike, and larger numbers are infinite in float32
+TINY = float(np.finfo(np.float32).tiny)   # smaller numbers are 0 in float32, and a top_p of 0 would keep no token
 
 
 @jax.tree_util.register_static
@@ -23,33 +30,65 @@ class Sampling:
   top_p: float | None = None
 
   def __post_init__(self):
-    if self.temperature < 0: raise ValueError(f'temperature = {self.temperature}: must be 0 (greedy) or positive')
+    if not 0 <= self.temperature < float('inf'):
+      raise ValueError(f'temperature = {self.temperature}: must be 0 (greedy) or positive and finite')
     if self.top_k is not None and self.top_k < 1: raise ValueError(f'top_k = {self.top_k}: must be at least 1')
     if self.top_p is not None and not 0 < self.top_p <= 1: raise ValueError(f'top_p = {self.top_p}: must be in (0, 1]')
 
   def __call__(self, logits_BV, key):
     """ids_B drawn from the kept tokens."""
-    if self.temperature == 0: return jnp.argmax(logits_BV, -1)
-    return jax.random.categorical(key, self.keep(logits_BV / self.temperature))
+    if self.temperature < GREEDY: return jnp.argmax(logits_BV, -1)
+    return jax.random.categorical(key, self.keep(logits_BV))
 
   def keep(self, logits_BV):
-    """The logits, -inf where a token may not be drawn."""
+    """logits / temperature, -inf where a token may not be drawn. Logits are compared before they are divided: a large
+    temperature makes them all equal."""
+    temperature = min(self.temperature, HOT)
     if self.top_k is not None:
       least_B1 = lax.top_k(logits_BV, min(self.top_k, logits_BV.shape[-1]))[0][:, -1:]
       logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
-    if self.top_p is not None:
+    if self.top_p is not None and self.top_p < 1:
       sorted_BV = jnp.sort(logits_BV, descending=True)
-      before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV), -1) - jax.nn.softmax(sorted_BV)
-      least_B1 = jnp.min(jnp.where(before_BV < self.top_p, sorted_BV, jnp.inf), -1, keepdims=True)
+      probs_BV = jax.nn.softmax(sorted_BV / temperature)
+      before_BV = jnp.cumsum(probs_BV, -1) - probs_BV
+      least_B1 = jnp.min(jnp.where(before_BV < max(self.top_p, TINY), sorted_BV, jnp.inf), -1, keepdims=True)
       logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
-    return logits_BV
+    return logits_BV / temperature
 
 
-def ready(model):
-  """The model as decoding reads it, its layers copied apart and on a CPU its matrices turned; itself if it is that."""
+def ready(model, donate: bool = False):
+  """The model as decoding reads it: every layer by itself, and on a CPU the matrices stored with their outputs first; the
+  model itself if it has no stacks. With `donate` the arrays of the given model are deleted one by one as they are copied,
+  so that there are never two copies of the whole."""
   if not any(isinstance(stack, Stack) for stack in model.stacks): return model
-  arrange = (lambda model: outputs_first(unrolled(model))) if jax.default_backend() == 'cpu' else unrolled
-  return settle(jax.jit(arrange)(model))
+  made = jax.tree.map(lambda leaf: leaf, model)
+  made.stacks = nnx.List([_apart(stack, donate) if isinstance(stack, Stack) else stack for stack in model.stacks])
+  if jax.default_backend() == 'cpu' and dict(select(made, Dense)):
+    made = rewrite(made, Dense, lambda _, weight: _outputs_first(weight, donate))
+  return wait_on_cpu(made)
+
+
+def _apart(stack: Stack, donate: bool) -> Unrolled:
+  leaves, structure = jax.tree.flatten(stack.blocks)
+  parts = []
+  for leaf in leaves:
+    parts.append([_at(leaf, i) for i in range(stack.num_layers)])
+    if donate: leaf.delete()
+  return Unrolled([jax.tree.unflatten(structure, layer) for layer in zip(*parts)], stack.remat)
+
+
+@jax.jit
+def _at(leaf, i):
+  return leaf[i]
+
+
+def _outputs_first(weight: Dense, donate: bool) -> Weight:
+  """The weight with its outputs first. Experts multiply sorted rows and stay as they are; an embedding has its outputs first
+  already, and so have quantized weights."""
+  if 'E' in weight.axes or weight.axes.startswith('V'): return weight
+  made = jax.jit(OutputsFirst)(weight)
+  if donate: weight.array.get_value().delete()
+  return made
 
 
 @functools.partial(jax.jit, static_argnames=('length', 'vocab_size', 'cache'))
@@ -77,8 +116,9 @@ def burst(model, logits_BV, cache, start, key, sampling, *, count: int, vocab_si
 
 @functools.partial(jax.jit, static_argnames=('cache',))
 def cached_sums(model, batch, cache=specs.FloatCache()):
-  """Nats, counted targets and bytes of text of one batch, as `train.evaluation_sums`, but decoded: each row token by token
-  through a cache of this format, the next token being that of the text. A row is one text, whatever documents it holds."""
+  """Nats, counted targets and bytes of text of one batch, as `training.evaluation.evaluation_sums`, but decoded: each row
+  token by token through a cache of this format, the next token being that of the text. A row is one text, whatever documents
+  it holds."""
   def one(slots, token):
     index, inputs_B, targets_B = token
     outputs = model(inputs_B[:, None], cache=slots, start=index)
@@ -91,23 +131,50 @@ def cached_sums(model, batch, cache=specs.FloatCache()):
 
 
 def stream(model, prompt_BT, num_tokens: int, *, sampling=Sampling(), seed: int = 0, vocab_size: int,
-           burst_size: int = 16, cache=specs.FloatCache()) -> Iterator[np.ndarray]:
-  """Yields arrays of new token ids, (B, up to burst_size), until `num_tokens` are drawn.
+           burst_size: int = 16, cache=specs.FloatCache(), stops: tuple[int, ...] = ()) -> Iterator[np.ndarray]:
+  """Yields arrays of new token ids, (B, up to burst_size), until `num_tokens` are drawn or each row has reached a stop.
 
   Args:
     model: made `ready` at each call, or once for all of them by the caller.
     prompt_BT: at least one token; all prompts of a batch have the same length.
     vocab_size: of the tokenizer; the model's padding of the vocabulary is never drawn.
     cache: the format of what is kept of the tokens read: see `models/spec.py`.
+    stops: ids that end a row. All ids after its first stop are that stop.
+
+  Raises:
+    ValueError: an empty prompt, or prompts of several lengths; at the first token that is asked for.
   """
+  lengths = {len(row) for row in prompt_BT}
+  if len(lengths) > 1: raise ValueError(f'prompts of {sorted(lengths)} tokens: those of a batch must have one length')
+  if lengths in (set(), {0}): raise ValueError('prompt = []: must hold at least one token')
   prompt_BT = jnp.asarray(prompt_BT, jnp.int32)
-  if prompt_BT.shape[1] == 0: raise ValueError('prompt = []: must hold at least one token')
   num_bursts = -(-num_tokens // burst_size)
   start = prompt_BT.shape[1]
   model, key = ready(model), jax.random.key(seed)
-  logits_BV, slots = settle(prefill(model, prompt_BT, length=start + num_bursts * burst_size, vocab_size=vocab_size,
-                                    cache=cache))
+  logits_BV, slots = wait_on_cpu(prefill(model, prompt_BT, length=start + num_bursts * burst_size, vocab_size=vocab_size,
+                                         cache=cache))
+  ended_B = np.full(prompt_BT.shape[0], -1)
   for i in range(num_bursts):
     ids, logits_BV, slots = burst(model, logits_BV, slots, start + i * burst_size, key, sampling,
                                   count=burst_size, vocab_size=vocab_size)
-    yield np.asarray(ids)[:, :num_tokens - i * burst_size]
+    ids_BT, ended_B = _ended(np.asarray(ids)[:, :num_tokens - i * burst_size], ended_B, stops)
+    yield ids_BT
+    if (ended_B >= 0).all(): return
+
+
+def _ended(ids_BT, ended_B, stops):
+  """The ids with everything after a row's first stop replaced by that stop, cut after the id at which the last row stops;
+  and the stop that each row has reached, -1 for none."""
+  ids_BT = np.where(ended_B[:, None] >= 0, ended_B[:, None], ids_BT)
+  hit_BT = np.isin(ids_BT, stops)
+  first_B = np.where(hit_BT.any(1), hit_BT.argmax(1), ids_BT.shape[1])
+  stop_B = np.where(hit_BT.any(1), ids_BT[np.arange(len(ids_BT)), np.minimum(first_B, ids_BT.shape[1] - 1)], -1)
+  ids_BT = np.where(np.arange(ids_BT.shape[1]) > first_B[:, None], stop_B[:, None], ids_BT)
+  ended_B = np.maximum(ended_B, stop_B)
+  return (ids_BT[:, :first_B.max() + 1] if (ended_B >= 0).all() else ids_BT), ended_B
+
+
+def until_stop(ids_T, stops: tuple[int, ...]):
+  """A row's ids before its first stop."""
+  found = np.flatnonzero(np.isin(ids_T, stops))
+  return ids_T[:found[0]] if len(found) else ids_T

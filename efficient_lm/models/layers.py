@@ -20,8 +20,9 @@ class RMSNorm(nnx.Module):
     return rms_norm(flat, scale.reshape(-1), self.eps).reshape(x.shape)
 
 
-def rotate(x_BTNH, positions_BT, theta: float, layout: str):
-  """Turns pair i of the H/2 pairs of each head by positions * theta**(-2i/H) (Su et al. 2021, eq. 15), in float32."""
+def apply_rope(x_BTNH, positions_BT, theta: float, layout: str):
+  """Rotary position embedding: rotates pair i of the H/2 pairs of each head by positions * theta**(-2i/H) (Su et al. 2021,
+  eq. 15), in float32."""
   *lead, H = x_BTNH.shape
   angle_BTH = positions_BT[:, :, None] * theta ** (-jnp.arange(H // 2, dtype=jnp.float32) / (H // 2))
   # The two numbers of a pair lie along one axis, and reversing it is the swap that a rotation needs. On CPU a step of a
@@ -29,8 +30,8 @@ def rotate(x_BTNH, positions_BT, theta: float, layout: str):
   pair, split = (-2, (2, H // 2)) if layout == 'half' else (-1, (H // 2, 2))
   x = x_BTNH.astype(jnp.float32).reshape(*lead, *split)
   cos, sin = (jnp.expand_dims(table_BTH[:, :, None], pair) for table_BTH in (jnp.cos(angle_BTH), jnp.sin(angle_BTH)))
-  turned = x * cos + jnp.flip(x, pair) * jnp.concatenate([-sin, sin], pair)
-  return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
+  rotated = x * cos + jnp.flip(x, pair) * jnp.concatenate([-sin, sin], pair)
+  return rotated.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
 
 @jax.checkpoint

@@ -6,28 +6,21 @@ modules are imported when built, so that a config is read, checked and refused b
 import dataclasses
 from typing import Any
 
-from efficient_lm.lazy import lazy
+from efficient_lm.errors import Problem
 from efficient_lm.models.moe import routing
-
-attention = lazy('efficient_lm.models.attention')
-cache = lazy('efficient_lm.models.cache')
-mlp = lazy('efficient_lm.models.mlp')
-moe = lazy('efficient_lm.models.moe.layer')
-transformer = lazy('efficient_lm.models.transformer')
 
 ROPE_LAYOUTS = ('half', 'interleaved')
 REMAT = ('none', 'dots', 'transport', 'full')
-Complaint = tuple[str, Any, str]   # field, value, what would be right
 DTYPES = ('float32', 'bfloat16', 'float16')
 
 
-def positive(spec, *fields: str) -> list[Complaint]:
-  """Complaints about those of `fields` that are not at least 1."""
+def positive(spec, *fields: str) -> list[Problem]:
+  """Problems of those of `fields` that are not at least 1."""
   return [(field, getattr(spec, field), 'must be at least 1') for field in fields if getattr(spec, field) < 1]
 
 
-def one_of(spec, field: str, choices) -> list[Complaint]:
-  """A complaint when `field` is none of `choices`."""
+def one_of(spec, field: str, choices) -> list[Problem]:
+  """The problem when `field` is none of `choices`."""
   value = getattr(spec, field)
   return [] if value in choices else [(field, value, f'must be one of {", ".join(map(repr, choices))}')]
 
@@ -69,12 +62,13 @@ class GroupedQuery:
     yield from positive(self, 'num_heads', 'num_kv_heads', 'head_dim')
     if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
       yield 'num_kv_heads', self.num_kv_heads, f'must divide num_heads = {self.num_heads}'
-    if self.head_dim % 2: yield 'head_dim', self.head_dim, 'must be even: rotary embedding turns pairs'
+    if self.head_dim % 2: yield 'head_dim', self.head_dim, 'must be even: rotary embedding rotates pairs'
     yield from one_of(self, 'qk_norm', ('', 'H', 'NH'))
     if self.window is not None and self.window < 1: yield 'window', self.window, 'must be at least 1, or None'
 
   def build(self, site: Site, *, rngs):
-    return attention.GroupedQueryAttention(self, site, rngs=rngs)
+    from efficient_lm.models.attention import GroupedQueryAttention
+    return GroupedQueryAttention(self, site, rngs=rngs)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -92,10 +86,11 @@ class Latent:
   def check(self):
     yield from positive(self, 'num_heads', 'kv_rank', 'nope_dim', 'rope_dim', 'value_dim')
     if self.query_rank is not None: yield from positive(self, 'query_rank')
-    if self.rope_dim % 2: yield 'rope_dim', self.rope_dim, 'must be even: rotary embedding turns pairs'
+    if self.rope_dim % 2: yield 'rope_dim', self.rope_dim, 'must be even: rotary embedding rotates pairs'
 
   def build(self, site: Site, *, rngs):
-    return attention.LatentAttention(self, site, rngs=rngs)
+    from efficient_lm.models.attention import LatentAttention
+    return LatentAttention(self, site, rngs=rngs)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -107,14 +102,16 @@ class SwiGLU:
     yield from positive(self, 'hidden')
 
   def build(self, site: Site, *, rngs):
-    return mlp.FeedForward(self, site, rngs=rngs)
+    from efficient_lm.models.mlp import FeedForward
+    return FeedForward(self.hidden, site, rngs=rngs)
 
 
 @dataclasses.dataclass(kw_only=True)
 class MoE:
   """Mixture of SwiGLU experts of `hidden` units each. `router` scores and chooses; `balance` is any selection of
-  balancing terms; `capacity` None is dropless, else the share of the balanced load that an expert accepts a sequence;
-  `num_shared` experts see every token (DeepSeekMoE); `dispatch` moves tokens between the devices that hold experts."""
+  balancing terms; `capacity` None is dropless, else an expert accepts the first ceil(capacity * n * active / num_experts)
+  rows of a document of n tokens; `num_shared` experts see every token (DeepSeekMoE); `dispatch` moves tokens between the
+  devices that hold experts."""
   num_experts: int
   hidden: int
   router: Any = dataclasses.field(default_factory=lambda: routing.SoftmaxTopK(top_k=2))
@@ -131,6 +128,14 @@ class MoE:
     for field, value, fix in self.router.check_experts(self.num_experts): yield f'router.{field}', value, fix
     yield from self._check_together()
 
+  def caveats(self):
+    """What a user has to know of a model with such a layer: lines for the start of a run and its ledger."""
+    if not self.router.causal:
+      yield 'expert choice is not causal: a token can displace earlier ones, and a document others of its row'
+    if self.capacity is not None:
+      yield (f'capacity {self.capacity:g} drops tokens in training and in evaluation, by the length of their document; '
+             f'generation reads through a cache and drops none')
+
   def _check_together(self):
     kinds = [type(term) for term in self.balance]
     if len(set(kinds)) < len(kinds): yield 'balance', self.balance, 'must hold each kind of term once at most'
@@ -141,7 +146,8 @@ class MoE:
       yield 'balance', self.balance, 'must not hold LossFreeBias: expert choice is balanced, a bias changes no choice'
 
   def build(self, site: Site, *, rngs):
-    return moe.MoE(self, site, rngs=rngs)
+    from efficient_lm.models.moe.layer import MoE
+    return MoE(self, site, rngs=rngs)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -160,7 +166,8 @@ class Stack:
     yield from one_of(self, 'remat', REMAT)
 
   def build(self, site: Site, *, rngs):
-    return transformer.Stack(self, site, rngs=rngs)
+    from efficient_lm.models.transformer import Stack
+    return Stack(self, site, rngs=rngs)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -181,7 +188,9 @@ class Transformer:
     yield from one_of(self, 'dtype', DTYPES)
 
   def build(self, *, rngs):
-    return transformer.Transformer(self, rngs=rngs)
+    from efficient_lm.models.transformer import Transformer
+    depth = sum(stack.num_layers for stack in self.stacks)
+    return Transformer(self, Site(self.dim, depth, self.norm_eps), rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +202,8 @@ class FloatCache:
 
   def rows(self, batch: int, heads: int, length: int, dim: int, dtype):
     """Empty rows of `dim` numbers: `length` of them, by sequence and head."""
-    return cache.FloatRows.empty(batch, heads, length, dim, dtype)
+    from efficient_lm.models.cache import FloatRows
+    return FloatRows.empty(batch, heads, length, dim, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +218,8 @@ class IntegerCache:
 
   def rows(self, batch: int, heads: int, length: int, dim: int, dtype):
     """As FloatCache."""
-    return cache.IntegerRows.empty(batch, heads, length, dim, dtype, bits=self.bits, group=self.group)
+    from efficient_lm.models.cache import IntegerRows
+    return IntegerRows.empty(batch, heads, length, dim, dtype, bits=self.bits, group=self.group)
 
 
 CACHES = {'float': FloatCache(), 'int8': IntegerCache(bits=8), 'int4': IntegerCache(bits=4)}   # by the name in --cache

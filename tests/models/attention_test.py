@@ -121,12 +121,12 @@ def test_qk_norm_makes_scores_blind_to_the_size_of_queries(qk_norm):
 @pytest.mark.parametrize('query_rank', [None, 7])
 def test_absorbed_latent_attention_equals_expanded(query_rank):
   layer, (x, positions) = drawn(latent(query_rank=query_rank)), inputs()
-  absorbed = jax.jit(lambda layer, x: layer(x, positions, cache=layer.init_cache(B, T, jnp.float32))[0])
+  absorbed = jax.jit(lambda layer, x: layer(x, positions, cache=layer.init_cache(B, T, jnp.float32, spec.FloatCache()))[0])
   np.testing.assert_allclose(absorbed(layer, x), run(layer, x, positions), **ROUNDING)
 
 
 @pytest.mark.parametrize('name, numbers', [('grouped', 2 * 2 * H), ('latent', 10 + 4)])
 def test_a_cache_holds_per_token_what_the_layer_promises(name, numbers):
-  cache = drawn(LAYERS[name]).init_cache(B, 9, jnp.bfloat16)
+  cache = drawn(LAYERS[name]).init_cache(B, 9, jnp.bfloat16, spec.FloatCache())
   assert sum(array.size for array in jax.tree.leaves(cache)) == B * 9 * numbers
   assert all(array.dtype == jnp.bfloat16 for array in jax.tree.leaves(cache))

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from efficient_lm.axes import settle
 from efficient_lm.models import spec
 from efficient_lm.models.cache import KeyValues
 from efficient_lm.ops.attention import attention
 from efficient_lm.ops.decode_attention.cache import unpacked
 from efficient_lm.ops.quantize import quantize_cache
+from efficient_lm.parallel.sharding import wait_on_cpu
 from efficient_lm.tree import num_bytes
 
 B, K, S, H = 2, 2, 24, 8
@@ -149,14 +149,14 @@ def test_fewer_bits_are_further_from_reading_without_a_cache(name):
 def test_eight_devices_decode_as_one(mesh, name, form):
   model, tokens = model_of(MODELS[name]), tokens_of(4)
   alone = logits_through(model, tokens, FORMATS[form], 3)
-  with mesh(2, 1, 2, 2): together = settle(logits_through(model, tokens, FORMATS[form], 3))
+  with mesh(2, 1, 2, 2): together = wait_on_cpu(logits_through(model, tokens, FORMATS[form], 3))
   np.testing.assert_allclose(together, alone, **ROUNDING)
 
 
 def test_heads_and_sequences_of_a_cache_lie_on_the_devices_that_use_them(mesh):
   model = model_of(MODELS['grouped'])
   read = jax.jit(lambda model, tokens: model(tokens, cache=model.init_cache(*tokens.shape, spec.IntegerCache())).cache)
-  with mesh(2, 1, 2, 2): cache = settle(read(model, tokens_of(4)))
+  with mesh(2, 1, 2, 2): cache = wait_on_cpu(read(model, tokens_of(4)))
   keys = jax.tree.leaves(cache)[0]
   assert keys.shape == (2, 4, 2, 8, 4) and keys.addressable_shards[0].data.shape == (2, 1, 1, 8, 4)
 
@@ -178,5 +178,5 @@ def test_an_odd_row_in_four_bits_is_refused():
 
 @pytest.mark.parametrize('form, field', [(spec.IntegerCache(bits=5), 'bits'), (spec.IntegerCache(group=0), 'group')])
 def test_a_format_that_makes_no_sense_is_named(form, field):
-  assert [complaint[0] for complaint in form.check()] == [field]
+  assert [problem[0] for problem in form.check()] == [field]
   assert not [*dataclasses.replace(form, bits=8, group=1).check()] and not [*spec.FloatCache().check()]

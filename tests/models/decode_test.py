@@ -1,5 +1,6 @@
 """Decoding draws from the model's own distribution, whatever the bursts, and never what may not be drawn."""
 import functools
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficient_lm.models import spec
-from efficient_lm.models.decode import Sampling, ready, stream
+from efficient_lm.models import decode, spec
+from efficient_lm.models.decode import Sampling, ready, stream, until_stop
 from efficient_lm.models.moe import routing
 
 V, TOKENIZER = 32, 27
@@ -32,10 +33,14 @@ def drawn(kind='dense'):
   return model
 
 
-def text(num_tokens=9, sampling=Sampling(), seed=0, burst_size=5, kind='dense', prompt=PROMPT):
+def text(num_tokens=9, sampling=Sampling(), seed=0, burst_size=5, kind='dense', prompt=PROMPT, stops=()):
   pieces = stream(drawn(kind), prompt, num_tokens, sampling=sampling, seed=seed, vocab_size=TOKENIZER,
-                  burst_size=burst_size)
+                  burst_size=burst_size, stops=stops)
   return np.concatenate(list(pieces), 1)
+
+
+kept = jax.jit(lambda sampling, logits: sampling.keep(logits))
+draw_of = jax.jit(lambda logits, sampling: sampling(logits, jax.random.key(0)))
 
 
 @functools.cache
@@ -102,18 +107,94 @@ def test_a_cache_in_eight_bits_draws_nearly_the_same_text():
   assert np.mean(np.concatenate(list(pieces), 1) == greedy()) > 0.5
 
 
-def test_an_empty_prompt_is_an_error():
-  with pytest.raises(ValueError, match='at least one token'):
-    text(prompt=np.zeros((1, 0), np.int32))
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 5), st.lists(st.integers(0, TOKENIZER - 1), max_size=8).map(tuple))
+def test_after_its_first_stop_a_row_has_nothing_but_that_and_before_it_what_it_would_have_had(seed, stops):
+  free, ended = text(17, seed=seed), text(17, seed=seed, stops=stops)
+  lengths = []
+  for whole, row in zip(free, ended, strict=True):
+    drawn_before = until_stop(whole, stops)
+    np.testing.assert_array_equal(until_stop(row, stops), drawn_before)
+    if len(drawn_before) < len(whole): np.testing.assert_array_equal(row[len(drawn_before):], whole[len(drawn_before)])
+    lengths.append(min(len(drawn_before) + 1, len(whole)))
+  assert ended.shape == (2, max(lengths)), 'the text ends with the row that stops last, or with the tokens asked for'
 
 
-@pytest.mark.parametrize('field, value', [('temperature', -1.0), ('top_k', 0), ('top_p', 0.0), ('top_p', 1.5)])
+@pytest.mark.parametrize('prompt', [np.zeros((1, 0), np.int32), [[]], []], ids=str)
+def test_an_empty_prompt_is_an_error(prompt):
+  with pytest.raises(ValueError, match='at least one token'): text(prompt=prompt)
+
+
+def test_prompts_of_several_lengths_are_refused_in_a_line():
+  with pytest.raises(ValueError) as refusal: text(prompt=[[1, 2, 3], [1], [1, 2]])
+  assert str(refusal.value) == 'prompts of [1, 2, 3] tokens: those of a batch must have one length'
+
+
+def live_bytes():
+  """Of all arrays there are, each buffer counted once."""
+  buffers = {leaf.unsafe_buffer_pointer(): leaf.nbytes for leaf in jax.live_arrays()
+             if not leaf.is_deleted() and isinstance(leaf.sharding, jax.sharding.SingleDeviceSharding)}
+  return sum(buffers.values())
+
+
+@pytest.mark.parametrize('kind', ['dense', 'experts'])
+def test_a_model_that_may_be_given_up_is_made_ready_without_a_second_copy_of_it(kind, monkeypatch):
+  """At no time is there more than the model and the largest of its arrays once more; and it is the same in the end."""
+  model, kept = jax.tree.map(jnp.copy, drawn(kind)), drawn(kind)
+  wanted = jax.device_get(jax.tree.leaves(ready(kept)))
+  seen, at = [], decode._at
+  def counted(function):
+    def run(*arguments):
+      made = function(*arguments)
+      seen.append(live_bytes())
+      return made
+    return run
+  monkeypatch.setattr(decode, '_at', counted(at))
+  monkeypatch.setattr(decode, '_outputs_first', counted(decode._outputs_first))
+  largest = max(leaf.nbytes for leaf in jax.tree.leaves(model))
+  gc.collect()
+  before = live_bytes()
+  given_up = ready(model, donate=True)
+  # An index of a layer is an array of four bytes.
+  assert len(seen) > 10 and max(seen) <= before + largest + 64
+  assert live_bytes() <= before + 64 and all(leaf.is_deleted() for leaf in jax.tree.leaves(model.stacks))
+  for a, b in zip(jax.tree.leaves(given_up), wanted, strict=True): np.testing.assert_array_equal(a, b)
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept)), 'one that is not given up is left alone'
+
+
+@pytest.mark.parametrize('temperature', [0, 1e-300, 1e-45, 1e-38, 1e-7, 1e-5, 1e4, 1e38, 1e300])
+def test_any_temperature_draws_the_likeliest_or_from_what_may_be_drawn(temperature):
+  """Far below the differences of logits it is greedy, far above them all tokens are alike; never anything else."""
+  logits = np.random.default_rng(0).normal(size=(512, 8)).astype(np.float32) * 10
+  ids = np.asarray(draw_of(logits, Sampling(temperature)))
+  if temperature < 1: np.testing.assert_array_equal(ids, logits.argmax(-1))
+  else: assert np.bincount(ids, minlength=8).min() > 512 / 8 / 2
+  # Two of eight tokens that are all alike hold a fourth of the probability.
+  for two in (dict(top_k=2), dict(top_p=.2)):
+    ids = np.asarray(draw_of(logits, Sampling(temperature, **two)))
+    assert np.all(np.take_along_axis(logits, ids[:, None], -1)[:, 0] >= np.sort(logits, -1)[:, -2]), two
+
+
+@pytest.mark.parametrize('neutral', [dict(top_k=8), dict(top_k=10 ** 9), dict(top_p=1.0), dict(top_p=1)], ids=str)
+def test_keeping_all_tokens_changes_nothing_bit_for_bit(neutral):
+  logits = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32) * 20
+  np.testing.assert_array_equal(kept(Sampling(**neutral), logits), logits)
+
+
+@pytest.mark.parametrize('top_p', [1e-46, 1e-38, 1e-9])
+def test_the_smallest_top_p_keeps_the_likeliest_token(top_p):
+  logits = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
+  np.testing.assert_array_equal(np.isfinite(kept(Sampling(top_p=top_p), logits)), logits == logits.max(-1, keepdims=True))
+
+
+@pytest.mark.parametrize('field, value', [
+  ('temperature', -1.0), ('temperature', float('nan')), ('temperature', float('inf')),
+  ('top_k', 0), ('top_p', 0.0), ('top_p', 1.5)])
 def test_a_setting_that_makes_no_sense_is_named(field, value):
   with pytest.raises(ValueError, match=f'{field} = {value}: must'):
     Sampling(**{field: value})
 
 
-kept = jax.jit(lambda sampling, logits: sampling.keep(logits))
 logits_of_8 = st.integers(0, 2 ** 16).map(
   lambda seed: np.random.default_rng(seed).normal(size=(3, 8)).astype(np.float32) * 2)
 
@@ -152,7 +233,7 @@ def test_top_p_counts_what_top_k_has_left():
 def test_tokens_are_drawn_with_the_probabilities_of_the_tempered_logits(temperature):
   logits, draws = np.array([0.0, 1.0, -1.0, 0.5], np.float32), 4096
   rows = np.broadcast_to(logits, (draws, 4))
-  ids = jax.jit(lambda sampling, rows: sampling(rows, jax.random.key(0)))(Sampling(temperature), rows)
+  ids = draw_of(rows, Sampling(temperature))
   expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
   # Five deviations of a share counted in 4096 draws: at most 5 * 0.5 / 64.
   np.testing.assert_allclose(np.bincount(ids, minlength=4) / draws, expected, atol=0.04)

@@ -1,5 +1,6 @@
 """Specs complain about each wrong field by name, and describe a model completely."""
 import copy
+import re
 
 import jax
 import pytest
@@ -30,15 +31,15 @@ BAD = [
 
 
 @pytest.mark.parametrize('kind', GOOD)
-def test_a_good_spec_has_no_complaints(kind):
+def test_a_good_spec_has_no_problems(kind):
   assert list(kind(**GOOD[kind]).check()) == []
 
 
 @pytest.mark.parametrize('kind, field, value', BAD)
 def test_a_wrong_field_is_named_with_its_value_and_a_remedy(kind, field, value):
-  complaints = list(kind(**{**GOOD[kind], field: value}).check())
-  assert [(name, found) for name, found, _ in complaints if name == field] == [(field, value)]
-  assert all(fix.startswith('must ') for name, _, fix in complaints if name == field)
+  problems = list(kind(**{**GOOD[kind], field: value}).check())
+  assert [(name, found) for name, found, _ in problems if name == field] == [(field, value)]
+  assert all(fix.startswith('must ') for name, _, fix in problems if name == field)
 
 
 def moe_model():
@@ -66,10 +67,20 @@ def test_a_model_does_not_change_with_the_spec_that_it_was_built_from():
   assert jax.tree.structure(abstract(described)) != before
 
 
+@pytest.mark.parametrize('options, caveats', [
+  ({}, []), (dict(capacity=1.5), ['^capacity 1.5 drops tokens .* generation reads through a cache and drops none$']),
+  (dict(router=routing.ExpertChoice(capacity=2.0), balance=()), ['^expert choice is not causal: ']),
+])
+def test_a_mixture_says_what_a_user_has_to_know_of_it(options, caveats):
+  said = list(spec.MoE(num_experts=4, hidden=8, **options).caveats())
+  assert len(said) == len(caveats)
+  for line, pattern in zip(said, caveats): assert re.search(pattern, line) and '\n' not in line
+
+
 @pytest.mark.parametrize('field, options', [
   ('capacity', dict(router=routing.ExpertChoice(capacity=2.0), balance=(), capacity=1.0)),
   ('balance', dict(router=routing.ExpertChoice(capacity=2.0), balance=(routing.LossFreeBias(),))),
   ('balance', dict(balance=(routing.LoadBalance(), routing.LoadBalance(weight=0.1)))),
 ])
 def test_parts_of_a_mixture_that_contradict_each_other_are_refused(field, options):
-  assert [complaint[0] for complaint in spec.MoE(num_experts=4, hidden=8, **options).check()] == [field]
+  assert [problem[0] for problem in spec.MoE(num_experts=4, hidden=8, **options).check()] == [field]

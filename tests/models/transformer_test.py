@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from efficient_lm.errors import IncompatibleError
 from efficient_lm.models import spec
+from efficient_lm.models.decode import ready
 from efficient_lm.models.moe import routing
-from efficient_lm.models.transformer import outputs_first, unrolled
+from efficient_lm.models.transformer import unrolled
 from efficient_lm.tree import size
 from efficient_lm.weights.weight import Transposed
 
@@ -51,10 +53,12 @@ SPECS = {
   'experts': model_of(mlp=experts()),
   'sigmoid experts': model_of(mlp=experts(router=routing.SigmoidTopK(top_k=2), num_shared=1,
                                           balance=(routing.LossFreeBias(),))),
+  'experts with a capacity': model_of(mlp=experts(capacity=.5)),
   'two stacks, tied': model_of(tied=True, stacks=(model_of(num_layers=1).stacks[0],
                                                   model_of(latent(None), experts(), num_layers=1).stacks[0])),
 }
 every_spec = pytest.mark.parametrize('name', SPECS)
+dropless = pytest.mark.parametrize('name', [name for name in SPECS if name != 'experts with a capacity'])
 
 
 def abstract(described):
@@ -80,7 +84,7 @@ def logits_of(model, tokens, positions=None, segments=None):
 @jax.jit
 def cached_logits(model, tokens):
   """A prompt in one go, then a token at a time, in a cache with a slot to spare."""
-  first = model(tokens[:, :PROMPT], cache=model.init_cache(B, T + 1))
+  first = model(tokens[:, :PROMPT], cache=model.init_cache(B, T + 1, spec.FloatCache()))
   def one(cache, index):
     outputs = model(lax.dynamic_slice_in_dim(tokens, index, 1, axis=1), cache=cache, start=index)
     return outputs.cache, outputs.logits_BTV[:, 0]
@@ -99,25 +103,45 @@ def test_a_token_changes_no_logits_before_it(name):
   np.testing.assert_allclose(before[:, :5], after[:, :5], rtol=0, atol=bound)
 
 
-@every_spec
+@dropless
 def test_reading_with_a_cache_equals_reading_at_once(name):
   np.testing.assert_allclose(cached_logits(drawn(name), tokens_of()), logits_of(drawn(name), tokens_of()), **ROUNDING)
 
 
-@pytest.mark.parametrize('name', ['grouped', 'window', 'latent', 'experts'])
+def test_what_is_read_through_a_cache_is_never_dropped_however_it_is_cut():
+  """A model with a capacity then computes what the same model without one does."""
+  limited, free = drawn('experts with a capacity'), drawn('experts')
+  at_once = jax.jit(lambda model, tokens: model(tokens, cache=model.init_cache(B, T, spec.FloatCache())).logits_BTV)(limited, tokens_of())
+  np.testing.assert_allclose(cached_logits(limited, tokens_of()), at_once, **ROUNDING)
+  np.testing.assert_allclose(at_once, logits_of(free, tokens_of()), **ROUNDING)
+  assert np.abs(logits_of(limited, tokens_of()) - at_once).max() > 1e-2, 'without a cache it drops tokens'
+
+
+@pytest.mark.parametrize('apart', [False, True])
+def test_experts_that_choose_refuse_a_cache_in_a_line(apart):
+  model = abstract(model_of(mlp=experts(router=routing.ExpertChoice(capacity=1.0))))
+  if apart: model = jax.eval_shape(unrolled, model)
+  with pytest.raises(IncompatibleError) as refusal: model.init_cache(B, T, spec.FloatCache())
+  assert str(refusal.value) == 'expert choice looks at whole sequences: it cannot decode token by token'
+
+
+@pytest.mark.parametrize('name', ['grouped', 'window', 'latent', 'experts', 'experts with a capacity'])
 def test_a_packed_document_is_read_as_if_alone(name):
   tokens, cut = tokens_of(), 3
   positions = np.broadcast_to(np.r_[np.arange(cut), np.arange(T - cut)], (B, T)).astype(np.int32)
   segments = np.broadcast_to(np.r_[np.ones(cut), np.full(T - cut, 2)], (B, T)).astype(np.int32)
   packed = logits_of(drawn(name), tokens, positions, segments)
-  # Alone: first in a sequence whose other tokens, being later, cannot be seen.
-  first = logits_of(drawn(name), tokens)[:, :cut]
-  second = logits_of(drawn(name), np.roll(tokens, -cut, 1))[:, :T - cut]
+  # Alone: first in a sequence whose other tokens are padding.
+  def alone(begin, length):
+    segments = np.broadcast_to(np.arange(T) < length, (B, T)).astype(np.int32)
+    row = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    return logits_of(drawn(name), np.roll(tokens, -begin, 1), row, segments)[:, :length]
+  first, second = alone(0, cut), alone(cut, T - cut)
   np.testing.assert_allclose(packed, jnp.concatenate([first, second], 1), **ROUNDING)
   assert np.abs(packed - logits_of(drawn(name), tokens)).max() > 1e-2, 'unpacked, the second document sees the first'
 
 
-@pytest.mark.parametrize('arrange', [unrolled, lambda model: outputs_first(unrolled(model))], ids=['apart', 'turned'])
+@pytest.mark.parametrize('arrange', [unrolled, ready], ids=['apart', 'outputs first'])
 @pytest.mark.parametrize('name', ['grouped', 'latent', 'experts'])
 def test_a_model_taken_apart_for_decoding_computes_the_same(name, arrange):
   apart = arrange(drawn(name))
@@ -138,10 +162,15 @@ def equally_drawn(described):
   return jax.tree.unflatten(structure, jax.tree.leaves(drawn('grouped')))
 
 
-@pytest.mark.parametrize('way', [dict(unroll=5), dict(remat='dots'), dict(remat='transport'), dict(remat='full')], ids=str)
-def test_unrolling_and_rematerialising_change_neither_value_nor_gradient(way):
+WAYS = [dict(unroll=5), dict(remat='dots'), dict(remat='transport'), dict(remat='full')]
+
+
+@pytest.mark.parametrize('way, apart', [*((way, False) for way in WAYS), ({}, True), (dict(remat='full'), True)], ids=str)
+def test_unrolling_and_rematerialising_change_neither_value_nor_gradient(way, apart):
   value, gradient = slope(drawn('grouped'), tokens_of())
-  other_value, other_gradient = slope(equally_drawn(model_of(**way)), tokens_of())
+  model = equally_drawn(model_of(**way))
+  other_value, other_gradient = slope(unrolled(model) if apart else model, tokens_of())
+  if apart: gradient = unrolled(gradient)
   assert float(other_value) == pytest.approx(float(value), rel=1e-5)
   for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other_gradient), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
@@ -213,7 +242,8 @@ def test_bfloat16_computes_small_and_keeps_float32_parameters_and_gradients(name
   assert np.median(error) < 0.05
 
 
-def test_auxiliary_values_have_one_entry_a_stack_and_a_leading_layer():
-  aux = jax.eval_shape(lambda model: model(tokens_of()), drawn('two stacks, tied')).aux
-  assert aux[0] == {} and aux[1]['metrics']['load_E'].shape == (1, E)
-  assert set(aux[1]['losses']) == {'load_balance', 'router_z'}
+def test_layers_report_by_stack_with_a_leading_layer_or_one_by_one_where_a_stack_is_taken_apart():
+  dense, mixture = jax.eval_shape(lambda model: model(tokens_of()), drawn('two stacks, tied')).aux
+  assert dense is None and mixture.rows_E.shape == (1, E)
+  apart = jax.eval_shape(lambda model: unrolled(model)(tokens_of()), drawn('experts')).aux
+  assert [report.rows_E.shape for report in apart] == [(E,)] * 2

@@ -19,6 +19,8 @@ from efficient_lm import axes as alphabet
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.moe.routing import Dispatch
 from efficient_lm.models.moe.rows import permute, sort_rows
+from efficient_lm.parallel.sharding import axes_of, splitting_mesh, weight_spec
+from efficient_lm.tree import is_variable
 
 # What the remat policy 'transport' saves, so that the backward pass does not move all tokens a second time.
 ARRIVED, RETURNED = 'moe_arrived', 'moe_returned'
@@ -37,13 +39,13 @@ def dispatch_experts(experts: Callable, x_BTD, routing, dispatch: Dispatch, num_
     num_experts: of all devices together, a multiple of the mesh's expert axis.
 
   Returns:
-    y_BTD and the number of rows dropped for want of buffer (a float32 scalar, global; always 0 if dispatch.buffer is
+    y_BTD and the number of rows dropped for lack of buffer (a float32 scalar, global; always 0 if dispatch.buffer is
     None).
 
   Raises:
     ConfigError: a size does not divide, or the platform lacks the transport.
   """
-  mesh = alphabet.splitting_mesh()
+  mesh = splitting_mesh()
   shards = mesh.shape['expert'] if mesh else 1
   device = mesh.abstract_device if mesh else None
   platform = jax.default_backend() if device is None else device.platform
@@ -69,14 +71,14 @@ def dispatch_experts(experts: Callable, x_BTD, routing, dispatch: Dispatch, num_
 
 
 def weight_specs(tree, mesh) -> list[PartitionSpec]:
-  """How each leaf of `tree` enters the map: as `axes.weight_spec` lays it out, gathered over 'fsdp'.
+  """How each leaf of `tree` enters the map: as `sharding.weight_spec` lays it out, gathered over 'fsdp'.
 
   'tensor' cuts all leaves with a letter that it cuts, or none: codes of 24 inputs divide in two where the three scales of
   their groups do not, and each device must hold what belongs together. A dimension of 1 is shared by all.
   """
-  leaves = [(axes_of(node), leaf.shape) for node in jax.tree.leaves(tree, is_leaf=alphabet.is_variable)
+  leaves = [(axes_of(node), leaf.shape) for node in jax.tree.leaves(tree, is_leaf=is_variable)
             for leaf in jax.tree.leaves(node)]
-  specs = [alphabet.weight_spec(axes, shape, mesh) for axes, shape in leaves]
+  specs = [weight_spec(axes, shape, mesh) for axes, shape in leaves]
   left = any('tensor' not in spec and _has_width(axes, shape) for (axes, shape), spec in zip(leaves, specs))
   gathered = ('fsdp', 'tensor') if left else ('fsdp',)
   return [PartitionSpec(*[None if name in gathered else name for name in spec]) for spec in specs]
@@ -86,11 +88,6 @@ def _has_width(axes: str, shape: tuple[int, ...]) -> bool:
   """Whether a matrix has a dimension of more than 1 that 'tensor' would cut if it divided it."""
   sizes = shape[len(shape) - len(axes):]
   return len(axes) > 1 and any(alphabet.WEIGHT.get(letter) == 'tensor' and size > 1 for letter, size in zip(axes, sizes))
-
-
-def axes_of(node) -> str:
-  """The letters of a Variable; none of what is not one, or carries none."""
-  return node.get_metadata().get('axes', '') if alphabet.is_variable(node) else ''
 
 
 def _check_divides(what: str, size: int, axis: str, shards: int):

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from efficient_lm.axes import constrain
-from efficient_lm.models import spec as specs
 from efficient_lm.models.layers import gated
 from efficient_lm.models.mlp import FeedForward
 from efficient_lm.models.moe import routing
 from efficient_lm.models.moe.dispatch import dispatch_experts
+from efficient_lm.models.moe.statistics import Statistics
+from efficient_lm.parallel.sharding import constrain
 from efficient_lm.tree import rewrite
 from efficient_lm.weights.weight import Weight, initial
 
@@ -19,25 +19,26 @@ from efficient_lm.weights.weight import Weight, initial
 class LoadBias(nnx.Param):
   """Selection bias of loss-free balancing, one number an expert; metadata `rate` is its step.
 
-  What autodiff calls its gradient is the load violation load_e / mean load - 1 (see `tap`), so the update of Wang et al.
-  is sign descent: value -= rate * sign(gradient). The optimizer does that for Variables of this type, and leaves them
-  out of clipping; accumulation, sharding and a guard against non-finite steps treat them like any other parameter.
+  What autodiff calls its gradient is E times the excess of the expert's rows over their mean (see `tap`), so the update of
+  Wang et al. is sign descent: value -= rate * sign(gradient). It is a whole number, so that an excess of 0 is exactly 0
+  when microbatches are added up. The optimizer does that for Variables of this type, and leaves them out of clipping;
+  accumulation, sharding and a guard against non-finite steps treat them like any other parameter.
   """
 
 
 @jax.custom_vjp
-def tap(x, bias_E, violation_E):
-  """x; the gradient of `bias_E` is violation_E, whatever the loss makes of x."""
+def tap(x, bias_E, excess_E):
+  """x; the gradient of `bias_E` is excess_E, whatever the loss makes of x."""
   return x
 
 
-tap.defvjp(lambda x, bias_E, violation_E: (x, violation_E), lambda violation_E, g: (g, violation_E, None))
+tap.defvjp(lambda x, bias_E, excess_E: (x, excess_E), lambda excess_E, g: (g, excess_E, None))
 
 
 class Experts(nnx.Module):
   """E SwiGLU layers of F hidden units: y = down_e(silu(gate_e(x)) * up_e(x)) for the expert e of each row."""
 
-  def __init__(self, num_experts: int, hidden: int, site: 'specs.Site', *, rngs: nnx.Rngs):
+  def __init__(self, num_experts: int, hidden: int, site, *, rngs: nnx.Rngs):
     sizes = dict(E=num_experts, D=site.dim, F=hidden)
     self.gate = initial(rngs.params(), sizes, 'EDF', 'D')
     self.up = initial(rngs.params(), sizes, 'EDF', 'D')
@@ -57,11 +58,10 @@ class Experts(nnx.Module):
 class MoE(nnx.Module):
   """y = sum over the chosen experts of gate_e(x) * expert_e(x), plus the shared experts, which see every token."""
 
-  def __init__(self, spec: 'specs.MoE', site: 'specs.Site', *, rngs: nnx.Rngs):
+  def __init__(self, spec, site, *, rngs: nnx.Rngs):
     self.router = initial(rngs.params(), dict(D=site.dim, E=spec.num_experts), 'DE', 'D')
     self.experts = Experts(spec.num_experts, spec.hidden, site, rngs=rngs)
-    shared = specs.SwiGLU(hidden=spec.num_shared * spec.hidden)
-    self.shared = FeedForward(shared, site, rngs=rngs) if spec.num_shared else None
+    self.shared = FeedForward(spec.num_shared * spec.hidden, site, rngs=rngs) if spec.num_shared else None
     rates = [term.rate for term in spec.balance if isinstance(term, routing.LossFreeBias)]
     self.load_bias = LoadBias(jnp.zeros(spec.num_experts), axes='E', rate=rates[0]) if rates else None
     # Copies: a module's static parts must not change with the config that it was built from.
@@ -74,39 +74,54 @@ class MoE(nnx.Module):
     """Routed experts a token visits (on average where experts choose); shared ones come on top."""
     return self.route.active
 
-  def __call__(self, x_BTD):
-    """y_BTD; {'losses': weighted balancing terms, 'metrics': arrays for the log}."""
+  @property
+  def refuses_cache(self) -> str:
+    """Why the layer cannot read tokens through a cache; '' if it can."""
+    return '' if self.route.causal else 'expert choice looks at whole sequences: it cannot decode token by token'
+
+  def __call__(self, x_BTD, segments_BT=None, cached: bool = False):
+    """y_BTD and `Statistics`. Tokens of segment 0 are padding: no expert sees them, nothing counts them. Capacity is for
+    whole documents: a token that is read through a cache (`cached`) is never dropped, so the result does not depend on how
+    a text is cut."""
+    real_BT = jnp.ones(x_BTD.shape[:2], bool) if segments_BT is None else segments_BT > 0
     logits_BTE = constrain(self.router.contract('BTD,DE->BTE', x_BTD.astype(jnp.float32)), 'BTE')
-    chosen, kept = self._routing(logits_BTE)
+    chosen = self._chosen(logits_BTE, None if segments_BT is None else real_BT)
+    kept = chosen if self.capacity is None or cached else self._capped(chosen, segments_BT)
     # Cast before they are gathered over 'fsdp', not after: half the bytes, where the computation is in bfloat16.
-    experts = rewrite(self.experts, Weight, lambda _, weight: weight.narrowed(x_BTD.dtype))
+    experts = rewrite(self.experts, Weight, lambda _, weight: weight.cast(x_BTD.dtype))
     y_BTD, overflow = dispatch_experts(experts, x_BTD, kept, self.dispatch, self.num_experts)
-    probs_BTE = self.route.probs(logits_BTE)
-    load_E = chosen.load(self.num_experts)
-    if self.load_bias is not None: y_BTD = tap(y_BTD, self.load_bias.get_value(), load_E - 1)
+    statistics = self._statistics(logits_BTE, chosen, kept, overflow, real_BT.astype(jnp.float32))
+    rows_E = statistics.rows_E
+    excess_E = self.num_experts * rows_E - jnp.sum(rows_E)
+    if self.load_bias is not None: y_BTD = tap(y_BTD, self.load_bias.get_value(), excess_E)
     if self.shared is not None: y_BTD += self.shared(x_BTD)[0]
-    losses = {name: loss for term in self.balance for name, loss in term(logits_BTE, probs_BTE, load_E).items()}
-    refused = jnp.sum(kept.expert_R == self.num_experts)
-    metrics = {
-      'load_E': load_E,                                # share of the routed rows times E: 1 is balanced
-      'max_violation': jnp.max(load_E) - 1,            # MaxVio of Wang et al. 2024
-      'dead_experts': jnp.sum(load_E == 0).astype(jnp.float32),
-      'router_entropy': jnp.mean(jnp.sum(jax.scipy.special.entr(probs_BTE), -1)),   # nats
-      'dropped_share': (refused + overflow) / kept.expert_R.size,   # by capacity and by buffers
-    }
-    return y_BTD, {'losses': losses, 'metrics': metrics}
+    return y_BTD, statistics
+
+  def _statistics(self, logits_BTE, chosen, kept, overflow, real_BT) -> Statistics:
+    probs_BTE = self.route.probs(logits_BTE)
+    # For the log, so it is not differentiated: where a probability is 0 its derivative is infinite.
+    entropy_BT = jnp.sum(jax.scipy.special.entr(jax.lax.stop_gradient(probs_BTE)), -1)
+    refused = jnp.sum(kept.expert_R == self.num_experts) - jnp.sum(chosen.expert_R == self.num_experts)
+    return Statistics(
+      rows_E=chosen.rows_by_expert(self.num_experts), num_tokens=jnp.sum(real_BT),
+      entropy=jnp.sum(entropy_BT * real_BT), dropped=refused + overflow,
+      term_sums=tuple(term.sums(logits_BTE, probs_BTE, real_BT) for term in self.balance), balance=self.balance)
 
   def oracle(self, x_BTD):
     """y_BTD computed densely, every expert on every token: what `__call__` must equal if no buffer overflows."""
     logits_BTE = self.router.contract('BTD,DE->BTE', x_BTD.astype(jnp.float32))
-    gate_BTE = self._routing(logits_BTE)[1].dense_gates(self.num_experts)
+    chosen = self._chosen(logits_BTE, None)
+    kept = chosen if self.capacity is None else self._capped(chosen, None)
+    gate_BTE = kept.dense_gates(self.num_experts)
     y_BTD = jnp.einsum('BTED,BTE->BTD', self.experts.all(x_BTD), gate_BTE.astype(x_BTD.dtype))
     return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)[0]
 
-  def _routing(self, logits_BTE):
-    """What the router chose, and what capacity leaves of it."""
+  def _chosen(self, logits_BTE, real_BT):
     bias_E = None if self.load_bias is None else jax.lax.stop_gradient(self.load_bias.get_value())
-    chosen = self.route(logits_BTE, bias_E)
-    if self.capacity is None: return chosen, chosen
-    balanced = logits_BTE.shape[1] * self.active_experts / self.num_experts
-    return chosen, chosen.capped(math.ceil(self.capacity * balanced), self.num_experts)
+    return self.route(logits_BTE, bias_E, real_BT)
+
+  def _capped(self, chosen, segments_BT):
+    """What `capacity` leaves of the choices."""
+    balanced = self.active_experts / self.num_experts   # rows of an expert a token
+    room = [math.ceil(self.capacity * n * balanced) for n in range(chosen.expert_BTA.shape[1] + 1)]
+    return chosen.capped(room, self.num_experts, segments_BT)

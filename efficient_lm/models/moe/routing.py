@@ -4,12 +4,20 @@ Every choice is a value: a new router or balancing term is a new dataclass with 
 classes are hashable by value because a module carries them beside its arrays; they are mutable because a config may be
 overridden field by field. Nothing here loads JAX before a model runs.
 
-  router(logits_BTE, bias_E) -> the routing (`efficient_lm/parallel/rows.py`): which expert sees which token, and its gate
-  router.probs(logits_BTE)   -> probs_BTE, what the balancing terms and the metrics read
-  term(logits_BTE, probs_BTE, load_E) -> {name: weighted loss}
-"""
-from __future__ import annotations
+  router(logits_BTE, bias_E, real_BT)
+    The routing (`rows.py`): which expert sees which token, and with which gate. No expert sees padding (real_BT False).
+  router.probs(logits_BTE)
+    probs_BTE, which the balancing terms and the metrics read.
+  term.sums(logits_BTE, probs_BTE, real_BT)
+    What a balancing term needs of the tokens, summed over those that are not padding.
+  term.loss(sums, load_E, num_tokens)
+    {name: weighted loss}, from sums over tokens; load_E and num_tokens are those of the global batch.
+  term.reads_load
+    Whether `loss` depends on load_E. If not, a microbatch can be differentiated before the others have been read.
 
+Gates are normalised in logits, and ties between scores that are equal in float32 (probabilities that underflow, sigmoids
+that are 1) go to the larger logit: so gates are finite, and a load bias that is the same for all experts changes nothing.
+"""
 import dataclasses
 import math
 
@@ -18,16 +26,22 @@ from efficient_lm.lazy import lazy
 
 jax = lazy('jax')
 jnp = lazy('jax.numpy')
-rows = lazy('efficient_lm.models.moe.rows')
 
 TRANSPORTS = ('auto', 'gather', 'a2a', 'ragged', 'ragged_emulated')
 config = dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 
 
-def _gates(values_BTE, expert_BTA):
+def _chosen(values_BTE, expert_BTA):
   """values at the chosen experts, (B, T, A). Compared and summed, not gathered: the gradient then needs no scatter."""
   chosen_BTAE = expert_BTA[..., None] == jnp.arange(values_BTE.shape[-1])
   return jnp.sum(jnp.where(chosen_BTAE, values_BTE[..., None, :], 0), -1)
+
+
+def _best(score, tie_break, k: int):
+  """Indices of the k largest scores in the last dimension; equal ones by the larger `tie_break`, then by the lower index."""
+  order = jnp.argsort(tie_break, axis=-1, descending=True)
+  _, place = jax.lax.top_k(jnp.take_along_axis(score, order, -1), k)
+  return jnp.take_along_axis(order, place, -1)
 
 
 def _check_top_k(top_k: int, num_experts: int):
@@ -36,10 +50,13 @@ def _check_top_k(top_k: int, num_experts: int):
 
 @config
 class SoftmaxTopK:
-  """The `top_k` largest of a softmax over all experts (Shazeer et al. 2017; Switch, arXiv:2101.03961, eq. 1-2).
-  `normalize` divides the gates by their sum (Mixtral does, OLMoE does not)."""
+  """The `top_k` largest of a softmax over all experts (Shazeer et al. 2017; Switch, arXiv:2101.03961, eq. 1-2). `normalize`
+  divides the gates by their sum (Mixtral does, OLMoE does not): the softmax of the chosen logits, which is finite where
+  probabilities are too small to be divided."""
   top_k: int
   normalize: bool = True
+
+  causal = True
 
   def check(self):
     if self.top_k < 1: yield 'top_k', self.top_k, 'must be at least 1'
@@ -55,24 +72,28 @@ class SoftmaxTopK:
   def probs(self, logits_BTE):
     return jax.nn.softmax(logits_BTE)
 
-  def __call__(self, logits_BTE, bias_E=None):
-    probs_BTE = self.probs(logits_BTE)
-    score_BTE = probs_BTE if bias_E is None else probs_BTE + bias_E
-    _, expert_BTA = jax.lax.top_k(jax.lax.stop_gradient(score_BTE), self.top_k)
-    gate_BTA = _gates(probs_BTE, expert_BTA)
-    if self.normalize: gate_BTA /= jnp.sum(gate_BTA, -1, keepdims=True)
-    return rows.TokenChoice(expert_BTA, gate_BTA)
+  def __call__(self, logits_BTE, bias_E=None, real_BT=None):
+    from efficient_lm.models.moe import rows
+    fixed_BTE = jax.lax.stop_gradient(logits_BTE)
+    if bias_E is None: _, expert_BTA = jax.lax.top_k(fixed_BTE, self.top_k)
+    else: expert_BTA = _best(self.probs(fixed_BTE) + bias_E, fixed_BTE, self.top_k)
+    if self.normalize: gate_BTA = jax.nn.softmax(_chosen(logits_BTE, expert_BTA))
+    else: gate_BTA = _chosen(self.probs(logits_BTE), expert_BTA)
+    return rows.TokenChoice(expert_BTA, gate_BTA).of_real(real_BT, logits_BTE.shape[-1])
 
 
 @config
 class SigmoidTopK:
   """The `top_k` largest sigmoids, their gates normalised and multiplied by `scale` (DeepSeek-V3, arXiv:2412.19437, eq.
-  12-16). Experts in `num_groups` equal groups: a token chooses within its `top_groups` best groups only, a group being
-  worth the sum of its two best experts (section 2.1.2, node-limited routing)."""
+  12-16). Experts in `num_groups` equal groups: a token chooses within its `top_groups` best groups only, a group's score
+  being the sum of those of its two best experts (section 2.1.2, node-limited routing). Normalised in logarithms: finite
+  where sigmoids are too small to be divided."""
   top_k: int
   num_groups: int = 1
   top_groups: int = 1
   scale: float = 1.0
+
+  causal = True
 
   def check(self):
     if self.top_k < 1: yield 'top_k', self.top_k, 'must be at least 1'
@@ -95,33 +116,45 @@ class SigmoidTopK:
 
   def probs(self, logits_BTE):
     """Sigmoids divided by their sum over experts, as in eq. 18 of the paper; only gates and scores use them bare."""
-    score_BTE = jax.nn.sigmoid(logits_BTE)
-    return score_BTE / jnp.sum(score_BTE, -1, keepdims=True)
+    return jax.nn.softmax(jax.nn.log_sigmoid(logits_BTE))
 
-  def __call__(self, logits_BTE, bias_E=None):
-    gate_BTE = jax.nn.sigmoid(logits_BTE)
-    score_BTE = jax.lax.stop_gradient(gate_BTE if bias_E is None else gate_BTE + bias_E)
-    if self.top_groups < self.num_groups: score_BTE = self._limited(score_BTE)
-    _, expert_BTA = jax.lax.top_k(score_BTE, self.top_k)
-    gate_BTA = _gates(gate_BTE, expert_BTA)
-    return rows.TokenChoice(expert_BTA, gate_BTA / jnp.sum(gate_BTA, -1, keepdims=True) * self.scale)
+  def __call__(self, logits_BTE, bias_E=None, real_BT=None):
+    from efficient_lm.models.moe import rows
+    fixed_BTE = jax.lax.stop_gradient(logits_BTE)
+    # Without a bias the order of the scores is that of the logits.
+    score_BTE = fixed_BTE if bias_E is None else jax.nn.sigmoid(fixed_BTE) + bias_E
+    if self.top_groups < self.num_groups:
+      score_BTE = jnp.where(self._allowed(fixed_BTE, bias_E), score_BTE, -jnp.inf)   # a bias may make true scores negative
+    if bias_E is None: _, expert_BTA = jax.lax.top_k(score_BTE, self.top_k)
+    else: expert_BTA = _best(score_BTE, fixed_BTE, self.top_k)
+    gate_BTA = jax.nn.softmax(_chosen(jax.nn.log_sigmoid(logits_BTE), expert_BTA)) * self.scale
+    return rows.TokenChoice(expert_BTA, gate_BTA).of_real(real_BT, logits_BTE.shape[-1])
 
-  def _limited(self, score_BTE):
-    """-inf outside the token's best groups: a bias may make true scores negative, so 0 would not exclude."""
-    grouped = score_BTE.reshape(*score_BTE.shape[:-1], self.num_groups, -1)
-    two_best, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
-    _, best = jax.lax.top_k(jnp.sum(two_best, -1), self.top_groups)
+  def _allowed(self, logits_BTE, bias_E):
+    """Whether the expert is in one of the token's best groups, (B, T, E)."""
+    # A group's sum in logarithms: it orders groups whose sigmoids are all 0 in float32, too.
+    score = tie_break = jax.nn.logsumexp(self._two_best(jax.nn.log_sigmoid(logits_BTE)), -1)
+    if bias_E is not None: score = jnp.sum(self._two_best(jax.nn.sigmoid(logits_BTE) + bias_E), -1)
+    best = _best(score, tie_break, self.top_groups)
     allowed = jnp.any(best[..., None] == jnp.arange(self.num_groups), -2)
-    return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(score_BTE.shape)
+    return jnp.repeat(allowed, logits_BTE.shape[-1] // self.num_groups, -1)
+
+  def _two_best(self, score_BTE):
+    """The scores of the two best experts of each group, in a last dimension of their own."""
+    grouped = score_BTE.reshape(*score_BTE.shape[:-1], self.num_groups, -1)
+    return jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0]
 
 
 @config
 class ExpertChoice:
-  """Each expert takes its C = ceil(capacity * T / E) best tokens of each sequence (Zhou et al. 2022, arXiv:2202.09368,
-  eq. 1), so a token visits `capacity` experts on average, some none. Perfectly balanced, but NOT CAUSAL: who is chosen
-  depends on the whole sequence, so a language model trained with it leaks the future and cannot decode as it trained.
+  """Each expert takes its ceil(capacity * n / E) best tokens of a sequence of n tokens, padding not counted (Zhou et al.
+  2022, arXiv:2202.09368, eq. 1), so a token visits `capacity` experts on average, some none. Perfectly balanced, but NOT
+  CAUSAL: who is chosen depends on the whole sequence, all its documents, so a language model trained with it leaks the
+  future and cannot decode as it trained.
   """
   capacity: float
+
+  causal = False
 
   def check(self):
     if self.capacity <= 0: yield 'capacity', self.capacity, 'must be positive'
@@ -138,11 +171,18 @@ class ExpertChoice:
   def probs(self, logits_BTE):
     return jax.nn.softmax(logits_BTE)
 
-  def __call__(self, logits_BTE, bias_E=None):
+  def __call__(self, logits_BTE, bias_E=None, real_BT=None):
     """`bias_E` moves all scores of an expert alike, which changes none of its choices."""
+    from efficient_lm.models.moe import rows
     length, num_experts = logits_BTE.shape[1:]
-    accepted = min(length, math.ceil(self.capacity * length / num_experts))
-    gate_BEC, token_BEC = jax.lax.top_k(jnp.swapaxes(self.probs(logits_BTE), 1, 2), accepted)
+    accepted = [math.ceil(self.capacity * n / num_experts) for n in range(length + 1)]   # of a sequence of n tokens
+    probs_BTE = self.probs(logits_BTE)
+    if real_BT is not None: probs_BTE = jnp.where(real_BT[..., None], probs_BTE, -1)
+    gate_BEC, token_BEC = jax.lax.top_k(jnp.swapaxes(probs_BTE, 1, 2), accepted[length])
+    if real_BT is not None:
+      accepted_B = jnp.asarray(accepted)[jnp.sum(real_BT, 1)]
+      empty_B1C = jnp.arange(accepted[length]) >= accepted_B[:, None, None]
+      token_BEC, gate_BEC = jnp.where(empty_B1C, length, token_BEC), jnp.where(empty_B1C, 0, gate_BEC)
     return rows.ExpertsChoice(token_BEC, gate_BEC, length)
 
 
@@ -155,8 +195,14 @@ class LoadBalance:
   def check(self):
     if self.weight < 0: yield 'weight', self.weight, 'must be 0 or more'
 
-  def __call__(self, logits_BTE, probs_BTE, load_E):
-    return {'load_balance': self.weight * jnp.sum(load_E * jnp.mean(probs_BTE, (0, 1)))}
+  reads_load = True
+
+  def sums(self, logits_BTE, probs_BTE, real_BT):
+    """The experts' probabilities, (E,)."""
+    return jnp.sum(probs_BTE * real_BT[..., None], (0, 1))
+
+  def loss(self, sums, load_E, num_tokens):
+    return {'load_balance': self.weight * jnp.sum(load_E * sums, -1) / num_tokens}
 
 
 @config
@@ -167,21 +213,30 @@ class RouterZ:
   def check(self):
     if self.weight < 0: yield 'weight', self.weight, 'must be 0 or more'
 
-  def __call__(self, logits_BTE, probs_BTE, load_E):
-    return {'router_z': self.weight * jnp.mean(jax.nn.logsumexp(logits_BTE, -1) ** 2)}
+  reads_load = False
+
+  def sums(self, logits_BTE, probs_BTE, real_BT):
+    """The squared log normalisers."""
+    return jnp.sum(jax.nn.logsumexp(logits_BTE, -1) ** 2 * real_BT)
+
+  def loss(self, sums, load_E, num_tokens):
+    return {'router_z': self.weight * sums / num_tokens}
 
 
 @config
 class LossFreeBias:
   """A bias on the scores, for the selection only, that each step moves by `rate` towards the experts with less than
-  the mean load (Wang et al. 2024, arXiv:2408.15664, algorithm 1). No loss: see `LoadBias` in models/moe.py."""
+  the mean load (Wang et al. 2024, arXiv:2408.15664, algorithm 1). No loss: see `LoadBias` in models/moe/layer.py."""
   rate: float = 0.001
 
   def check(self):
     if self.rate <= 0: yield 'rate', self.rate, 'must be positive'
 
-  def __call__(self, logits_BTE, probs_BTE, load_E):
-    return {}
+  reads_load = False
+
+  def sums(self, logits_BTE, probs_BTE, real_BT): return ()
+
+  def loss(self, sums, load_E, num_tokens): return {}
 
 
 @config

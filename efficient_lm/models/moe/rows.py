@@ -1,4 +1,4 @@
-"""Routed rows: a routing says which rows exist; here they are laid out in buffers, and their results come home.
+"""Routed rows: a routing says which rows exist; here they are laid out in buffers, and their results return to their tokens.
 
 R rows in a fixed order, row r being one (token, expert) pair. A layout of C slots is a pair of index arrays that undo
 each other: `order_C` says which row a slot holds (R: none), `slot_R` says where a row lies (C: nowhere, it is dropped).
@@ -11,6 +11,7 @@ scatters of rows are slow on CPU, and unordered sums on GPU.
 """
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -120,41 +121,65 @@ class TokenChoice:
     """visit_BTE, True where the token sees the expert."""
     return jnp.any(self.expert_BTA[..., None] == jnp.arange(num_experts), -2)
 
-  def load(self, num_experts: int):
-    """load_E: rows per expert over the mean, 1 where balanced."""
-    rows_E = jnp.sum(self.visits(num_experts), (0, 1))
-    return rows_E * (num_experts / self.expert_BTA.size)
+  def of_real(self, real_BT, num_experts: int) -> 'TokenChoice':
+    """Without the choices of padding."""
+    if real_BT is None: return self
+    return dataclasses.replace(self, expert_BTA=jnp.where(real_BT[..., None], self.expert_BTA, num_experts))
+
+  def rows_by_expert(self, num_experts: int):
+    """rows_E, how many tokens chose each expert; float32, exact to 2^24."""
+    return jnp.sum(self.visits(num_experts), (0, 1)).astype(jnp.float32)
 
   def dense_gates(self, num_experts: int):
     """gate_BTE, zero where the token does not see the expert: what `combine` amounts to, for oracles."""
     chosen_BTAE = self.expert_BTA[..., None] == jnp.arange(num_experts)
     return jnp.sum(jnp.where(chosen_BTAE, self.gate_BTA[..., None], 0), -2)
 
-  def capped(self, capacity: int, num_experts: int) -> 'TokenChoice':
-    """Drops what exceeds `capacity` rows for one expert in one sequence, first come first served, so causally."""
-    place_BTE = jnp.cumsum(self.visits(num_experts), 1)
+  def capped(self, room: Sequence[int], num_experts: int, segments_BT=None) -> 'TokenChoice':
+    """Drops what exceeds `room[n]` rows for one expert in a document of n tokens, first come first served: no document of a
+    packed sequence takes room from another, and padding has none to give. Without `segments_BT` a sequence is one
+    document."""
+    visits_BTE = self.visits(num_experts).astype(jnp.int32)
+    place_BTE = jnp.cumsum(visits_BTE, 1)
+    room_BT = room[self.expert_BTA.shape[1]]
+    if segments_BT is not None:
+      begins_BT = jnp.diff(segments_BT, axis=1, prepend=-1) != 0
+      room_BT = jnp.asarray(room)[_lengths(begins_BT)][..., None]
+      before_BTE = jnp.where(begins_BT[..., None], place_BTE - visits_BTE, 0)
+      place_BTE -= jax.lax.cummax(before_BTE, axis=1)   # counts only grow, so the last beginning has the most before it
     chosen_BTAE = self.expert_BTA[..., None] == jnp.arange(num_experts)
     place_BTA = jnp.sum(jnp.where(chosen_BTAE, place_BTE[..., None, :], 0), -1)
-    return dataclasses.replace(self, expert_BTA=jnp.where(place_BTA > capacity, num_experts, self.expert_BTA))
+    return dataclasses.replace(self, expert_BTA=jnp.where(place_BTA > room_BT, num_experts, self.expert_BTA))
+
+
+def _lengths(begins_BT):
+  """(B, T): how many tokens the document of each token has, from where documents begin."""
+  length = begins_BT.shape[1]
+  place_T = jnp.arange(length)
+  start_BT = jax.lax.cummax(jnp.where(begins_BT, place_T, 0), axis=1)
+  ends_BT = jnp.pad(begins_BT[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+  return jax.lax.cummin(jnp.where(ends_BT, place_T + 1, length), axis=1, reverse=True) - start_BT
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=['token_BEC', 'gate_BEC'], meta_fields=['length'])
 @dataclasses.dataclass(frozen=True)
 class ExpertsChoice:
-  """Each expert chose C tokens of each sequence of `length` tokens. token_BEC int32, index in the sequence; gate_BEC
-  float32. Rows in the order of (B, E, C). A token has any number of rows, so combining them is a scatter."""
+  """Each expert chose C tokens of each sequence of `length` tokens. token_BEC int32, index in the sequence, `length` where
+  the place stays empty; gate_BEC float32. Rows in the order of (B, E, C). A token has any number of rows, so combining them
+  is a scatter."""
   token_BEC: jax.Array
   gate_BEC: jax.Array
   length: int
 
   @property
   def expert_R(self):
-    expert_E = jnp.arange(self.token_BEC.shape[1], dtype=jnp.int32)
-    return jnp.broadcast_to(expert_E[:, None], self.token_BEC.shape).reshape(-1)
+    num_experts = self.token_BEC.shape[1]
+    expert_E = jnp.arange(num_experts, dtype=jnp.int32)
+    return jnp.where(self.token_BEC < self.length, expert_E[:, None], num_experts).reshape(-1)
 
   @property
   def token_R(self):
-    """Index of each row's token among all local tokens."""
+    """Index of each row's token among all local tokens; one past the sequence's last where the place is empty."""
     return (jnp.arange(self.token_BEC.shape[0])[:, None, None] * self.length + self.token_BEC).reshape(-1)
 
   def most_rows(self, num_experts: int, of_experts: int) -> int:
@@ -163,7 +188,8 @@ class ExpertsChoice:
 
   def _token_C(self, order_C):
     num_tokens, num_rows = self.token_BEC.shape[0] * self.length, self.token_BEC.size
-    return jnp.where(order_C < num_rows, self.token_R[jnp.minimum(order_C, num_rows - 1)], num_tokens)
+    token_R = jnp.where(self.token_BEC.reshape(-1) < self.length, self.token_R, num_tokens)
+    return jnp.where(order_C < num_rows, token_R[jnp.minimum(order_C, num_rows - 1)], num_tokens)
 
   def spread(self, x_MD, order_C, slot_R):
     return take(x_MD, self._token_C(order_C))
@@ -177,9 +203,9 @@ class ExpertsChoice:
     """visit_BTE, True where the expert sees the token."""
     return jnp.any(self.token_BEC[..., None] == jnp.arange(self.length), 2).swapaxes(1, 2)
 
-  def load(self, num_experts: int):
-    """load_E: rows per expert over the mean; 1, since every expert chooses the same number."""
-    return jnp.ones(num_experts)
+  def rows_by_expert(self, num_experts: int):
+    """rows_E, how many tokens each expert chose; float32."""
+    return jnp.sum(self.token_BEC < self.length, (0, 2)).astype(jnp.float32)
 
   def dense_gates(self, num_experts: int):
     """gate_BTE, zero where the expert does not see the token: what `combine` amounts to, for oracles."""

@@ -17,8 +17,10 @@ from efficient_lm.models.moe import routing
 from efficient_lm.models.moe.dispatch import dispatch_experts
 from efficient_lm.models.moe.rows import TokenChoice
 from efficient_lm.models.transformer import REMAT_POLICIES
+from efficient_lm.parallel import sharding
 from efficient_lm.tree import rewrite
-from efficient_lm.weights.quantized import FakeQuantized, Rounding
+from efficient_lm.weights.fake_quantized import FakeQuantized
+from efficient_lm.weights.quantizers import Rounding
 from efficient_lm.weights.weight import Weight
 
 MESHES = [(1, 1, 8, 1), (1, 1, 4, 2), (1, 2, 4, 1), (2, 1, 2, 2), (2, 2, 2, 1), (1, 2, 2, 2)]
@@ -48,8 +50,9 @@ def skewed(moe, x_BTD):
 def value_and_grads(moe, x_BTD, oracle: bool):
   """(y, dropped share), gradients of a random linear function of y with respect to layer and tokens."""
   def loss(moe, x_BTD):
-    y_BTD, aux = (moe.oracle(x_BTD), {'metrics': {'dropped_share': 0.}}) if oracle else moe(x_BTD)
-    return jnp.vdot(y_BTD, tokens(2)[:x_BTD.shape[0], :x_BTD.shape[1]]), (y_BTD, aux['metrics']['dropped_share'])
+    y_BTD, statistics = (moe.oracle(x_BTD), None) if oracle else moe(x_BTD)
+    dropped_share = 0. if oracle else statistics.metrics()['dropped_share']
+    return jnp.vdot(y_BTD, tokens(2)[:x_BTD.shape[0], :x_BTD.shape[1]]), (y_BTD, dropped_share)
   (_, out), (moe_gradient, x_gradient) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(moe, x_BTD)
   # The 'gradient' of a selection bias is the load violation, which the oracle does not compute.
   if moe_gradient.load_bias is not None: moe_gradient.load_bias.set_value(jnp.zeros(8))
@@ -57,7 +60,7 @@ def value_and_grads(moe, x_BTD, oracle: bool):
 
 
 def sharded(moe, mesh):
-  return jax.device_put(moe, axes.shardings(moe, mesh))
+  return jax.device_put(moe, sharding.shardings(moe, mesh))
 
 
 def assert_close(ours, oracle, output=1e-5, gradient=1e-4):
@@ -107,7 +110,7 @@ def oracle_of(variant):
   fields, change = VARIANTS[variant]
   moe = change(build(**fields))
   return (jit(functools.partial(value_and_grads, oracle=True))(moe, tokens()),
-          jit(lambda moe, x_BTD: moe(x_BTD)[1]['metrics']['dropped_share'])(moe, tokens()))
+          jit(lambda moe, x_BTD: moe(x_BTD)[1].metrics()['dropped_share'])(moe, tokens()))
 
 
 @pytest.mark.parametrize('sizes, transport', [((1, 2, 2, 2), 'gather'), ((1, 1, 4, 2), 'a2a'),

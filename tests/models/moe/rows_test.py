@@ -33,7 +33,7 @@ def test_slots_without_a_row_are_empty():
 
 def test_token_of_each_row():
   np.testing.assert_array_equal(ROUTING.token_R, [0, 0, 1, 1, 2, 2, 3, 3])
-  np.testing.assert_array_equal(ROUTING.load(3) * 8 / 3, [3, 2, 2])
+  np.testing.assert_array_equal(ROUTING.rows_by_expert(3), [3, 2, 2])
 
 
 def test_spread_and_combine_by_eye():
