@@ -1,10 +1,11 @@
 """The one trainer: a step of twenty lines, and the loop around it that logs, evaluates, saves and stops cleanly."""
+import contextlib
 import dataclasses
 import functools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,42 +13,52 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
-from efficient_lm import axes
-from efficient_lm.errors import NonFinite, Preempted
-from efficient_lm.training.learner import TrainState
-from efficient_lm.training.losses import outputs_of
-from efficient_lm.training.optimizers import GuardState
+from efficient_lm.axes import BATCH
+from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted
+from efficient_lm.parallel.sharding import place, placed, wait_on_cpu
+from efficient_lm.training.learner import TrainState, assemble, finished, initial_state, starting_state
+from efficient_lm.training.losses import Totals, outputs_of
+from efficient_lm.training.transforms import GuardState
 
 MAX_REFUSED = 10   # steps in a row that may be refused as non-finite before a run gives up
 
 
-def gradients(objective: Callable, params, batch, num_microbatches: int):
-  """Gradient and metrics of `objective(params, batch) -> (loss, metrics)`, averaged over microbatches of the batch.
+def gradients(objective: Callable, params, batch, num_microbatches: int, reports: Callable | None = None):
+  """Gradient and metrics of `objective(params, batch) -> (loss, metrics)` over a global batch, at the memory of one
+  microbatch: the same for any number of microbatches, up to the order of sums, however unequal they are.
 
-  Every row of a packed batch weighs nearly the same, so this is the gradient of the whole batch to within that 'nearly'
-  (exactly, when all targets count), at the memory of one microbatch.
+  Losses divide by the totals of the global batch (see `losses`), so those of microbatches add up. A balancing loss may need
+  the load of the global batch before any microbatch is differentiated. Where one does, `reports(params, batch)`, what the
+  layers of a microbatch report, is computed for all microbatches first, which takes one more forward pass.
   """
-  grad = jax.grad(objective, has_aux=True)
+  grad, totals = jax.grad(objective, has_aux=True), Totals.of(batch)
   if num_microbatches == 1: return grad(params, batch)
   split = lambda a: a.reshape(a.shape[0] // num_microbatches, num_microbatches, *a.shape[1:]).swapaxes(0, 1)
-  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(grad, params, jax.tree.map(lambda a: split(a)[0], batch)))
-  add = lambda total, microbatch: (jax.tree.map(jnp.add, total, grad(params, microbatch)), None)
-  total, _ = jax.lax.scan(add, zeros, jax.tree.map(split, batch))
-  return jax.tree.map(lambda a: a / num_microbatches, total)
+  microbatches = jax.tree.map(split, batch)
+  first = jax.tree.map(lambda a: a[0], microbatches)
+
+  def added(function):
+    start = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(function, first))
+    add = lambda total, microbatch: (jax.tree.map(jnp.add, total, function(microbatch)), None)
+    return jax.lax.scan(add, start, microbatches)[0]
+
+  if reports is not None and any(one is not None and one.reads_load for one in jax.eval_shape(reports, params, first)):
+    totals = dataclasses.replace(totals, reports=added(lambda microbatch: reports(params, microbatch)))
+  return added(lambda microbatch: grad(params, microbatch | {'totals': totals}))
 
 
 def train_step(state: TrainState, loss, batch, *, optimizer: optax.GradientTransformationExtraArgs, accumulate: int = 1):
   """One update: (state, metrics). Only parameters (`nnx.Param`) move; everything else in the model is carried along."""
   graph, params, rest = nnx.split(state.model, nnx.Param, ...)
+  outputs = lambda params, batch: outputs_of(nnx.merge(graph, params, rest), batch)
 
   def objective(params, batch):
-    outputs = outputs_of(nnx.merge(graph, params, rest), batch)
-    value, metrics = loss(outputs, batch)
-    return value, {'loss': value, **metrics, 'layers': [stack.get('metrics', {}) for stack in outputs.aux]}
+    found = outputs(params, batch)
+    value, metrics = loss(found, batch)
+    return value, {'loss': value, **metrics, 'layers': found.aux}
 
-  grads, metrics = gradients(objective, params, batch, accumulate)
+  grads, metrics = gradients(objective, params, batch, accumulate, lambda *arguments: outputs(*arguments).aux)
   updates, opt_state = optimizer.update(grads, state.opt_state, params, loss=metrics['loss'])
   model = nnx.merge(graph, optax.apply_updates(params, updates), rest)
   guard = opt_state if isinstance(opt_state, GuardState) else None
@@ -63,42 +74,79 @@ def compiled_step(learner, accumulate: int = 1):
   return jax.jit(step, donate_argnums=0)
 
 
-def place(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-  """Puts this process's rows of a batch on the mesh, split over its batch axes."""
-  sharding = NamedSharding(mesh, PartitionSpec(axes.BATCH))
-  return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
-
-
-@jax.jit
-def evaluation_sums(model, batch):
-  """Nats, counted targets and bytes of text of one batch."""
-  outputs = outputs_of(model, batch)
-  nll_BT, _ = outputs.head.nll(outputs.hidden_BTD, batch['targets_BT'])
-  return jnp.sum(nll_BT * batch['weights_BT']), jnp.sum(batch['weights_BT']), jnp.sum(batch['bytes_BT'])
-
-
-def evaluate(model, batches: Iterable[dict[str, np.ndarray]], mesh, sums_of: Callable = evaluation_sums) -> dict[str, float]:
-  """Bits per byte (comparable across tokenizers), nats and perplexity per token over all `batches`.
-
-  sums_of: (model, batch) -> what `evaluation_sums` does, however else the model is to read a batch.
-  """
-  sums = [axes.settle(sums_of(model, place(batch, mesh))) for batch in batches]
-  nats, tokens, num_bytes = np.sum(np.array(jax.device_get(sums), np.float64), 0)
-  per_token = nats / tokens
-  return {'bits_per_byte': nats / num_bytes / math.log(2), 'nats_per_token': per_token,
-          'perplexity': math.exp(min(per_token, 700.0)), 'tokens': int(tokens), 'bytes': int(num_bytes)}
-
-
 def scalars(metrics) -> dict[str, Any]:
   """A step's metrics as plain numbers: those of layers as their mean, the load as a list of lists, layers x experts."""
   metrics = jax.device_get(metrics)
-  stacks = [stack for stack in metrics.pop('layers') if stack]
+  layers = [report.metrics() for report in metrics.pop('layers') if report is not None]
   flat = {name: value.item() for name, value in metrics.items()}
-  for name in stacks[0] if stacks else ():
-    values = np.concatenate([np.atleast_1d(stack[name]) for stack in stacks if name in stack])
+  for name in layers[0] if layers else ():
+    of_layer = np.atleast_2d if name.endswith('_E') else np.atleast_1d
+    values = np.concatenate([of_layer(np.asarray(found[name])) for found in layers if name in found])
     if name.endswith('_E'): flat['load'] = np.round(values.astype(np.float64), 4).tolist()
     else: flat[f'moe/{name}'] = float(values.max() if name == 'max_violation' else values.mean())
   return flat
+
+
+def train(stage, model, context):
+  """What the stage `training.train.Train` does: resumes from the newest checkpoint of its own, if there is one, and fits.
+
+  Args:
+    stage: with `training` and `techniques`.
+    model: arrays on context.mesh, which are taken over; of a training that is resumed, shapes will do.
+    context: key, mesh, corpus, tokens_seen, field; checkpoints, log, evaluate, report, progress (see `runs.context`).
+
+  Returns:
+    The trained model and the techniques' notes.
+
+  Raises:
+    ConfigError: the batch does not divide over the mesh, or a technique does not suit the model.
+    NonFinite, Preempted: see `fit`.
+  """
+  training, techniques = stage.training, stage.techniques
+  _check_batch(training, context)
+  learner = assemble(model, training.optimizer.build(training.steps), techniques, context.key, training.steps,
+                     f'{context.field}.techniques')
+  if context.checkpoints.steps(): state = _restored(learner, training.steps, techniques, context)
+  else: state = initial_state(learner, context.mesh, donate=True)
+  learner = learner.replace(model=None)   # the state has it; no second one is kept alive
+  context.report(training, learner.notes, state)
+  first = int(state.step)
+  batches = context.corpus.batches(batch_size=training.batch_size, sequence_length=training.sequence_length)
+  stream = batches.iterate(-(-context.tokens_seen // training.tokens_per_step) + first)
+  schedule = training.optimizer.schedule.build(training.steps)
+
+  def log(step, numbers):
+    numbers['tokens_per_second'] = training.tokens_per_step * numbers['steps_per_second']
+    # Refused steps do not move the schedule. A step that is refused itself has the rate that the next one will take.
+    refused_before = numbers['skipped'] - (numbers['skipped_in_a_row'] > 0)
+    numbers['learning_rate'] = float(schedule(step - 1 - refused_before))
+    context.log(step, numbers)
+
+  with context.progress(first, training.steps) as advance:
+    callbacks = Callbacks(log, context.evaluate, context.checkpoints.save, advance)
+    state = fit(state, learner, lambda step: place(next(stream), context.mesh), training, callbacks)
+  context.checkpoints.wait()
+  finish = jax.jit(functools.partial(finished, techniques=techniques), donate_argnums=0)
+  return finish(state.model, state.opt_state), learner.notes
+
+
+def _restored(learner, last: int, techniques, context) -> TrainState:
+  """The newest state that the training has saved. Of one that was saved after the `last` step only the model is read, unless
+  a technique's `finish` asks for the optimizer's state: a later version of an optimizer may keep another one."""
+  shapes = placed(jax.eval_shape(lambda model: starting_state(learner.replace(model=model)), learner.model), context.mesh)
+  if last in context.checkpoints.steps()[-1:] and not any(hasattr(technique, 'finish') for technique in techniques):
+    # If that step is damaged, what follows finds an earlier one, or says what is wrong.
+    with contextlib.suppress(CheckpointError):
+      return TrainState(jnp.int32(last), context.checkpoints.restore_model(shapes.model, last), None)
+  return context.checkpoints.restore(shapes)
+
+
+def _check_batch(training, context):
+  shards = math.prod(context.mesh.shape[name] for name in BATCH)
+  if training.batch_size % (shards * training.accumulate):
+    name = 'train' if context.field == 'config' else 'training'
+    raise ConfigError(f'{context.field}.{name}.batch_size', training.batch_size, f'must be a multiple of '
+                      f'{shards * training.accumulate}: the mesh\'s data * fsdp * expert, times accumulate')
 
 
 class Interrupts:
@@ -128,7 +176,7 @@ class Callbacks:
 
 
 def fit(state: TrainState, learner, batch_at: Callable[[int], Any], training, callbacks: Callbacks) -> TrainState:
-  """Steps from `state.step` to `training.steps`.
+  """Steps from `state.step` to `training.steps`. What comes out of the last step is saved, and measured by the caller.
 
   Args:
     batch_at: step -> batch on the mesh; a pure function, so that a resumed run sees what it would have seen.
@@ -142,15 +190,15 @@ def fit(state: TrainState, learner, batch_at: Callable[[int], Any], training, ca
   first, last_logged, clock = int(state.step), int(state.step), time.perf_counter()
   with Interrupts() as interrupts:
     for step in range(first + 1, training.steps + 1):
-      state, metrics = axes.settle(step_function(state, learner.loss, batch_at(step - 1)))
+      state, metrics = wait_on_cpu(step_function(state, learner.loss, batch_at(step - 1)))
       final, numbers = step == training.steps, None
-      if step % training.log_every == 0 or final or step == first + 1:
+      if step % training.log_every == 0 or final or step == 1:   # the same rows, however often it was interrupted
         numbers = scalars(metrics)
         now = time.perf_counter()
         numbers['steps_per_second'] = (step - last_logged) / (now - clock)
         callbacks.log(step, numbers)
       callbacks.progress(step, numbers)
-      if step % training.eval_every == 0 or final: callbacks.evaluate(step, state.model)
+      if step % training.eval_every == 0 and not final: callbacks.evaluate(step, state.model)
       if step % training.checkpoint_every == 0 or final: callbacks.save(step, state, final)
       if numbers: last_logged, clock = step, time.perf_counter()
       if numbers and numbers.get('skipped_in_a_row', 0) >= MAX_REFUSED:

@@ -2,15 +2,19 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
 from efficient_lm.models import spec
-from efficient_lm.training.learner import TrainState, assemble, initial_state, new_model
-from efficient_lm.training.optimizers import AdamW, GuardState
-from efficient_lm.tree import num_bytes, path_name, size
+from efficient_lm.training.learner import TrainState, assemble, finished, initial_state, new_model
+from efficient_lm.training.optimizers import AdamW
+from efficient_lm.training.transforms import GuardState
+from efficient_lm.tree import num_bytes, path_name, rewrite, size
+from efficient_lm.weights.masked import Masked
+from efficient_lm.weights.weight import Weight
 
 
 def described():
@@ -87,6 +91,56 @@ def test_a_state_shares_no_buffer_with_its_learner(learner):
   state = initial_state(learner)
   for leaf in jax.tree.leaves(state): leaf.delete()
   assert_same_bits(initial_state(learner).model, learner.model)
+
+
+def test_a_model_that_may_be_taken_over_is_and_the_state_is_the_same(learner):
+  given = jax.tree.map(jnp.copy, learner.model)
+  state = initial_state(learner.replace(model=given), donate=True)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+  assert_same_bits(state, initial_state(learner))
+
+
+@dataclasses.dataclass
+class Scaling:
+  """A technique that doubles the model and, at the end, scales it and says so."""
+  by: float
+  touches = 'model'
+
+  def __call__(self, learner, key):
+    return learner.replace(model=jax.tree.map(lambda leaf: 2 * leaf, learner.model), notes=(*learner.notes, self.by))
+
+  def finish(self, model, opt_state):
+    return jax.tree.map(lambda leaf: leaf + self.by, model)
+
+
+class Teaching:
+  """A technique of the loss, which no tracing may reach: it loads a teacher."""
+  touches = 'loss'
+
+  def __call__(self, learner, key):
+    return learner.replace(loss=float(jnp.ones(())))
+
+
+def test_shapes_are_assembled_as_arrays_are_and_what_touches_the_loss_is_not_traced(model):
+  techniques = [Scaling(1.0), Teaching(), Scaling(2.0)]
+  shapes = jax.eval_shape(lambda: model)
+  found, wanted = (assemble(one, AdamW().build(10), techniques, jax.random.key(0)) for one in (shapes, model))
+  assert found.notes == wanted.notes == (1.0, 2.0) and found.loss == wanted.loss == 1.0
+  assert jax.tree.structure(found.model) == jax.tree.structure(wanted.model)
+  assert [leaf.shape for leaf in jax.tree.leaves(found.model)] == [leaf.shape for leaf in jax.tree.leaves(wanted.model)]
+  assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(found.model))
+  np.testing.assert_array_equal(wanted.model.embed.materialize(), 4 * model.embed.materialize())
+
+
+def test_techniques_finish_in_their_order_and_masks_hold_in_what_is_stored(model):
+  kept = jnp.arange(32 * 16).reshape(32, 16) % 3 == 0
+  masked = rewrite(model, Weight, lambda _, weight: Masked(weight, kept), where='^embed$')
+  assert np.any(masked.embed.inner.materialize()[~kept])
+  left = finished(masked, None, (Noting('no end'),))
+  np.testing.assert_array_equal(left.embed.inner.materialize()[~kept], 0)
+  np.testing.assert_array_equal(left.embed.materialize(), masked.embed.materialize())
+  techniques = (Scaling(1.0), Noting('no end'), Scaling(2.0))
+  np.testing.assert_allclose(finished(model, None, techniques).norm.scale.get_value(), model.norm.scale.get_value() + 3)
 
 
 def test_a_state_on_a_mesh_splits_moments_as_it_splits_parameters(learner, mesh):

@@ -28,7 +28,7 @@ def batch_of(seed=0):
   rng = np.random.default_rng(seed)
   return {'inputs_BT': rng.integers(0, V, (B, T)), 'targets_BT': rng.integers(0, V, (B, T)),
           'weights_BT': np.array([[1, 1, 0, 1], [1, 0, 0, 1]], np.float32), 'bytes_BT': rng.integers(1, 5, (B, T)),
-          'positions_BT': np.zeros((B, T), int), 'segments_BT': np.zeros((B, T), int)}
+          'positions_BT': np.zeros((B, T), int), 'segments_BT': np.ones((B, T), int)}
 
 
 class Teacher:
@@ -41,14 +41,29 @@ class Teacher:
     return outputs_with(self.logits_BTV)
 
 
+class Report:
+  """What a layer reports: auxiliary losses, given."""
+
+  def __init__(self, losses): self.given = losses
+
+  def losses(self, num_tokens, whole): return self.given
+
+
+# Of a stack of two layers, of one without, and of one.
+REPORTS = (Report({'a': jnp.array([1.0, 2.0]), 'b': jnp.array([5.0, 7.0])}), None, Report({'a': jnp.array([6.0])}))
+
+
 def log_softmax(logits):
   return logits - np.log(np.sum(np.exp(logits), -1, keepdims=True))
 
 
 def test_weighted_mean_is_the_mean_of_what_counts_and_zero_where_nothing_does():
-  values, weights = draw(B, T), batch_of()['weights_BT']
-  assert float(weighted_mean(values, weights)) == pytest.approx(np.average(values, weights=weights), rel=1e-6)
-  assert float(weighted_mean(values, np.zeros((B, T)))) == 0
+  values, batch = draw(B, T), batch_of()
+  for scale in (1, 0.01):
+    weights = batch['weights_BT'] * scale
+    mean = weighted_mean(values, batch | {'weights_BT': weights})
+    assert float(mean) == pytest.approx(np.average(values, weights=weights), rel=1e-6)
+  assert float(weighted_mean(values, batch | {'weights_BT': np.zeros((B, T))})) == 0
 
 
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
@@ -73,25 +88,61 @@ def test_a_target_that_does_not_count_changes_nothing():
 
 
 def test_auxiliary_losses_are_summed_over_layers_and_reported_as_their_mean():
-  stacks = ({'losses': {'a': jnp.array([1.0, 2.0]), 'b': jnp.array([5.0, 7.0])}}, {},
-            {'losses': {'a': jnp.array([6.0])}, 'metrics': {'c': jnp.array([100.0])}})
-  total, named = auxiliary(stacks)
+  total, named = auxiliary(outputs_with(draw(B, T, V), REPORTS), batch_of())
   assert float(total) == 21 and {name: float(value) for name, value in named.items()} == {'a': 3, 'b': 6}
   plain, _ = NextToken()(outputs_with(draw(B, T, V)), batch_of())
-  loss, metrics = NextToken()(outputs_with(draw(B, T, V), stacks), batch_of())
+  loss, metrics = NextToken()(outputs_with(draw(B, T, V), REPORTS), batch_of())
   assert float(loss - plain) == pytest.approx(21, rel=1e-6) and float(metrics['a']) == 3
+
+
+def test_layers_are_told_the_totals_of_the_global_batch():
+  """The number of its tokens without padding, and what the same layer reports of all of it where that is known."""
+  class Asking(Report):
+    def losses(self, num_tokens, whole): return {'a': jnp.float32(num_tokens + (whole or 0))}
+  batch = batch_of() | {'segments_BT': np.array([[1, 1, 1, 0], [1, 0, 0, 0]])}
+  assert float(auxiliary(outputs_with(draw(B, T, V), (Asking(()), None)), batch)[0]) == 4
+  batch['totals'] = losses.Totals(jnp.float32(5), jnp.float32(9), 40, (100, None))
+  assert float(auxiliary(outputs_with(draw(B, T, V), (Asking(()), None)), batch)[0]) == 140
+
+
+@pytest.mark.parametrize('cut', [1, 2])
+def test_losses_of_parts_of_a_batch_add_up_to_that_of_the_batch(cut):
+  """However many of their targets count: all divide by the totals of the whole."""
+  student, teacher, batch = draw(B, T, V), draw(B, T, V, seed=1), batch_of()
+  rows = [slice(i * B // cut, (i + 1) * B // cut) for i in range(cut)]
+  def found(part, totals):
+    loss = Distilled(NextToken(), Teacher(teacher[part]), 0.5, 2.0)
+    return loss(outputs_with(student[part]), {name: x[part] for name, x in batch.items()} | totals)
+  whole, metrics = found(slice(None), {})
+  parts = [found(part, {'totals': losses.Totals.of(batch)}) for part in rows]
+  assert float(sum(value for value, _ in parts)) == pytest.approx(float(whole), rel=1e-6)
+  for name in metrics:
+    assert float(sum(part[name] for _, part in parts)) == pytest.approx(float(metrics[name]), rel=1e-6), name
 
 
 @pytest.mark.parametrize('weight', [0.25, 1.0])
 @pytest.mark.parametrize('temperature', [1.0, 3.0])
-def test_distillation_is_its_equation(weight, temperature):
+@pytest.mark.parametrize('reports, extra', [((), 0), (REPORTS, 21)], ids=['dense', 'mixture'])
+def test_distillation_is_its_equation(weight, temperature, reports, extra):
+  """What the layers ask for is added whole, whatever the weight."""
   student, teacher, batch = draw(B, T, V), draw(B, T, V, seed=1), batch_of()
-  loss, metrics = Distilled(NextToken(), Teacher(teacher), weight, temperature)(outputs_with(student), batch)
+  loss, metrics = Distilled(NextToken(), Teacher(teacher), weight, temperature)(outputs_with(student, reports), batch)
   log_p, log_q = (log_softmax(logits / temperature) for logits in (teacher, student))
   kl = np.average(np.sum(np.exp(log_p) * (log_p - log_q), -1), weights=batch['weights_BT'])
   assert float(metrics['teacher_kl']) == pytest.approx(kl, rel=1e-4)
   inner = float(metrics['cross_entropy'])
-  assert float(loss) == pytest.approx((1 - weight) * inner + weight * temperature ** 2 * kl, rel=1e-4)
+  assert float(loss) == pytest.approx((1 - weight) * inner + weight * temperature ** 2 * kl + extra, rel=1e-4)
+
+
+@pytest.mark.parametrize('weights', [(0.0, 0.7), (0.25, 1.0), (0.5, 0.0, 0.9)])
+def test_distilling_several_times_mixes_tokens_losses_and_leaves_the_layers_alone(weights):
+  student, batch, loss = draw(B, T, V), batch_of(), NextToken()
+  wanted = float(loss(outputs_with(student), batch)[0])
+  for seed, weight in enumerate(weights, 1):
+    teacher, temperature = Teacher(draw(B, T, V, seed=seed)), 4.0 - seed
+    kl = float(Distilled(NextToken(), teacher, 1.0, temperature)(outputs_with(student), batch)[0])   # times temperature^2
+    loss, wanted = Distilled(loss, teacher, weight, temperature), (1 - weight) * wanted + weight * kl
+  assert float(loss(outputs_with(student, REPORTS), batch)[0]) == pytest.approx(wanted + 21, rel=1e-5)
 
 
 def test_a_teacher_equal_to_the_student_has_divergence_0_and_pulls_nowhere():

@@ -1,7 +1,7 @@
 """The one trainer: the same on every mesh, the same every time, and stopping without losing a step."""
+import contextlib
 import dataclasses
 import functools
-import math
 import os
 import signal
 import types
@@ -9,34 +9,37 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from efficient_lm.config.mesh import Mesh
-from efficient_lm.errors import NonFinite, Preempted
+from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted
 from efficient_lm.models import spec
 from efficient_lm.models.moe import routing
 from efficient_lm.models.moe.layer import MoE
+from efficient_lm.models.transformer import unrolled
+from efficient_lm.parallel.sharding import mesh_in_force, shardings, single_device_mesh
+from efficient_lm.techniques.distillation.distill import Distill
 from efficient_lm.training import trainer as train
 from efficient_lm.training.learner import assemble, initial_state
-from efficient_lm.training.losses import NextToken, outputs_of
-from efficient_lm.training.optimizers import AdamW, WarmupStableDecay
+from efficient_lm.training.losses import Distilled, NextToken, outputs_of
+from efficient_lm.training.optimizers import AdamW, WarmupCosine, WarmupStableDecay
+from efficient_lm.training.train import Train, Training
 from efficient_lm.tree import path_name, select
 
 B, T, V, D, E = 8, 8, 32, 16, 4
 STEPS = 20
 BALANCE = (routing.LoadBalance(), routing.LossFreeBias(), routing.RouterZ())
-MLPS = {'dense': spec.SwiGLU(hidden=16), 'experts': spec.MoE(num_experts=E, hidden=16, balance=BALANCE)}
+MLPS = {
+  'dense': spec.SwiGLU(hidden=16), 'experts': spec.MoE(num_experts=E, hidden=16, balance=BALANCE),
+  # Terms that weigh as much as the task.
+  'balanced': spec.MoE(num_experts=E, hidden=16, capacity=0.75, balance=(
+    routing.LoadBalance(weight=1.0), routing.LossFreeBias(), routing.RouterZ(weight=0.3))),
+  'without load': spec.MoE(num_experts=E, hidden=16, balance=BALANCE[1:]),
+}
 MESHES = {'data 8': (8, 1, 1, 1), 'fsdp 8': (1, 8, 1, 1), 'fsdp 4, tensor 2': (1, 4, 1, 2),
           'fsdp 2, expert 2, tensor 2': (1, 2, 2, 2)}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _quick_compilation():
-  """Compiling is nearly all that these tests spend their time on; what they state holds of any program."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def batch_of(seed=0):
@@ -49,17 +52,39 @@ def batch_of(seed=0):
 
 
 @functools.cache
-def learner_of(kind):
-  """A learner whose model's numbers are drawn by numpy; norm scales one, biases zero, as they start."""
-  stack = spec.Stack(num_layers=1, attention=spec.GroupedQuery(num_heads=2, num_kv_heads=2, head_dim=8), mlp=MLPS[kind])
+def model_of(kind, seed=0, num_layers=1):
+  """A model with numbers drawn by numpy; norm scales one, biases zero, as they start."""
+  stack = spec.Stack(num_layers=num_layers, attention=spec.GroupedQuery(num_heads=2, num_kv_heads=2, head_dim=8),
+                     mlp=MLPS[kind])
   described = spec.Transformer(vocab_size=V, dim=D, stacks=(stack,))
-  rng = np.random.default_rng(0)
+  rng = np.random.default_rng(seed)
   def number(path, leaf):
     if 'scale' in path_name(path): return jnp.ones(leaf.shape)
     return jnp.asarray(rng.normal(size=leaf.shape) * (0 if 'load_bias' in path_name(path) else 0.25), leaf.dtype)
-  abstract = jax.eval_shape(lambda: described.build(rngs=nnx.Rngs(0)))
+  return jax.tree_util.tree_map_with_path(number, jax.eval_shape(lambda: described.build(rngs=nnx.Rngs(0))))
+
+
+class OnTheMesh:
+  """A teacher that is loaded onto the mesh of the run, as an earlier run is."""
+
+  def load(self, mesh=None):
+    made = model_of('dense', 7)
+    return made if mesh is None else jax.device_put(made, shardings(made, mesh))
+
+
+def assembled(kind):
+  """A learner, made under the mesh of its run. Kinds are those of MLPS, perhaps taught by a dense model."""
   optimizer = AdamW(schedule=WarmupStableDecay(peak=1e-2, warmup=2, decay=0)).build(1000)
-  return assemble(jax.tree_util.tree_map_with_path(number, abstract), optimizer, (), jax.random.key(0))
+  return assemble(model_of(kind.removeprefix('taught ')), optimizer, lessons(kind), jax.random.key(0))
+
+
+def lessons(kind):
+  return (Distill(teacher=OnTheMesh(), weight=0.5, temperature=2.0),) if kind.startswith('taught ') else ()
+
+
+@functools.cache
+def learner_of(kind):
+  return assembled(kind)
 
 
 @functools.cache
@@ -83,18 +108,23 @@ def alone(kind):
   return steps(kind, initial_state(learner_of(kind)), STEPS)
 
 
+def mesh_of(sizes):
+  return Mesh(**dict(zip(('data', 'fsdp', 'expert', 'tensor'), sizes, strict=True))).build()
+
+
 @functools.cache
 def spread(kind, sizes):
   """The same run over eight devices."""
-  mesh = Mesh(**dict(zip(('data', 'fsdp', 'expert', 'tensor'), sizes, strict=True))).build()
   learner = learner_of(kind)   # made outside the mesh: it serves the runs on one device too
+  mesh = mesh_of(sizes)
   with jax.set_mesh(mesh):
     return steps(kind, initial_state(learner, mesh), STEPS, lambda batch: train.place(batch, mesh))
 
 
 eight_devices = pytest.mark.skipif('jax.device_count() != 8', reason='needs eight devices: run the tests on CPU')
 each_mesh = pytest.mark.parametrize('sizes', MESHES.values(), ids=MESHES)
-each_kind = pytest.mark.parametrize('kind', MLPS)
+each_kind = pytest.mark.parametrize('kind', ['dense', 'experts'])
+TAUGHT = {}   # what the run on one device gave
 
 
 @eight_devices
@@ -104,6 +134,29 @@ def test_every_mesh_trains_as_one_device_does(kind, sizes):
   """Float32 sums in another order, 2**-24 apiece, grow over twenty steps; a promise of the project is 1e-4."""
   np.testing.assert_allclose(spread(kind, sizes)[1], alone(kind)[1], rtol=1e-4)
   assert alone(kind)[1][-1] < alone(kind)[1][0] - 0.1, 'and it does train'
+
+
+@eight_devices
+@each_mesh
+@each_kind
+def test_a_student_is_taught_on_every_mesh_as_on_one_device(kind, sizes):
+  """By a teacher on the mesh of the run. Three steps, which are compared closer than twenty."""
+  kind = f'taught {kind}'
+  def losses(learner, place=lambda batch: batch):
+    state, step, rows = initial_state(learner, mesh_in_force()), train.compiled_step(learner), []
+    for i in range(3):
+      state, metrics = step(state, learner.loss, place(batch_of(i)))
+      rows.append({name: float(metrics[name]) for name in ('loss', 'cross_entropy', 'teacher_kl')})
+    return rows
+  if kind not in TAUGHT: TAUGHT[kind] = losses(learner_of(kind))
+  mesh = mesh_of(sizes)
+  with jax.set_mesh(mesh):
+    learner = assembled(kind)
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(learner.loss.teacher))
+    together = losses(learner, lambda batch: train.place(batch, mesh))
+  for row, wanted in zip(together, TAUGHT[kind], strict=True):
+    assert wanted['teacher_kl'] > 0.01
+    for name in row: assert row[name] == pytest.approx(wanted[name], rel=2e-5), name
 
 
 @eight_devices
@@ -151,51 +204,102 @@ def test_a_batch_with_nothing_finite_to_learn_is_refused_and_counted():
   assert int(metrics['skipped']) == 1 and int(metrics['skipped_in_a_row']) == 0 and np.isfinite(metrics['grad_norm'])
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch():
-  graph, params = nnx.split(learner_of('dense').model)
-  def objective(params, batch):
-    return NextToken()(outputs_of(nnx.merge(graph, params), batch), batch)
-  run = jax.jit(functools.partial(train.gradients, objective), static_argnums=2)
-  (whole, metrics), (parts, part_metrics) = (run(params, batch_of(), k) for k in (1, 4))
-  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
-    # Means of at most 64 float32 terms, in another order, beside the largest of them.
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
-  for name in metrics: np.testing.assert_allclose(part_metrics[name], metrics[name], rtol=1e-5)
+def uneven_batch():
+  """Rows of unlike lengths, of one or two documents, in which an unlike share of the targets counts; one is all padding."""
+  batch, lengths_B = batch_of(5), np.array([8, 3, 8, 1, 5, 8, 0, 2])
+  real_BT = np.arange(T) < lengths_B[:, None]
+  batch['segments_BT'] = np.where(real_BT, 1 + (np.arange(T) >= 5), 0).astype(np.int32)
+  counts_BT = np.random.default_rng(5).random((B, T)) < np.linspace(0.1, 1, B)[:, None]
+  batch['weights_BT'] = (real_BT & counts_BT).astype(np.float32)
+  batch['bytes_BT'] = np.random.default_rng(6).integers(0, 5, (B, T)).astype(np.int32) * real_BT
+  return batch
 
 
-def one_device():
-  return Mesh().build(jax.devices()[:1])
+def one_step(learner, accumulate=1, mesh=None):
+  """The metrics of a step on the uneven batch, and by how much it moved the parameters."""
+  with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+    batch = uneven_batch() if mesh is None else train.place(uneven_batch(), mesh)
+    state, metrics = train.compiled_step(learner, accumulate)(initial_state(learner, mesh), learner.loss, batch)
+    jax.block_until_ready(state)
+  moved = jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), state.model, learner.model)
+  return train.scalars(metrics), moved
 
 
-def test_bits_per_byte_by_hand():
-  model, batches = learner_of('dense').model, [batch_of(1), batch_of(2)]
-  batches[1]['weights_BT'] = (np.arange(B * T).reshape(B, T) % 3 > 0).astype(np.float32)
-  batches[1]['bytes_BT'] = np.random.default_rng(0).integers(0, 5, (B, T))
-  found = train.evaluate(model, batches, one_device())
-  nats, tokens = 0.0, 0
-  for batch in batches:
-    logits = np.asarray(jax.jit(lambda model, batch: outputs_of(model, batch).logits_BTV)(model, batch), np.float64)
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    nats -= (np.take_along_axis(log_p, batch['targets_BT'][..., None], -1)[..., 0] * batch['weights_BT']).sum()
-    tokens += batch['weights_BT'].sum()
-  num_bytes = sum(batch['bytes_BT'].sum() for batch in batches)
-  assert (found['tokens'], found['bytes']) == (tokens, num_bytes)
-  assert found['bits_per_byte'] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
-  assert found['nats_per_token'] == pytest.approx(nats / tokens, rel=1e-5)
-  assert found['perplexity'] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+def descending(model, *techniques):
+  """A learner whose updates are its gradients."""
+  return assemble(model, optax.sgd(1.0), techniques, jax.random.key(0))
 
 
-def test_a_model_that_knows_nothing_needs_the_logarithm_of_the_vocabulary():
-  model = jax.tree.map(jnp.zeros_like, learner_of('dense').model)
-  found = train.evaluate(model, [batch_of()], one_device())
-  assert found['bits_per_byte'] * 2 == pytest.approx(math.log2(V), rel=1e-6)   # two bytes a token
-  assert found['perplexity'] == pytest.approx(V, rel=1e-5)
+@functools.cache
+def plain_learner(kind):
+  return descending(model_of(kind.removeprefix('taught ')), *lessons(kind))
+
+
+@functools.cache
+def undivided(kind):
+  return one_step(plain_learner(kind))
+
+
+def assert_same_step(found, wanted):
+  """Sums of float32 in another order: at most 64 terms of a gradient, a few times 2**-24 of the largest of them, and what
+  a parameter of order one loses of its update."""
+  (metrics, moved), (wanted_metrics, wanted_moved) = found, wanted
+  assert metrics.keys() == wanted_metrics.keys()
+  for name in metrics: np.testing.assert_allclose(metrics[name], wanted_metrics[name], rtol=2e-5, atol=1e-6, err_msg=name)
+  leaves = jax.tree_util.tree_leaves_with_path(moved)
+  for (path, a), b in zip(leaves, jax.tree.leaves(wanted_moved), strict=True):
+    if 'load_bias' in path_name(path): np.testing.assert_array_equal(a, b, err_msg=path_name(path))
+    else: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * np.abs(b).max() + 1e-7, err_msg=path_name(path))
+
+
+@pytest.mark.parametrize('kind, accumulate', [
+  ('dense', 2), ('dense', 4), ('balanced', 4), ('without load', 4), ('taught balanced', 2)])
+def test_a_step_is_the_same_in_however_many_parts_it_is_taken(kind, accumulate):
+  """Loss, gradients, metrics, moves of load biases: also where parts hold unlike numbers of tokens and of targets."""
+  assert_same_step(one_step(plain_learner(kind), accumulate), undivided(kind))
+
+
+@eight_devices
+@pytest.mark.parametrize('kind', ['dense', 'taught balanced'])
+def test_a_step_in_parts_on_a_mesh_is_the_step_on_one_device(kind):
+  assert_same_step(one_step(plain_learner(kind), 2, mesh_of((1, 2, 2, 2))), undivided(kind))
+
+
+def test_a_model_taken_apart_trains_and_teaches_as_its_stack_does():
+  """Student and teacher, both of experts."""
+  found = []
+  for arrange in (lambda model: model, unrolled):
+    loss = Distilled(NextToken(), arrange(model_of('experts', 3)), 0.5)
+    learner = descending(arrange(model_of('experts', 0, 2)))
+    found.append(one_step(dataclasses.replace(learner, loss=loss)))
+  (metrics, moved), (apart_metrics, apart_moved) = found
+  assert_same_step((apart_metrics, apart_moved), (metrics, unrolled(moved)))
+  assert np.shape(apart_metrics['load']) == (2, E)
+
+
+def products(jaxpr) -> int:
+  """Matrix products in a jaxpr, those of its inner ones included."""
+  inner = [value for equation in jaxpr.eqns for value in jax.tree.leaves(
+    list(equation.params.values()), is_leaf=lambda value: hasattr(value, 'eqns'))]
+  return (sum(equation.primitive.name in ('dot_general', 'ragged_dot_general', 'ragged_dot') for equation in jaxpr.eqns)
+          + sum(products(getattr(value, 'jaxpr', value)) for value in inner if hasattr(value, 'eqns')))
+
+
+@pytest.mark.parametrize('kind, passes', [('dense', 0), ('without load', 0), ('balanced', 1)])
+def test_a_step_in_parts_takes_one_more_forward_pass_where_a_loss_reads_the_load_and_none_elsewhere(kind, passes):
+  learner = plain_learner(kind)
+  state = jax.eval_shape(lambda: initial_state(learner))
+  def count(accumulate):
+    step = functools.partial(train.train_step, optimizer=learner.optimizer, accumulate=accumulate)
+    return products(jax.make_jaxpr(step)(state, learner.loss, batch_of()).jaxpr)
+  forward = products(jax.make_jaxpr(lambda model, batch: outputs_of(model, batch).aux)(learner.model, batch_of()).jaxpr)
+  assert forward >= 6 and count(2) - count(1) == passes * forward
 
 
 def test_metrics_become_plain_numbers():
   _, metrics = jax.eval_shape(step_of('experts'), initial_state(learner_of('experts')), NextToken(), batch_of())
   numbers = train.scalars(jax.tree.map(lambda leaf: np.full(leaf.shape, 0.5, leaf.dtype), metrics))
-  assert numbers['load'] == [[0.5] * E] and numbers['moe/max_violation'] == 0.5
+  assert numbers['load'] == [[1.0] * E] and numbers['moe/max_violation'] == 0 and numbers['moe/router_entropy'] == 0.5
   assert all(isinstance(value, (int, float, list)) for value in numbers.values())
   assert {'loss', 'cross_entropy', 'bits_per_byte', 'grad_norm', 'skipped', 'load_balance', 'router_z'} <= set(numbers)
 
@@ -229,11 +333,12 @@ def recorder(monkeypatch):
   return Recorder(monkeypatch)
 
 
-def test_the_loop_logs_evaluates_and_saves_when_it_should_and_always_at_the_end(recorder):
+def test_the_loop_logs_evaluates_and_saves_when_it_should_and_logs_and_saves_its_end(recorder):
+  """What comes out of the last step is measured by whoever asked for the training."""
   assert recorder.fit().step == 10
   assert recorder.at('batch') == list(range(10)), 'step i + 1 takes batch i'
   assert recorder.at('log') == [1, 4, 8, 10]
-  assert recorder.at('evaluate') == [5, 10] and recorder.at('save') == [3, 6, 9, 10]
+  assert recorder.at('evaluate') == [5] and recorder.at('save') == [3, 6, 9, 10]
   assert recorder.events[-1] == ('save', 10, True), 'the last one is waited for'
 
 
@@ -283,3 +388,168 @@ def test_a_second_signal_ends_at_once(recorder, interruptible):
     for _ in range(2): os.kill(os.getpid(), signal.SIGINT)
   with pytest.raises(KeyboardInterrupt): recorder.fit(during=twice)
   assert recorder.at('save') == []
+
+
+class Memory:
+  """Checkpoints that are kept in memory, and refuse a state of another structure."""
+
+  def __init__(self, kept=()): self.kept = dict(kept)
+
+  def steps(self): return sorted(self.kept)
+
+  def save(self, step, state, wait): self.kept[step] = jax.tree.map(np.array, state)
+
+  def wait(self): pass
+
+  def restore(self, abstract):
+    return self._as(abstract, self.kept[max(self.kept)])
+
+  def restore_model(self, abstract, step):
+    return self._as(abstract, self.kept[step].model)
+
+  def _as(self, abstract, state):
+    if jax.tree.structure(abstract) != jax.tree.structure(state): raise CheckpointError('holds another state')
+    return jax.tree.map(lambda like, leaf: jax.device_put(leaf, like.sharding), abstract, state)
+
+
+class Context:
+  """What a run gives to a stage. Text of which batch 1 is damaged where that is asked for."""
+
+  def __init__(self, checkpoints=None, tokens_seen=0, damaged=False, field='config'):
+    self.key, self.mesh, self.field, self.tokens_seen = jax.random.key(0), single_device_mesh(), field, tokens_seen
+    self.checkpoints, self.damaged = checkpoints or Memory(), damaged
+    self.corpus, self.logged, self.taken, self.reported, self.evaluated = self, {}, [], None, []
+
+  def batches(self, batch_size, sequence_length):
+    assert (batch_size, sequence_length) == (B, T)
+    return self
+
+  def iterate(self, first):
+    for i in range(first, 99):
+      self.taken.append(i)
+      yield batch_of(i) | ({'weights_BT': np.full((B, T), np.nan, np.float32)} if self.damaged and i == 1 else {})
+
+  def log(self, step, numbers): self.logged[step] = numbers
+
+  def evaluate(self, step, model): self.evaluated.append(step)
+
+  def report(self, training, notes, state): self.reported = notes, int(state.step)
+
+  def progress(self, first, last): return contextlib.nullcontext(lambda step, numbers: None)
+
+
+SCHEDULE = WarmupCosine(peak=1e-2, warmup=3)
+TRAINING = Training(steps=6, batch_size=B, sequence_length=T, log_every=1, eval_every=4, checkpoint_every=1,
+                    optimizer=AdamW(schedule=SCHEDULE))
+
+
+@dataclasses.dataclass
+class Halved:
+  """A technique that halves what training leaves, by what it reads in the optimizer's state."""
+  touches = 'optimizer'
+
+  def __call__(self, learner, key): return learner.replace(notes=('halved',))
+
+  def finish(self, model, opt_state):
+    return jax.tree.map(lambda leaf: leaf / (2 + 0 * opt_state.skipped.astype(leaf.dtype)), model)
+
+
+def trained(context, model=None, techniques=(), training=TRAINING):
+  copy = jax.tree.map(jnp.copy, model_of('dense')) if model is None else model
+  return train.train(Train(training=training, techniques=techniques), copy, context)[0]
+
+
+def shapes():
+  return jax.eval_shape(lambda: model_of('dense'))
+
+
+@functools.cache
+def straight():
+  """A stage in one go, its second batch damaged; what it was given."""
+  context = Context(damaged=True, tokens_seen=0)
+  return trained(context), context
+
+
+def assert_same_bits(a, b):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True): np.testing.assert_array_equal(x, y)
+
+
+def test_the_stage_fits_and_says_what_it_does():
+  model, context = straight()
+  assert context.reported == ((), 0) and sorted(context.logged) == [1, 2, 3, 4, 5, 6] and context.evaluated == [4]
+  assert context.taken == list(range(6)) and context.checkpoints.steps() == [1, 2, 3, 4, 5, 6]
+  assert context.logged[6]['cross_entropy'] < context.logged[1]['cross_entropy']
+  assert_same_bits(model, context.checkpoints.kept[6].model)
+
+
+def test_the_logged_rate_is_the_one_that_the_step_has_taken_also_after_refused_steps():
+  _, context = straight()
+  schedule = SCHEDULE.build(TRAINING.steps)
+  counts = lambda state: {int(node.count) for node in jax.tree.leaves(
+    state.opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState))
+    if isinstance(node, optax.ScaleByScheduleState)}
+  taken = {step: counts(state) for step, state in context.checkpoints.kept.items()}
+  assert taken == {1: {1}, 2: {1}, 3: {2}, 4: {3}, 5: {4}, 6: {5}}, 'the second step was refused'
+  for step in (1, 3, 4, 5, 6):
+    assert context.logged[step]['learning_rate'] == float(schedule(taken[step].pop() - 1)), step
+  assert context.logged[2]['learning_rate'] == context.logged[3]['learning_rate'], 'it is what the next one takes'
+
+
+def test_a_stage_that_is_resumed_goes_on_bit_for_bit():
+  """From shapes: the arrays are those that it has saved."""
+  model, first = straight()
+  context = Context(Memory({3: first.checkpoints.kept[3]}), damaged=True)
+  assert_same_bits(trained(context, shapes()), model)
+  assert context.reported == ((), 3) and context.taken == [3, 4, 5] and sorted(context.logged) == [4, 5, 6]
+  for step in (4, 5, 6): assert context.logged[step]['loss'] == first.logged[step]['loss']
+
+
+def test_text_goes_on_where_the_stages_before_have_stopped():
+  """In whole steps, rounded up."""
+  _, first = straight()
+  context = Context(Memory({6: first.checkpoints.kept[6]}), tokens_seen=5 * B * T + 1)
+  trained(context, shapes(), training=dataclasses.replace(TRAINING, steps=7))
+  assert context.taken == [12]
+
+
+def test_of_a_stage_that_is_done_only_the_model_is_read():
+  """So it can be read when the state of its optimizer is one of another version."""
+  model, first = straight()
+  last = first.checkpoints.kept[6]
+  context = Context(Memory({5: first.checkpoints.kept[5], 6: dataclasses.replace(last, opt_state=('of another version',))}))
+  assert_same_bits(trained(context, shapes()), model)
+  assert context.reported == ((), 6) and context.taken == []
+
+
+def test_a_technique_that_reads_the_state_at_the_end_has_all_of_it_read():
+  model, first = straight()
+  last = first.checkpoints.kept[6]
+  halves = trained(Context(Memory({6: last})), shapes(), (Halved(),))
+  assert_same_bits(halves, jax.tree.map(lambda leaf: leaf / 2, model))
+  with pytest.raises(CheckpointError, match='another state'):
+    trained(Context(Memory({6: dataclasses.replace(last, opt_state=())})), shapes(), (Halved(),))
+
+
+def test_a_last_step_that_is_damaged_is_taken_again_from_the_one_before():
+  class Damaged(Memory):
+    def restore_model(self, abstract, step): raise CheckpointError(f'{step} is corrupt')
+    def restore(self, abstract): return self._as(abstract, self.kept[5])
+  model, first = straight()
+  context = Context(Damaged(first.checkpoints.kept))
+  assert_same_bits(trained(context, shapes()), model)
+  assert context.reported == ((), 5) and context.taken == [5]
+
+
+def test_the_model_that_a_stage_is_given_is_taken_over():
+  given = jax.tree.map(jnp.copy, model_of('dense'))
+  trained(Context(), given, training=dataclasses.replace(TRAINING, steps=0))
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+
+
+@pytest.mark.parametrize('field, name', [
+  ('config', 'config.train.batch_size'), ('config.stages[1]', 'config.stages[1].training.batch_size')])
+def test_a_batch_that_does_not_divide_over_the_mesh_is_refused_by_its_field(field, name):
+  context = Context(field=field)
+  context.mesh = types.SimpleNamespace(shape=dict(data=2, fsdp=1, expert=3, tensor=1))
+  with pytest.raises(ConfigError) as refusal: trained(context)
+  assert str(refusal.value) == f"{name} = 8: must be a multiple of 6: the mesh's data * fsdp * expert, times accumulate"

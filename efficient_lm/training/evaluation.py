@@ -1,0 +1,31 @@
+"""Quality of a model: bits per byte on held-out text."""
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_lm.parallel.sharding import place, wait_on_cpu
+from efficient_lm.training.losses import outputs_of
+
+
+@jax.jit
+def evaluation_sums(model, batch):
+  """Nats, counted targets and bytes of text of one batch."""
+  outputs = outputs_of(model, batch)
+  nll_BT, _ = outputs.head.nll(outputs.hidden_BTD, batch['targets_BT'])
+  return jnp.sum(nll_BT * batch['weights_BT']), jnp.sum(batch['weights_BT']), jnp.sum(batch['bytes_BT'])
+
+
+def evaluate(model, batches: Iterable[dict[str, np.ndarray]], mesh, sums_of: Callable = evaluation_sums) -> dict[str, float]:
+  """Bits per byte (comparable across tokenizers), nats and perplexity per token over all `batches`.
+
+  sums_of: (model, batch) -> the three sums of `evaluation_sums`, for a model that is to read a batch in another way. Those
+  of batches are added up in float64.
+  """
+  sums = [wait_on_cpu(sums_of(model, place(batch, mesh))) for batch in batches]
+  nats, tokens, num_bytes = np.sum(np.array(jax.device_get(sums), np.float64), 0)
+  per_token = nats / tokens
+  return {'bits_per_byte': nats / num_bytes / math.log(2), 'nats_per_token': per_token,
+          'perplexity': math.exp(min(per_token, 700.0)), 'tokens': int(tokens), 'bytes': int(num_bytes)}
