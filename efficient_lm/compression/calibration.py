@@ -1,74 +1,52 @@
-"""What compressions after training share: statistics of a model's activations on a few batches, and the walk from layer to
-layer in which each is changed by what it sees.
+"""Calibration: statistics of a model's activations on a few batches, collected layer by layer.
 
-Two ways to collect: `statistics` runs the whole model once a batch, as it is. `layer_by_layer` keeps the hidden states of
-all calibration tokens and carries them through layers that have been changed already, so that a layer is calibrated on what
-it will be given. All layers of a stack have the same shapes, and one compiled function does for all.
+The hidden states of all calibration tokens are kept and carried from one layer to the next, so that no more than one layer's
+activations are needed at a time. `layer_by_layer` carries them through layers that have been changed already: a layer is
+calibrated on what it will be given. All layers of a stack have the same shapes, and one compiled function does for all.
+Padding, segment 0, counts for nothing: its hidden states are zero before every layer.
 """
 import dataclasses
-import functools
 from typing import Any
 
-from efficient_lm.errors import Misfit
-from efficient_lm.lazy import lazy
+import jax
+import jax.numpy as jnp
+from flax import nnx
 
-axes = lazy('efficient_lm.axes')
-jax = lazy('jax')
-jnp = lazy('jax.numpy')
-layers = lazy('efficient_lm.models.layers')
-losses = lazy('efficient_lm.training.losses')
-nnx = lazy('flax.nnx')
-observed = lazy('efficient_lm.weights.observed')
-rotation = lazy('efficient_lm.weights.rotated')
-transformer = lazy('efficient_lm.models.transformer')
-tree = lazy('efficient_lm.tree')
-weights = lazy('efficient_lm.weights.weight')
-wiring = lazy('efficient_lm.compression.coupling')
-
+from efficient_lm import tree
+from efficient_lm.compression.coupling import couplings
+from efficient_lm.errors import IncompatibleError
+from efficient_lm.models import transformer
+from efficient_lm.parallel.sharding import constrain, wait_on_cpu
+from efficient_lm.weights import observed
+from efficient_lm.weights.rotated import innermost, within
+from efficient_lm.weights.weight import Weight
 
 EMPTY = 'calibration has no data: the iterator of batches is empty'
 
 
-class Method:
-  """How matrices are rounded after training. Subclasses are dataclasses that a config can hold.
-
-  needs: names of the statistics that it wants of each weight's inputs (`efficient_lm.observed`); none: no calibration.
-  carries_rounded: whether layers are calibrated on the outputs of rounded layers before them, or of float ones.
-  true_sequential: whether that holds of the products within a layer, too.
-  """
-  needs: tuple[str, ...] = ()
-  carries_rounded = True
-  true_sequential = False
-
-  def prepare(self, layer, found: dict[str, dict], formats: dict[str, Any]):
-    """A float layer that computes the same and is easier to round, and the statistics of its weights.
-
-    found: by path, those of each weight that is to be rounded, to `formats`."""
-    return layer, found
-
-  def encode(self, w_NK, format, statistics: dict):
-    """A matrix (..., N, K) as `formats.Encoded`, by the statistics of its inputs; compiled once for each shape."""
-    raise NotImplementedError
-
-
 def first_batches(batches, sequences: int) -> list[dict]:
-  """As many batches as hold `sequences` rows, the last one whole. Raises Misfit if there are none or too few."""
+  """As many batches as hold `sequences` rows, the last one whole. Raises IncompatibleError if there are none or too few."""
   kept, count = [], 0
   for batch in batches:
     kept.append(batch)
     count += batch['inputs_BT'].shape[0]
     if count >= sequences: return kept
-  if not count: raise Misfit(EMPTY)
-  raise Misfit(f'calibration asks for {sequences} sequences, but the data has {count}: lower `sequences`')
+  if not count: raise IncompatibleError(EMPTY)
+  raise IncompatibleError(f'calibration asks for {sequences} sequences, but the data has {count}: lower `sequences`')
+
+
+def num_tokens(batches) -> int:
+  """Of all batches, without padding."""
+  return sum(int(jnp.sum(batch['segments_BT'] > 0)) for batch in batches)
 
 
 # ------------------------------------------------------------------ collecting
 
 def watch(model, wanted: dict[str, tuple[str, ...]]):
   """The model with the weights at these paths observed, inside of a rotation where there is one."""
-  change = lambda path, weight: weight if path not in wanted else rotation.within(
+  change = lambda path, weight: weight if path not in wanted else within(
     weight, lambda inner: observed.Observed(inner, wanted[path]))
-  return tree.rewrite(model, weights.Weight, change)
+  return tree.rewrite(model, Weight, change)
 
 
 def collect(function, watched) -> dict[str, dict]:
@@ -88,7 +66,7 @@ def unseen(model, wanted: dict[str, tuple[str, ...]]) -> dict[str, dict]:
 
 
 def _read(watched) -> dict[str, dict]:
-  inner = {path: rotation.innermost(weight) for path, weight in tree.select(watched, weights.Weight)}
+  inner = {path: innermost(weight) for path, weight in tree.select(watched, Weight)}
   return {path: {name: variable.get_value() for name, variable in weight.statistics.items()}
           for path, weight in inner.items() if isinstance(weight, observed.Observed)}
 
@@ -98,32 +76,11 @@ def join(a: dict[str, dict], b: dict[str, dict]) -> dict[str, dict]:
   return {path: {name: observed.joined(name, a[path][name], b[path][name]) for name in a[path]} for path in a}
 
 
-def statistics(model, batches, wanted: dict[str, tuple[str, ...]]) -> dict[str, dict]:
-  """Of the whole model as it is. Layers of a stack, and experts, are dimensions in front of each statistic. `batches` is
-  any iterable of batches, on the mesh if there is one; it is read once. Raises Misfit if it is empty."""
-  watched, run, found = watch(model, wanted), compiled(_of_batch), None
-  for batch in batches:
-    new = axes.settle(run(watched, batch))
-    found = new if found is None else join(found, new)
-  if found is None: raise Misfit(EMPTY)
-  return check_finite(found)
-
-
-def _of_batch(watched, batch):
-  return collect(lambda model: losses.outputs_of(model, batch).hidden_BTD, watched)
-
-
-@functools.cache
-def compiled(function, **options):
-  """jax.jit, made when it is first needed: nothing here loads JAX when it is imported."""
-  return jax.jit(function, **options)
-
-
 def check_finite(found: dict[str, dict]) -> dict[str, dict]:
-  """What it is given. Raises Misfit for statistics that are not finite: the model overflows on this data."""
+  """What it is given. Raises IncompatibleError for statistics that are not finite: the model overflows on this data."""
   for path, named in found.items():
     for name, value in named.items():
-      if not bool(jnp.isfinite(jnp.sum(value))): raise Misfit(f'{path}: its inputs are not finite ({name})')
+      if not bool(jnp.isfinite(jnp.sum(value))): raise IncompatibleError(f'{path}: its inputs are not finite ({name})')
   return found
 
 
@@ -137,37 +94,41 @@ class Hidden:
   segments_BT: Any
 
 
+@jax.jit
+def _embedded(embed, tokens_BT):
+  return constrain(embed.take(tokens_BT), 'BTD')
+
+
 def embedded(model, batch) -> Hidden:
   """What the first layer reads."""
-  x_BTD = compiled(_embedded)(model.embed, batch['inputs_BT']).astype(model.dtype)
+  x_BTD = _embedded(model.embed, batch['inputs_BT']).astype(model.dtype)
   return Hidden(x_BTD, batch['positions_BT'], batch['segments_BT'])
 
 
-def _embedded(embed, tokens_BT):
-  return axes.constrain(embed.take(tokens_BT), 'BTD')
-
-
-def _advanced(layer, x_BTD, positions_BT, segments_BT):
+def _run(layer, x_BTD, positions_BT, segments_BT):
+  x_BTD = jnp.where(segments_BT[..., None] > 0, x_BTD, 0)
   return layer(x_BTD, positions_BT, segments_BT)[0]
 
 
+_advanced = jax.jit(_run)
+
+
+@jax.jit
 def _of_layer(watched, x_BTD, positions_BT, segments_BT):
-  return collect(lambda layer: _advanced(layer, x_BTD, positions_BT, segments_BT), watched)
+  return collect(lambda layer: _run(layer, x_BTD, positions_BT, segments_BT), watched)
 
 
 def advance(layer, hidden: list[Hidden]) -> list[Hidden]:
   """The hidden states after a layer."""
-  run = compiled(_advanced)
-  after = (axes.settle(run(layer, one.x_BTD, one.positions_BT, one.segments_BT)) for one in hidden)
+  after = (wait_on_cpu(_advanced(layer, one.x_BTD, one.positions_BT, one.segments_BT)) for one in hidden)
   return [dataclasses.replace(one, x_BTD=x_BTD) for one, x_BTD in zip(hidden, after)]
 
 
 def layer_statistics(layer, hidden: list[Hidden], wanted: dict[str, tuple[str, ...]]) -> dict[str, dict]:
-  """Of one layer on these hidden states."""
-  watched, run = watch(layer, wanted), compiled(_of_layer)
-  found = None
+  """Of one layer on these hidden states, by path in the layer."""
+  watched, found = watch(layer, wanted), None
   for one in hidden:
-    new = axes.settle(run(watched, one.x_BTD, one.positions_BT, one.segments_BT))
+    new = wait_on_cpu(_of_layer(watched, one.x_BTD, one.positions_BT, one.segments_BT))
     found = new if found is None else join(found, new)
   return check_finite(found)
 
@@ -179,12 +140,11 @@ def layer_by_layer(model, batches, change):
   is scanned. Stacks stay stacks: layers of one have to come back with equal structure.
   """
   hidden, stacks = [embedded(model, batch) for batch in batches], []
-  if not hidden: raise Misfit(EMPTY)
+  if not hidden: raise IncompatibleError(EMPTY)
   for i, stack in enumerate(model.stacks):
     scanned, changed = isinstance(stack, transformer.Stack), []
-    for j in range(stack.num_layers if scanned else len(stack.blocks)):
-      path = f'stacks/{i}/blocks' if scanned else f'stacks/{i}/blocks/{j}'
-      layer, hidden = change(path, compiled(_at)(stack.blocks, j) if scanned else stack.blocks[j], hidden)
+    for path, layer in _layers(i, stack):
+      layer, hidden = change(path, layer, hidden)
       changed.append(layer)
     stacks.append(_rebuilt(stack, changed, scanned))
   model = jax.tree.map(lambda leaf: leaf, model)
@@ -192,17 +152,43 @@ def layer_by_layer(model, batches, change):
   return model
 
 
+def statistics(model, batches, wanted: dict[str, tuple[str, ...]]) -> dict[str, dict]:
+  """Of the weights of a model's layers, as it is: by path, layers of a stack, and experts, as dimensions in front of each
+  statistic. `batches` is any iterable of batches, on the mesh if there is one. Raises IncompatibleError if it is empty."""
+  hidden, found = [embedded(model, batch) for batch in batches], {}
+  if not hidden: raise IncompatibleError(EMPTY)
+  for i, stack in enumerate(model.stacks):
+    for prefix, layer in _layers(i, stack):
+      own = {path.removeprefix(f'{prefix}/'): names for path, names in wanted.items() if path.startswith(f'{prefix}/')}
+      for path, named in (layer_statistics(layer, hidden, own) if own else {}).items():
+        found.setdefault(f'{prefix}/{path}', []).append(named)
+      hidden = advance(layer, hidden)
+  scanned = [f'stacks/{i}/blocks/' for i, stack in enumerate(model.stacks) if isinstance(stack, transformer.Stack)]
+  stacked = lambda path, layers: _stacked(layers) if path.startswith(tuple(scanned)) else layers[0]
+  return {path: stacked(path, layers) for path, layers in found.items()}
+
+
+def _layers(i: int, stack):
+  """(path, layer) of each layer of stack number i."""
+  if not isinstance(stack, transformer.Stack):
+    yield from ((f'stacks/{i}/blocks/{j}', block) for j, block in enumerate(stack.blocks))
+  else:
+    for j in range(stack.num_layers): yield f'stacks/{i}/blocks', _at(stack.blocks, j)
+
+
+@jax.jit
 def _at(blocks, i):
   return jax.tree.map(lambda leaf: leaf[i], blocks)
 
 
-def _stacked(changed):
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *changed)
+@jax.jit
+def _stacked(layers):
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
 def _rebuilt(stack, changed, scanned: bool):
   stack = jax.tree.map(lambda leaf: leaf, stack)
-  stack.blocks = compiled(_stacked)(changed) if scanned else nnx.List(changed)
+  stack.blocks = _stacked(changed) if scanned else nnx.List(changed)
   return stack
 
 
@@ -211,18 +197,18 @@ def _rebuilt(stack, changed, scanned: bool):
 def sharing(layer) -> dict[str, str]:
   """For each weight of a layer, the first of those that multiply the very same rows: it is observed for all of them.
   Experts see the rows that they are sent, and share with each other only."""
-  found = {path: path for path, _ in tree.select(layer, weights.Weight)}
-  axes_of = {path: weight.axes for path, weight in tree.select(layer, weights.Weight)}
-  for fan in wiring.fans(layer):
+  found = {path: path for path, _ in tree.select(layer, Weight)}
+  axes_of = {path: weight.axes for path, weight in tree.select(layer, Weight)}
+  for coupling in couplings(layer):
     for experts in (False, True):
-      alike = [path for path in fan.readers if axes_of[path].startswith('E') == experts]
+      alike = [path for path in coupling.consumers if axes_of[path].startswith('E') == experts]
       for path in alike: found[path] = alike[0]
   return found
 
 
 def in_turn(layer, paths) -> list[list[str]]:
   """`paths` in the order in which a layer computes, those together that read the same input. What is unknown comes first."""
-  fans = [set(fan.readers) for fan in wiring.fans(layer)]
-  rest = [path for path in paths if not any(path in fan for fan in fans)]
-  groups = [rest, *([path for path in paths if path in fan] for fan in fans)]
-  return [group for group in groups if group]
+  groups = [set(coupling.consumers) for coupling in couplings(layer)]
+  rest = [path for path in paths if not any(path in group for group in groups)]
+  turns = [rest, *([path for path in paths if path in group] for group in groups)]
+  return [turn for turn in turns if turn]

@@ -1,9 +1,11 @@
-"""Who reads what inside a layer: where a scale or a rotation can be moved from one weight into those beside it.
+"""Coupled dimensions: which weights of a layer read the same channels, and where a scale or a rotation of these can be moved
+from one weight into those beside it.
 
-A `Fan` is a place in a layer, and the weights that read it. The place is a norm, or a weight whose outputs reach the readers
-channel by channel: values reach the output projection through attention, which mixes tokens only, and `up` reaches
-`down`, in whose product it is linear. So channel c of a source may be divided by any number if all readers multiply their
-input c by it. All readers have to be named: a norm before a mixture is read by router, experts and shared experts alike.
+A Coupling is a producer of channels and the weights that consume them. The producer is a norm, or a weight whose outputs
+reach the consumers channel by channel: values reach the output projection through attention, which mixes tokens only, and
+`up` reaches `down`, in whose product it is linear. So channel c of a producer may be divided by any number if all consumers
+multiply their input c by it. All consumers have to be named: a norm before a mixture is read by router, experts and shared
+experts alike.
 """
 import dataclasses
 
@@ -11,37 +13,39 @@ import jax
 import jax.numpy as jnp
 
 from efficient_lm import tree
-from efficient_lm.errors import Misfit
+from efficient_lm.compression.rewriting import is_float, require_float
 from efficient_lm.models.attention import GroupedQueryAttention, LatentAttention
 from efficient_lm.models.layers import RMSNorm
 from efficient_lm.models.mlp import FeedForward
 from efficient_lm.models.moe.layer import MoE
-from efficient_lm.weights.quantized import FakeQuantized, Layout, Normalized, Quantized
-from efficient_lm.weights.rotated import Rotated, innermost
+from efficient_lm.weights.layout import Layout, matrix_shape
+from efficient_lm.weights.low_precision import LowPrecision
+from efficient_lm.weights.masked import Masked
+from efficient_lm.weights.rotated import Rotated
 from efficient_lm.weights.weight import Dense, Weight
 
 
 @dataclasses.dataclass(frozen=True)
-class Fan:
-  """source: path of an RMSNorm or Weight; readers: paths of all Weights that read it. A source with heads has channels of
-  `head` numbers each, and each of its heads is read by `repeats` successive heads of the readers."""
-  source: str
-  readers: tuple[str, ...]
+class Coupling:
+  """producer: path of an RMSNorm or Weight; consumers: paths of all Weights that read it. A producer with heads has channels
+  of `head` numbers each, and each of its heads is read by `repeats` successive heads of the consumers."""
+  producer: str
+  consumers: tuple[str, ...]
   head: int = 1
   repeats: int = 1
 
-  def spread(self, s_C):
-    """(..., C) of the source's channels -> (..., K) of the readers' inputs."""
+  def to_inputs(self, s_C):
+    """(..., C) of the producer's channels -> (..., I) of the consumers' inputs."""
     heads = s_C.reshape(*s_C.shape[:-1], -1, 1, self.head)
     wide = jnp.broadcast_to(heads, (*heads.shape[:-2], self.repeats, self.head))
     return wide.reshape(*s_C.shape[:-1], -1)
 
-  def gather(self, s_K, reduce):
-    """(..., K) of the readers' inputs -> (..., C), `reduce` (such as jnp.max) over those of one channel."""
-    return reduce(s_K.reshape(*s_K.shape[:-1], -1, self.repeats, self.head), axis=-2).reshape(*s_K.shape[:-1], -1)
+  def to_channels(self, s_I, reduce):
+    """(..., I) of the consumers' inputs -> (..., C), `reduce` (such as jnp.max) over those of one channel."""
+    return reduce(s_I.reshape(*s_I.shape[:-1], -1, self.repeats, self.head), axis=-2).reshape(*s_I.shape[:-1], -1)
 
 
-def fans(layer) -> list[Fan]:
+def couplings(layer) -> list[Coupling]:
   """All that are known of a layer (`models.transformer.Block`), whatever its stack in front, in the order of computation."""
   return [*_prefixed('attention', _attention(layer.attention, 'attention_norm')),
           *_prefixed('mlp', _feed_forward(layer.mlp, 'mlp_norm'))]
@@ -55,65 +59,53 @@ def writers(layer) -> list[str]:
   return [path for path, weight in tree.select(layer, Weight) if weight.axes.endswith('D')]
 
 
-def _prefixed(prefix: str, found: list[Fan]) -> list[Fan]:
+def _prefixed(prefix: str, found: list[Coupling]) -> list[Coupling]:
   named = lambda path: path.removeprefix('/') if path.startswith('/') else f'{prefix}/{path}'
-  return [dataclasses.replace(fan, source=named(fan.source), readers=tuple(map(named, fan.readers))) for fan in found]
+  move = lambda one: dataclasses.replace(one, producer=named(one.producer), consumers=tuple(map(named, one.consumers)))
+  return list(map(move, found))
 
 
-def _attention(layer, norm: str) -> list[Fan]:
+def _attention(layer, norm: str) -> list[Coupling]:
   """Paths are the layer's own, with a slash in front those of the block."""
   if isinstance(layer, GroupedQueryAttention):
     repeats = matrix_shape(layer.output)[1] // matrix_shape(layer.value)[0]
-    return [Fan(f'/{norm}', ('query', 'key', 'value')), Fan('value', ('output',), _head_dim(layer.value), repeats)]
+    return [Coupling(f'/{norm}', ('query', 'key', 'value')),
+            Coupling('value', ('output',), layer.value.shape[-1], repeats)]
   if isinstance(layer, LatentAttention):
     queries = ('query_nope', 'query_rope')
-    direct, low = (queries, []) if layer.query_down is None else (('query_down',), [Fan('query_norm', queries)])
-    return [Fan(f'/{norm}', (*direct, 'latent_down', 'key_rope')), *low, Fan('latent_norm', ('key_up', 'value_up')),
-            Fan('value_up', ('output',), _head_dim(layer.value_up))]
+    direct, low = (queries, []) if layer.query_down is None else (('query_down',), [Coupling('query_norm', queries)])
+    return [Coupling(f'/{norm}', (*direct, 'latent_down', 'key_rope')), *low,
+            Coupling('latent_norm', ('key_up', 'value_up')), Coupling('value_up', ('output',), layer.value_up.shape[-1])]
   return []
 
 
-def _feed_forward(layer, norm: str) -> list[Fan]:
-  if isinstance(layer, FeedForward): return [Fan(f'/{norm}', ('gate', 'up')), Fan('up', ('down',))]
+def _feed_forward(layer, norm: str) -> list[Coupling]:
+  if isinstance(layer, FeedForward): return [Coupling(f'/{norm}', ('gate', 'up')), Coupling('up', ('down',))]
   if not isinstance(layer, MoE): return []
-  shared = [] if layer.shared is None else [Fan('shared/up', ('shared/down',))]
+  shared = [] if layer.shared is None else [Coupling('shared/up', ('shared/down',))]
   also = () if layer.shared is None else ('shared/gate', 'shared/up')
-  return [Fan(f'/{norm}', ('router', 'experts/gate', 'experts/up', *also)), Fan('experts/up', ('experts/down',)), *shared]
-
-
-def _head_dim(weight: Weight) -> int:
-  return jax.eval_shape(lambda weight: weight.materialize(), weight).shape[-1]
+  return [Coupling(f'/{norm}', ('router', 'experts/gate', 'experts/up', *also)),
+          Coupling('experts/up', ('experts/down',)), *shared]
 
 
 def matrix_of(weight: Weight):
-  """(..., N, K) float32, what the weight is worth."""
+  """(..., O, I) float32: the weight's values as a matrix."""
   return Layout.of(weight).matrix(weight.materialize()).astype(jnp.float32)
 
 
-def matrix_shape(weight: Weight) -> tuple[int, int]:
-  """N outputs and K inputs."""
-  return jax.eval_shape(matrix_of, weight).shape[-2:]
-
-
-def with_matrix(weight: Weight, matrix_NK) -> Dense:
-  """A float weight with another matrix, in float32. Raises Misfit for one that is in few bits, or was trained as if: it
-  would lose them."""
-  if not is_float(weight):
-    raise Misfit(f'a weight that is {weight.kind} takes up no scale or rotation: do that before it is rounded')
+def with_matrix(weight: Weight, matrix_OI) -> Dense:
+  """A float weight with another matrix, in float32. Raises IncompatibleError for one that is stored or trained in few bits:
+  it would lose them. A mask is gone: where inputs or outputs have been mixed with each other, no zero stays one."""
+  require_float(weight)
   layout = Layout.of(weight)
-  return Dense(layout.array(matrix_NK), layout.axes, layout.inputs)
+  return Dense(layout.array(matrix_OI), layout.axes, layout.inputs)
 
 
-def is_float(weight: Weight) -> bool:
-  """Whether it may have another matrix. A weight in low precision may: that is how gradients were computed."""
-  return not isinstance(weight, (Quantized, FakeQuantized, Normalized))
-
-
-def require_float(weight: Weight):
-  """Raises Misfit, with what it is, for a weight that is to be rounded and has been already."""
-  if is_float(innermost(weight)): return
-  if dict(tree.select(weight, Quantized)): raise Misfit(f'is stored as {weight.kind} already')
-  raise Misfit(f'was trained as {weight.kind}: the stage Convert() stores it so')
+def with_scaled_matrix(weight: Weight, matrix_OI) -> Weight:
+  """As `with_matrix`, of a matrix whose inputs or outputs have been scaled: what was zero is, so a mask stays."""
+  if isinstance(weight, LowPrecision): return with_scaled_matrix(weight.inner, matrix_OI)
+  if isinstance(weight, Masked): return weight.around(lambda inner: with_scaled_matrix(inner, matrix_OI))
+  return with_matrix(weight, matrix_OI)
 
 
 def updated(layer, changes: dict):
@@ -128,29 +120,29 @@ def of_experts(node) -> bool:
   return isinstance(node, Weight) and node.axes.startswith('E')
 
 
-def foldable(layer, fan: Fan) -> bool:
-  """Whether the fan's channels can be scaled: not where they are rotated on the way, nor where a weight is in few bits."""
+def foldable(layer, coupling: Coupling) -> bool:
+  """Whether its channels can be scaled: not where they are rotated on the way, nor where a weight is in few bits."""
   nodes = dict(tree.select(layer, Weight))
-  found = [nodes[path] for path in (fan.source, *fan.readers) if path in nodes]
+  found = [nodes[path] for path in (coupling.producer, *coupling.consumers) if path in nodes]
   return all(is_float(weight) and not isinstance(weight, Rotated) for weight in found)
 
 
-def multiplied(layer, fan: Fan, s_C) -> dict[str, Weight]:
-  """The fan's readers by path, input c of each multiplied by s_c.
+def multiplied(layer, coupling: Coupling, s_C) -> dict[str, Weight]:
+  """The consumers by path, input c of each multiplied by s_c.
 
-  s_C: (..., C), stacks of layers in front; and experts, where the fan's source is theirs."""
-  nodes, readers = dict(tree.select(layer, Weight)), {}
-  for path in fan.readers:
-    s_1K = fan.spread(s_C)[..., None, :]
-    if of_experts(nodes[path]) and not of_experts(nodes.get(fan.source)): s_1K = s_1K[..., None, :, :]
-    readers[path] = with_matrix(nodes[path], matrix_of(nodes[path]) * s_1K)
-  return readers
+  s_C: (..., C), stacks of layers in front; and experts, where the producer is theirs."""
+  nodes, consumers = dict(tree.select(layer, Weight)), {}
+  for path in coupling.consumers:
+    s_1I = coupling.to_inputs(s_C)[..., None, :]
+    if of_experts(nodes[path]) and not of_experts(nodes.get(coupling.producer)): s_1I = s_1I[..., None, :, :]
+    consumers[path] = with_scaled_matrix(nodes[path], matrix_of(nodes[path]) * s_1I)
+  return consumers
 
 
-def divided(layer, fan: Fan, s_C):
-  """The same layer, with channel c of the fan's source divided by s_c, and all that reads it multiplied by it."""
-  source = dict(tree.select(layer, (Weight, RMSNorm)))[fan.source]
-  if isinstance(source, RMSNorm): source = jax.tree.map(lambda scale: scale / s_C.reshape(scale.shape), source)
-  else: source = with_matrix(source, matrix_of(source) / s_C[..., :, None])
-  # A reader may be the source of another fan, but never of its own.
-  return updated(layer, {fan.source: source, **multiplied(layer, fan, s_C)})
+def divided(layer, coupling: Coupling, s_C):
+  """The same layer, with channel c of the producer divided by s_c, and all that consumes it multiplied by it."""
+  producer = dict(tree.select(layer, (Weight, RMSNorm)))[coupling.producer]
+  if isinstance(producer, RMSNorm): producer = jax.tree.map(lambda scale: scale / s_C.reshape(scale.shape), producer)
+  else: producer = with_scaled_matrix(producer, matrix_of(producer) / s_C[..., :, None])
+  # A consumer may be the producer of another coupling, but never of its own.
+  return updated(layer, {coupling.producer: producer, **multiplied(layer, coupling, s_C)})

@@ -1,5 +1,6 @@
 """How much of a model a technique reaches. The silent failure of efficiency work is the large weight left as it was."""
 import dataclasses
+import math
 
 from efficient_lm.models.moe.layer import MoE
 from efficient_lm.tree import select, size
@@ -32,10 +33,12 @@ def active_share(model, path: str) -> float:
 def coverage(model, where: str) -> Coverage:
   """Of the weights whose path matches the regular expression `where`. Works on shapes as on arrays."""
   chosen = {path for path, _ in select(model, Weight, where)}
-  rows = [(path, size(weight), weight.axes == 'VD', active_share(model, path)) for path, weight in select(model, Weight)]
+  # A weight counts as the matrix that it stands for, however it is stored.
+  counts = {path: math.prod(weight.shape) for path, weight in select(model, Weight)}
   tied = getattr(model, 'own_head', True) is None
-  cost = {path: count * share * (tied or not lookup) for path, count, lookup, share in rows}
-  total = size(model)
-  left = tuple(path for path, count, _, _ in rows if path not in chosen and count >= LARGE * total)
-  return Coverage(sum(count for path, count, _, _ in rows if path in chosen) / total,
+  cost = {path: counts[path] * active_share(model, path) * (tied or weight.axes != 'VD')
+          for path, weight in select(model, Weight)}
+  total = sum(counts.values()) + size(model) - sum(size(weight) for _, weight in select(model, Weight))
+  left = tuple(path for path, count in counts.items() if path not in chosen and count >= LARGE * total)
+  return Coverage(sum(counts[path] for path in chosen) / total,
                   sum(cost[path] for path in chosen) / max(sum(cost.values()), 1), left)

@@ -1,5 +1,31 @@
-"""Efficiency techniques: dataclasses that a config lists, each a function from Learner to Learner.
+"""Efficiency techniques and stages: dataclasses that a config lists.
 
-A technique says what it `touches`: 'model' (it rewrites Weights or layers), 'loss' or 'optimizer'. Only the first kind
-matters to a model that is loaded for evaluation or generation. Every rewrite prints its coverage.
+A technique is a function from Learner to Learner, `technique(learner, key)`. It says what it `touches`: 'model' (it rewrites
+weights or layers, and perhaps more), 'loss' or 'optimizer'. Where it leaves something in the model at the end of training,
+it has `finish(model, opt_state)`; where it can tell that a training does not suit it, `check_training(training)`.
+
+A stage is a function from model to model, `stage(model, context) -> (model, notes)`, with `abstract(model)` for its shapes
+(see `efficient_lm.runs.context`). Every rewrite says what it reaches. Techniques never import each other; what several need
+is in `efficient_lm.compression`. Descriptions are light: what computes is imported where the computing begins.
 """
+from efficient_lm.compression.rules import LAYERS, Rule
+from efficient_lm.techniques.distillation.distill import Distill
+from efficient_lm.techniques.giving_up import GivingUp
+from efficient_lm.techniques.moe.upcycle import Upcycle
+from efficient_lm.techniques.pruning.prune import Prune
+from efficient_lm.techniques.pruning.prune_once import PruneOnce
+from efficient_lm.techniques.quantization.awq import Awq
+from efficient_lm.techniques.quantization.bitnet import BitNet
+from efficient_lm.techniques.quantization.convert import Convert
+from efficient_lm.techniques.quantization.gptq import Gptq
+from efficient_lm.techniques.quantization.low_precision_training import LowPrecisionTraining
+from efficient_lm.techniques.quantization.ptq import Quantize, RoundToNearest
+from efficient_lm.techniques.quantization.qat import LearnedClip, LearnedSteps, QuantAware, StraightThrough, StretchedLevels
+from efficient_lm.techniques.quantization.rotate import Rotate
+from efficient_lm.techniques.quantization.smooth_quant import SmoothQuant
+from efficient_lm.techniques.unroll import Unroll
+from efficient_lm.training.train import Train, Training
+
+__all__ = ['LAYERS', 'Awq', 'BitNet', 'Convert', 'Distill', 'GivingUp', 'Gptq', 'LearnedClip', 'LearnedSteps',
+           'LowPrecisionTraining', 'Prune', 'PruneOnce', 'QuantAware', 'Quantize', 'Rotate', 'RoundToNearest', 'Rule',
+           'SmoothQuant', 'StraightThrough', 'StretchedLevels', 'Train', 'Training', 'Unroll', 'Upcycle']

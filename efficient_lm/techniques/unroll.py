@@ -1,9 +1,6 @@
 """Layers as weights of their own, a stage in front of one that treats them differently."""
 import dataclasses
-
-from efficient_lm.lazy import lazy
-
-transformer = lazy('efficient_lm.models.transformer')
+import re
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -16,4 +13,19 @@ class Unroll:
     return self.abstract(model), ('Unroll: every layer has weights of its own',)
 
   def abstract(self, model):
-    return transformer.unrolled(model)
+    from efficient_lm.models.transformer import unrolled
+    return unrolled(model)
+
+  def follow(self, invariants: dict[str, tuple]) -> dict[str, tuple]:
+    """What is promised of a stack's weights is promised of each layer's."""
+    followed = {}
+    for path, promised in invariants.items():
+      stack = re.fullmatch(r'(stacks/\d+/blocks)/(?!\d)(.*)', path)
+      if not stack: followed[path] = promised; continue
+      for i in range(_num_layers(promised)):
+        followed[f'{stack[1]}/{i}/{stack[2]}'] = tuple(one.layer(i) if hasattr(one, 'layer') else one for one in promised)
+    return followed
+
+
+def _num_layers(promised) -> int:
+  return next((one.keep.shape[0] for one in promised if hasattr(one, 'keep')), 0)

@@ -6,7 +6,7 @@ from flax import nnx
 
 from efficient_lm.compression import rules
 from efficient_lm.compression.rules import Rule
-from efficient_lm.errors import Misfit
+from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import Group, Int
 from efficient_lm.models import spec
 from efficient_lm.tree import num_bytes, select
@@ -80,6 +80,6 @@ def test_wrong_settings_are_named():
 
 
 def test_what_a_change_refuses_is_refused_with_the_weight_s_path():
-  def refuse(path, weight, rule): raise Misfit('no')
-  with pytest.raises(Misfit, match=r'^stacks/0/blocks/mlp/up: no$'):
+  def refuse(path, weight, rule): raise IncompatibleError('no')
+  with pytest.raises(IncompatibleError, match=r'^stacks/0/blocks/mlp/up: no$'):
     rules.apply(model(), (Rule(where='up$', weights=Int()),), refuse)

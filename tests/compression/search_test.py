@@ -8,7 +8,7 @@ import pytest
 from efficient_lm import tree
 from efficient_lm.compression.rules import Rule
 from efficient_lm.compression.search import Sensitivity, choose, pasted, sensitivities, together
-from efficient_lm.errors import Misfit
+from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import Group, Int
 from efficient_lm.techniques.quantization.ptq import Quantize
 from efficient_lm.weights.quantized import Quantized
@@ -78,7 +78,7 @@ def test_no_data_and_no_weight_are_refused():
 
 def test_what_is_in_few_bits_already_is_refused():
   model, _ = Quantize(rules=(Rule(where='up$', weights=FORMATS[1]),))(model_of(), Context())
-  with pytest.raises(Misfit, match='stacks/0/blocks/mlp/up is stored as int4 per group of 8 already'):
+  with pytest.raises(IncompatibleError, match='stacks/0/blocks/mlp/up is stored as int4 per group of 8 already'):
     sensitivities(model, [batch_of()], FORMATS, 'up$')
 
 

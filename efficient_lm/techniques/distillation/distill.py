@@ -2,16 +2,13 @@
 import dataclasses
 from typing import Any
 
-from efficient_lm.errors import Misfit
-from efficient_lm.lazy import lazy
-
-losses = lazy('efficient_lm.training.losses')
+from efficient_lm.errors import IncompatibleError
 
 
 @dataclasses.dataclass(kw_only=True)
 class Distill:
   """Mixes the loss with the divergence from a teacher's next-token distribution (Hinton et al. 2015): `weight` 0 leaves
-  the loss as it was, 1 drops the labels. `teacher` is anything with `load() -> model`: an earlier run, say."""
+  the loss as it was, 1 drops the labels. `teacher` is a source (an earlier run, say), and lies on the mesh of the run."""
   teacher: Any
   weight: float = 0.5
   temperature: float = 1.0
@@ -23,9 +20,11 @@ class Distill:
     if self.temperature <= 0: yield 'temperature', self.temperature, 'must be positive'
 
   def __call__(self, learner, key):
-    teacher = self.teacher.load()
-    student, taught = learner.model.embed.materialize().shape[0], teacher.embed.materialize().shape[0]
+    from efficient_lm.parallel.sharding import mesh_in_force
+    from efficient_lm.training.losses import Distilled
+    teacher = self.teacher.load(mesh_in_force())
+    student, taught = learner.model.embed.shape[0], teacher.embed.shape[0]
     if student != taught:
-      raise Misfit(f'teacher with a vocabulary of {taught}, student with {student}: they must share one tokenizer')
-    return learner.replace(loss=losses.Distilled(learner.loss, teacher, self.weight, self.temperature),
+      raise IncompatibleError(f'teacher with a vocabulary of {taught}, student with {student}: they must be equal')
+    return learner.replace(loss=Distilled(learner.loss, teacher, self.weight, self.temperature),
                            notes=(*learner.notes, f'Distill: {self.weight:g} of the loss is the teacher\'s'))

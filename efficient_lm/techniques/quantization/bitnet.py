@@ -2,13 +2,9 @@
 import dataclasses
 import re
 
-from efficient_lm.compression import rules
-from efficient_lm.compression.rules import Rule
-from efficient_lm.errors import Misfit
+from efficient_lm.compression.rules import LAYERS, Rule, check_pattern
+from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import Int, Ternary
-from efficient_lm.lazy import lazy
-
-quantized = lazy('efficient_lm.weights.quantized')
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -23,29 +19,30 @@ class BitNet:
   shall no longer be drawn to the border between two levels: AdamW(schedule=…, decay_until=0.5). It is for training from the
   start: a float model loses most of what it knows.
   """
-  where: str = rules.LAYERS
+  where: str = LAYERS
   normalized: str = r'/(output|down)$'
 
   touches = 'model'
 
   def check(self):
-    for field in ('where', 'normalized'):
-      try: re.compile(getattr(self, field))
-      except re.error as error: yield field, getattr(self, field), f'must be a regular expression: {error}'
+    for field in ('where', 'normalized'): yield from check_pattern(self, field)
 
   def __call__(self, learner, key):
-    rule = Rule(where=self.where, weights=Ternary(), activations=Int())
-    found = []
+    from efficient_lm.compression import rewriting
+    from efficient_lm.weights.fake_quantized import Normalized, fake_quantized
+    from efficient_lm.weights.quantizers import Rounding
+    rule, found = Rule(where=self.where, weights=Ternary(), activations=Int()), []
 
     def ternary(path, weight, rule):
-      made = quantized.FakeQuantized(weight, quantized.Rounding(rule.weights), quantized.Rounding(rule.activations))
+      rewriting.require_float(weight)
+      made = fake_quantized(weight, Rounding(rule.weights), Rounding(rule.activations))
       if not re.search(self.normalized, path): return made
       found.append(path)
-      return quantized.Normalized(made)
+      return Normalized(made)
 
-    model = rules.apply(learner.model, (rule,), ternary)
+    model = rewriting.apply(learner.model, (rule,), ternary)
     if not found:
-      paths = ', '.join(rules.assign(learner.model, (rule,)))
-      raise Misfit(f'normalized={self.normalized!r} matches none of the weights that become ternary: {paths}')
-    note = f'{rules.describe(learner.model, (rule,), "BitNet")}; a norm before {", ".join(found)}'
+      paths = ', '.join(rewriting.assign(learner.model, (rule,)))
+      raise IncompatibleError(f'normalized={self.normalized!r} matches none of the weights that become ternary: {paths}')
+    note = f'{rewriting.describe(learner.model, (rule,), "BitNet")}; a norm before {", ".join(found)}'
     return learner.replace(model=model, notes=(*learner.notes, note))

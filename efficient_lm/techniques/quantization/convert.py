@@ -1,23 +1,18 @@
 """What quantization-aware training has trained, stored: the stage after it."""
 import dataclasses
 
-from efficient_lm.lazy import lazy
-
-low_precision = lazy('efficient_lm.weights.low_precision')
-quantized = lazy('efficient_lm.weights.quantized')
-tree = lazy('efficient_lm.tree')
-
 
 @dataclasses.dataclass(kw_only=True)
 class Convert:
-  """Stores every weight that was trained as rounded in the few bits that it was rounded to: the same numbers, and products
-  that read them as they are stored. Weights whose activations alone were rounded stay floats. A model that has none is an
+  """Stores every weight of quantization-aware training in the few bits of its format: the same numbers, and products that
+  read them as they are stored. Weights whose activations alone were quantized stay floats. A model that has none is an
   error."""
 
   def __call__(self, model, context):
-    return self.abstract(model), ('Convert: rounded weights are stored in few bits',)
+    return self.abstract(model), ('Convert: fake-quantized weights are stored in few bits',)
 
   def abstract(self, model):
-    if dict(tree.select(model, low_precision.LowPrecision)):   # how gradients are computed is of no use any more
-      model = tree.rewrite(model, low_precision.LowPrecision, lambda _, weight: weight.inner)
-    return tree.rewrite(model, quantized.FakeQuantized, lambda _, weight: weight.converted())
+    from efficient_lm import tree
+    from efficient_lm.compression.rewriting import without_low_precision
+    from efficient_lm.weights.fake_quantized import FakeQuantized
+    return tree.rewrite(without_low_precision(model), FakeQuantized, lambda _, weight: weight.converted())

@@ -1,16 +1,10 @@
 """Low-precision training: the products of training in eight bits, forward and backward, from float weights."""
 import dataclasses
 
-from efficient_lm.errors import Misfit
-from efficient_lm.lazy import lazy
+from efficient_lm.compression.rules import LAYERS, check_pattern
+from efficient_lm.errors import IncompatibleError
 
-coverage = lazy('efficient_lm.compression.coverage')
-jax = lazy('jax')
-kinds = lazy('efficient_lm.weights.low_precision')
-tree = lazy('efficient_lm.tree')
-weights = lazy('efficient_lm.weights.weight')
-
-FORMATS = ('int8', 'float8_e4m3fn', 'float8_e5m2')   # as ops.low_precision names them
+FORMATS = ('int8', 'float8_e4m3fn', 'float8_e5m2')   # as ops.low_precision_matmul names them
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -24,25 +18,37 @@ class LowPrecisionTraining:
   dgrad: str | None = 'int8'
   wgrad: str | None = 'int8'
   stochastic: bool = True
-  where: str = r'stacks/.*/(query|key|value|output|latent|gate|up|down)\w*$'
+  where: str = LAYERS
 
   touches = 'model'
 
   def check(self):
+    yield from check_pattern(self, 'where')
     for field in ('forward', 'dgrad', 'wgrad'):
       value = getattr(self, field)
       if value not in (None, *FORMATS): yield field, value, f'must be one of {", ".join(FORMATS)}, or None for no rounding'
 
   def __call__(self, learner, key):
+    import jax
+
+    from efficient_lm import tree
+    from efficient_lm.compression import coverage, rewriting
+    from efficient_lm.weights.low_precision import LowPrecision, low_precision
+    from efficient_lm.weights.weight import Weight
     formats = {name: getattr(self, name) for name in ('forward', 'dgrad', 'wgrad')}
     noisy = self.stochastic and (self.dgrad or self.wgrad)
-    found = dict(tree.select(learner.model, weights.Weight, self.where))
+    found = dict(tree.select(learner.model, Weight, self.where))
     keys = dict(zip(found, jax.random.split(key, max(len(found), 1))))
+
     def lower(path, weight):
+      rewriting.require_trainable(weight)
+      if dict(tree.select(weight, LowPrecision)):
+        raise IncompatibleError('is multiplied in low precision already, by another technique')
       if weight.axes.startswith('V'):
-        raise Misfit(f'{path} is looked up, and where it is the head too it stays float: narrow where = {self.where!r}')
-      return kinds.low_precision(weight, formats, keys[path] if noisy else None)
-    model = tree.rewrite(learner.model, weights.Weight, lower, self.where)
+        raise IncompatibleError(f'is looked up, and where it is the head too it stays float: narrow where = {self.where!r}')
+      return low_precision(weight, formats, keys[path] if noisy else None)
+
+    model = rewriting.apply_where(learner.model, self.where, lower)
     if not any(formats.values()): return learner
     said = ', '.join(f'{name} {format}' for name, format in formats.items() if format)
     note = coverage.coverage(learner.model, self.where).describe(f'LowPrecisionTraining ({said})')

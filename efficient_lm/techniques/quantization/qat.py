@@ -1,17 +1,11 @@
-"""Quantization-aware training: the forward pass uses rounded weights and activations, the gradient passes through."""
+"""Quantization-aware training (QAT): the forward pass uses quantized weights and activations, the gradient passes
+through."""
 import dataclasses
 from typing import Any
 
-from efficient_lm.compression import rules
-from efficient_lm.compression.rules import Rule
-from efficient_lm.errors import too_small
+from efficient_lm.compression.rules import Rule, check_rules
+from efficient_lm.errors import at_least
 from efficient_lm.formats import Int, MeanSquaredError
-from efficient_lm.lazy import lazy
-
-jax = lazy('jax')
-learned = lazy('efficient_lm.weights.learned')
-quantized = lazy('efficient_lm.weights.quantized')
-rotation = lazy('efficient_lm.weights.rotated')
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -19,8 +13,11 @@ class StraightThrough:
   """Scales are fitted anew at each step, by the format's own range, and gradients pass straight through (Jacob et al. 2018,
   arXiv 1712.05877, section 3)."""
 
-  def of_weight(self, weight, format): return quantized.Rounding(format)
-  def of_tokens(self, weight, format): return quantized.Rounding(format)
+  def of_weight(self, weight, format):
+    from efficient_lm.weights.quantizers import Rounding
+    return Rounding(format)
+
+  def of_tokens(self, weight, format): return self.of_weight(weight, format)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -32,8 +29,13 @@ class LearnedSteps:
   3.038 (one seed). Activations need a format with scales=Tensor()."""
   range: Any = dataclasses.field(default_factory=MeanSquaredError)
 
-  def of_weight(self, weight, format): return learned.LearnedStep.of_weight(weight, format, self.range)
-  def of_tokens(self, weight, format): return learned.LearnedStep.of_tokens(weight, format)
+  def of_weight(self, weight, format):
+    from efficient_lm.weights.learned import LearnedStep
+    return LearnedStep.of_weight(weight, format, self.range)
+
+  def of_tokens(self, weight, format):
+    from efficient_lm.weights.learned import LearnedStep
+    return LearnedStep.of_tokens(weight, format)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -44,8 +46,13 @@ class StretchedLevels:
   squared error). Activations need a format with scales=Tensor()."""
   range: Any = dataclasses.field(default_factory=MeanSquaredError)
 
-  def of_weight(self, weight, format): return learned.Stretched.of_weight(weight, format, self.range)
-  def of_tokens(self, weight, format): return learned.Stretched.of_tokens(weight, format)
+  def of_weight(self, weight, format):
+    from efficient_lm.weights.learned import Stretched
+    return Stretched.of_weight(weight, format, self.range)
+
+  def of_tokens(self, weight, format):
+    from efficient_lm.weights.learned import Stretched
+    return Stretched.of_tokens(weight, format)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -53,16 +60,18 @@ class LearnedClip:
   """Activations are clipped at a learned limit: PACT, `learned.ClippedActivation`, for a format with scales=Tensor(). For
   activations only."""
 
-  def of_tokens(self, weight, format): return learned.ClippedActivation.of_tokens(weight, format)
+  def of_tokens(self, weight, format):
+    from efficient_lm.weights.learned import ClippedActivation
+    return ClippedActivation.of_tokens(weight, format)
 
 
 @dataclasses.dataclass(kw_only=True)
 class QuantAware:
-  """Trains the weights that `rules` give a format as floats that multiply as their rounding. `method` says where the scales
-  of weights come from and how gradients pass, `activation_method` the same of activations. Rounding begins after `start`
-  steps, and until then all products are of the float model's numbers, bit for bit. (Learned steps are fitted when the model
-  is made: let them start at 0, from a trained model.) Rules without any format leave the float model itself. Routers,
-  embedding and head stay float unless a rule names them."""
+  """Trains the weights that `rules` give a format as floats that multiply as their quantized values. `method` says where the
+  scales of weights come from and how gradients pass, `activation_method` the same of activations. Quantization begins after
+  `start` steps, and until then all products are of the float model's numbers, bit for bit. (Learned steps are fitted when
+  the model is made: let them start at 0, from a trained model.) Rules without any format leave the float model itself.
+  Routers, embedding and head stay float unless a rule names them."""
   rules: tuple[Rule, ...] = (Rule(weights=Int(bits=8)),)
   method: Any = dataclasses.field(default_factory=StraightThrough)
   activation_method: Any = dataclasses.field(default_factory=StraightThrough)
@@ -71,31 +80,42 @@ class QuantAware:
   touches = 'model'
 
   def check(self):
-    yield from rules.check_rules(self.rules)
-    yield from too_small(self, start=0)
+    yield from check_rules(self.rules)
+    yield from at_least(self, start=0)
     for field, verb in (('method', 'of_weight'), ('activation_method', 'of_tokens')):
       if not hasattr(getattr(self, field), verb):
         yield field, getattr(self, field), f'must be a method for {"weights" if verb == "of_weight" else "activations"}'
 
+  def check_training(self, training):
+    """Quantization that would never begin."""
+    if self.start and self.start >= training.steps:
+      yield 'start', self.start, f'must be below the {training.steps} steps of the training: quantization would never begin'
+
   def __call__(self, learner, key):
-    model = rules.apply(learner.model, self.rules, self.rounding)
+    from efficient_lm.compression import rewriting
+    model = rewriting.apply(learner.model, self.rules, self.rewritten)
     if model is learner.model: return learner
-    note = rules.describe(learner.model, self.rules, f'QuantAware ({type(self.method).__name__})')
+    note = rewriting.describe(learner.model, self.rules, f'QuantAware ({type(self.method).__name__})')
     return learner.replace(model=model, notes=(*learner.notes, note))
 
-  def rounding(self, path: str, weight, rule: Rule):
-    """The weight as it is trained by a rule; of one whose inputs are rotated, what is multiplied with them."""
-    return rotation.within(weight, lambda inner: self.rounded(inner, rule))
+  def rewritten(self, path: str, weight, rule: Rule):
+    """The weight as it is trained by a rule; of one whose inputs are rotated, what is multiplied with them. Raises
+    IncompatibleError for one that is quantized already."""
+    from efficient_lm.compression.rewriting import require_float
+    from efficient_lm.weights.rotated import within
+    require_float(weight)
+    return within(weight, lambda inner: self.fake_quantized(inner, rule))
 
-  def rounded(self, weight, rule: Rule):
+  def fake_quantized(self, weight, rule: Rule):
     """One that is not rotated."""
-    quantized.check_fits(weight, rule.weights, rule.activations)
+    from efficient_lm.weights.fake_quantized import fake_quantized
+    from efficient_lm.weights.quantized import check_fits
+    check_fits(weight, rule.weights, rule.activations)
     weights = None if rule.weights is None else self.method.of_weight(weight, rule.weights)
     activations = None if rule.activations is None else self.activation_method.of_tokens(weight, rule.activations)
-    return quantized.FakeQuantized(weight, self.delayed(weights, weight), self.delayed(activations, weight))
+    return fake_quantized(weight, self.delayed(weights, weight), self.delayed(activations, weight))
 
   def delayed(self, quantizer, weight):
     """The quantizer, begun at `start`."""
-    if quantizer is None or self.start == 0: return quantizer
-    shape = jax.eval_shape(lambda weight: weight.materialize(), weight).shape
-    return quantized.Delayed(quantizer, self.start, shape[:len(shape) - len(weight.axes)])
+    from efficient_lm.weights.quantizers import Delayed
+    return quantizer if quantizer is None or self.start == 0 else Delayed(quantizer, self.start, weight.stack)

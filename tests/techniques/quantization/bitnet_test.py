@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from efficient_lm import axes
 from efficient_lm.formats import Int, Ternary
 from efficient_lm.models import spec
 from efficient_lm.models.moe import routing
+from efficient_lm.parallel import sharding
 from efficient_lm.techniques.quantization.bitnet import BitNet
 from efficient_lm.training.learner import Learner
 from efficient_lm.tree import rewrite, select
@@ -126,7 +126,7 @@ def test_experts_whose_inputs_are_cut_over_devices_are_normalised_over_all_of_th
   of = lambda call: jit(jax.value_and_grad(lambda moe, x_BTD: jnp.vdot(g_BTD, call(moe, x_BTD)), argnums=(0, 1)))
   wanted = of(lambda moe, x_BTD: moe.oracle(x_BTD))(moe, x_BTD)
   with mesh(1, 2, 2, 2):
-    placed = jax.device_put(moe, axes.shardings(moe, jax.sharding.get_mesh()))
+    placed = jax.device_put(moe, sharding.shardings(moe, jax.sharding.get_mesh()))
     ours = of(lambda moe, x_BTD: moe(x_BTD)[0])(placed, x_BTD)
   for a, b in zip(jax.tree.leaves(jax.device_get(ours)), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())

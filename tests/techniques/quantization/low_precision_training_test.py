@@ -133,9 +133,9 @@ def test_a_selector_that_matches_nothing_is_an_error_that_names_what_there_is(fo
 
 
 def test_a_wrong_field_is_named():
-  complaints = list(LowPrecisionTraining(forward='int4', dgrad='fp8', wgrad='int8').check())
-  assert [name for name, _, _ in complaints] == ['forward', 'dgrad']
-  assert complaints[0][2] == 'must be one of int8, float8_e4m3fn, float8_e5m2, or None for no rounding'
+  problems = list(LowPrecisionTraining(forward='int4', dgrad='fp8', wgrad='int8').check())
+  assert [name for name, _, _ in problems] == ['forward', 'dgrad']
+  assert problems[0][2] == 'must be one of int8, float8_e4m3fn, float8_e5m2, or None for no rounding'
   assert list(LowPrecisionTraining(**FLOAT8).check()) == []
 
 

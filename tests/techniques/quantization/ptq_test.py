@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm import axes, tree
+from efficient_lm import tree
 from efficient_lm.compression.rules import Rule
 from efficient_lm.config import fields
-from efficient_lm.formats import Channel, Group, Int, MeanSquaredError, packing
+from efficient_lm.formats import Channel, Group, Int, MeanSquaredError
+from efficient_lm.ops import packing
 from efficient_lm.runs import stages
 from efficient_lm.techniques.quantization.awq import Awq
 from efficient_lm.techniques.quantization.gptq import Gptq
@@ -180,10 +181,10 @@ def test_over_eight_devices_it_calibrates_and_stores_as_on_one(mesh, mlp, method
   with mesh(1, 2, 2, 2):
     here = jax.sharding.get_mesh()
     batches = lambda count: (train.place(batch, here) for batch in Context().batches(count))
-    spread = jax.device_put(model_of(mlp=mlp), axes.shardings(model_of(mlp=mlp), here))
+    spread = jax.device_put(model_of(mlp=mlp), sharding.shardings(model_of(mlp=mlp), here))
     model, notes_here = chosen(spread, stages.Context(jax.random.key(3), batches, here))
-    for leaf, sharding in zip(jax.tree.leaves(model), jax.tree.leaves(axes.shardings(model, here)), strict=True):
-      assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    for leaf, wanted in zip(jax.tree.leaves(model), jax.tree.leaves(sharding.shardings(model, here)), strict=True):
+      assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
     logits = np.asarray(logits_of(model, train.place(batch_of(77), here)))
   assert notes_here[0] == notes[0] and len(notes_here) == len(notes)
   change = jnp.mean(jnp.square(logits - logits_of(alone, batch_of(77))))
