@@ -15,7 +15,7 @@ import numpy as np
 
 from efficient_lm.errors import ConfigError
 
-VERSION = 1  # of what is stored; raise it whenever tokenizing, cutting or the layout here changes
+VERSION = 2  # of what is stored; raise it whenever tokenizing, cutting or the layout here changes
 
 
 def folder() -> pathlib.Path:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from efficient_lm.data.files import Document, Text
-from efficient_lm.errors import Complaint, too_small
+from efficient_lm.errors import Problem, at_least
 
 _SYMBOLS = string.ascii_lowercase + string.digits
 _DOMAINS = string.ascii_uppercase
@@ -46,8 +46,8 @@ class Markov:
   heldout_documents: int = 1024
   seed: int = 0
 
-  def check(self) -> Iterator[Complaint]:
-    bad = list(too_small(self, alphabet=2, order=0, concentration=1e-3, document_length=2, train_documents=1,
+  def check(self) -> Iterator[Problem]:
+    bad = list(at_least(self, alphabet=2, order=0, concentration=1e-3, document_length=2, train_documents=1,
                          heldout_documents=1, seed=0))
     yield from bad
     if bad: return
@@ -92,9 +92,9 @@ class MarkovMixture:
   domains: int = 4
   domain_symbol: bool = True
 
-  def check(self) -> Iterator[Complaint]:
+  def check(self) -> Iterator[Problem]:
     bad = [(f'language.{field}', value, fix) for field, value, fix in self.language.check()]
-    bad += too_small(self, domains=1)
+    bad += at_least(self, domains=1)
     yield from bad
     if bad: return
     if self.domains > len(_DOMAINS):
@@ -168,7 +168,7 @@ def _table(language: Markov, domain: int) -> np.ndarray:
 
 
 def _text(language: Markov, tables: list[np.ndarray], marks: Sequence[str], length: int) -> Text:
-  """Draws documents of `length` symbols behind their domain's mark. Repeats stay, or the law would change."""
+  """Draws documents of `length` symbols behind their domain's mark, independently: equal ones all stay."""
   rng = np.random.default_rng([language.seed, 1])
   train = language.train_documents
   count = train + language.heldout_documents

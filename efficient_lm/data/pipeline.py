@@ -55,12 +55,10 @@ class Batches:
     return iter(grain.MapDataset.source(self)[start_step:].to_iter_dataset(ahead))
 
 
-def in_sequence(rows: Rows, *, batch_size: int, limit: int, process_index: int = 0,
-                process_count: int = 1) -> Iterator[Batch]:
-  """At most `limit` batches of the rows in order, each row once; the last is padded to the same shape."""
+def in_sequence(rows: Rows, *, batch_size: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
+  """Each row once, in order, `batch_size` at a time over all processes; the last batch is padded to the same shape."""
   mine = part(batch_size, process_index, process_count)
-  for step in range(min(limit, -(-len(rows) // batch_size))):
-    yield rows[[step * batch_size + example for example in mine]]
+  for first in range(0, len(rows), batch_size): yield rows[[first + example for example in mine]]
 
 
 def part(batch_size: int, process_index: int, process_count: int) -> range:

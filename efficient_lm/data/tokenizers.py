@@ -1,16 +1,21 @@
 """Text to numbers and back. Each tokenizer has:
 
   vocab_size    how many ids there are
-  eod           the id that ends a document, None where documents have no end; no text encodes to it
-  bytes_V       int32, how many bytes of text each id stands for, 0 for eod: bits per byte compares tokenizers
-  encode(text)  str or bytes -> int32 ids, without eod;  encode_all: many documents at once
+  bos           the id that begins every document as an input, None where nothing stands before a document
+  eod           the id that ends a document, None where documents have no end; no text encodes to a mark
+  stops         the ids at which generation stops: eod where there is one
+  bytes_V       int32, how many bytes of text each id stands for, 0 for marks: bits per byte compares tokenizers
+  key           a string, the same for two tokenizers exactly if they give all documents the same ids and marks
+  encode(text)  str or bytes -> int32 ids, without marks;  encode_all: many documents at once
+  prompt(text)  str or bytes -> int32 ids that generation continues: bos where there is one, then the text
   decode(ids)   ids -> str, broken UTF-8 replaced;  decode_bytes: exactly the bytes that were encoded
   to_json()     all of it in a string; `from_json` makes it again without the corpus
 
-What a config names is `fit(documents, corpus_hash)` to a corpus first; `key` names its settings.
+What a config names is `fit(documents, corpus_hash)` to a corpus first.
 """
 import dataclasses
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +23,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from efficient_lm.data import cache
-from efficient_lm.errors import Complaint, ConfigError, too_small
+from efficient_lm.errors import ConfigError, Problem, at_least
 from efficient_lm.lazy import lazy
 
 tokenizers = lazy('tokenizers')
@@ -31,13 +36,24 @@ def _bytes(text: str | bytes) -> bytes:
 class _Codec:
   """What the tokenizers share; they differ in `encode` and `decode_bytes`."""
 
+  @property
+  def stops(self) -> tuple[int, ...]:
+    return () if self.eod is None else (self.eod,)
+
   def encode_all(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
     return [self.encode(document) for document in documents]
+
+  def prompt(self, text: str | bytes) -> np.ndarray:
+    """Raises ValueError for an empty text where nothing begins a document: there is nothing to continue."""
+    ids = self.encode(text)
+    if self.bos is not None: ids = np.append(np.int32(self.bos), ids)
+    if not len(ids): raise ValueError('an empty text is no prompt: this tokenizer has no mark that begins a document')
+    return ids
 
   def decode(self, ids) -> str:
     return self.decode_bytes(ids).decode('utf-8', 'replace')
 
-  def check(self) -> Iterator[Complaint]:
+  def check(self) -> Iterator[Problem]:
     yield from ()
 
   def fit(self, documents: Sequence[bytes], corpus_hash: str):
@@ -47,10 +63,22 @@ class _Codec:
 
 @dataclasses.dataclass
 class ByteTokenizer(_Codec):
-  """Every byte is its own id; id 256 ends a document."""
+  """Every byte is its own id; id 256 ends a document.
+
+  Attributes:
+    bos: 256, so that one mark stands between two documents; None: a document begins with its first byte, as in runs whose
+      tokenizer was stored before there were such marks.
+  """
+  bos: int | None = 256
   vocab_size = 257
   eod = 256
-  key = 'bytes'
+
+  def check(self) -> Iterator[Problem]:
+    if self.bos not in (None, 256): yield 'bos', self.bos, '256 or None is needed'
+
+  @property
+  def key(self) -> str:
+    return f'bytes {self.bos}'
 
   @property
   def bytes_V(self) -> np.ndarray:
@@ -64,16 +92,17 @@ class ByteTokenizer(_Codec):
     return ids[ids < 256].astype(np.uint8).tobytes()
 
   def to_json(self) -> str:
-    return json.dumps({'kind': 'bytes'})
+    return json.dumps({'kind': 'bytes', 'bos': self.bos})
 
 
 @dataclasses.dataclass
 class SymbolTokenizer(_Codec):
-  """Every character of `symbols` is its own id, in that order. Documents have no end mark."""
+  """Every character of `symbols` is its own id, in that order. Documents have no marks."""
   symbols: str = 'ab'
+  bos = None
   eod = None
 
-  def check(self) -> Iterator[Complaint]:
+  def check(self) -> Iterator[Problem]:
     if not self.symbols.isascii() or len(set(self.symbols)) != len(self.symbols) or len(self.symbols) < 2:
       yield 'symbols', self.symbols, 'two or more different ASCII characters are needed'
 
@@ -105,6 +134,12 @@ class SymbolTokenizer(_Codec):
     return json.dumps({'kind': 'symbols', 'symbols': self.symbols})
 
 
+# What is encoded on its own: the words of GPT-2, in pieces of 64 characters at most. The time to learn from a piece grows
+# with the square of its length, as any two neighbours in it may merge.
+_WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
+_PROBE = 'A é\te\u0301\r\n  ﬁ 漢字 \U0001f600 the'  # what tokenizers that are not plain byte pairs change
+
+
 @dataclasses.dataclass
 class BPE:
   """Byte-pair encoding over bytes; `fit` learns it from the training text once and caches it: a BytePairs.
@@ -112,28 +147,31 @@ class BPE:
   Source: Sennrich et al. 2016, arXiv:1508.07909; bytes and the splitting of words as in GPT-2.
 
   Attributes:
-    vocab_size: ids in all: 256 bytes, the merges, and the end of a document as the last one. A corpus too
-      small for so many merges leaves ids unused.
+    vocab_size: ids in all: 256 bytes, the merges, and the mark between two documents as the last one. A corpus
+      too small for so many merges leaves ids unused.
     train_bytes: of the training text are learned from.
   """
   vocab_size: int = 4096
   train_bytes: int = 32_000_000
 
-  def check(self) -> Iterator[Complaint]:
-    yield from too_small(self, vocab_size=257, train_bytes=1)
+  def check(self) -> Iterator[Problem]:
+    yield from at_least(self, vocab_size=257, train_bytes=1)
 
   def fit(self, documents: Sequence[bytes], corpus_hash: str) -> 'BytePairs':
     key = cache.digest('bpe', corpus_hash, self.vocab_size, self.train_bytes)
     model = cache.fetch(key, lambda: {'model': np.frombuffer(self._learn(documents).encode(), np.uint8)})
-    return BytePairs(model['model'].tobytes().decode(), self.vocab_size)
+    mark = self.vocab_size - 1
+    return BytePairs(model['model'].tobytes().decode(), self.vocab_size, bos=mark, eod=mark)
 
   def _learn(self, documents: Sequence[bytes]) -> str:
     learner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    learner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    split = tokenizers.pre_tokenizers
+    learner.pre_tokenizer = split.Sequence([split.Split(tokenizers.Regex(_WORDS), 'isolated'),
+                                            split.ByteLevel(add_prefix_space=False, use_regex=False)])
     learner.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=self.vocab_size - 1, min_frequency=2, show_progress=False,
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+        initial_alphabet=sorted(split.ByteLevel.alphabet()))
 
     def texts():
       left = self.train_bytes
@@ -149,21 +187,41 @@ class BPE:
 class BytePairs(_Codec):
   """A learned BPE. Bytes that are not UTF-8 become ids of single bytes: every document survives."""
 
-  def __init__(self, model: str, vocab_size: int):
-    """model: JSON of the package `tokenizers`. Raises ValueError if it does not fit in `vocab_size`."""
-    self.model = json.dumps(json.loads(model))  # one spelling, as it is part of the key
-    self.vocab_size, self.eod = vocab_size, vocab_size - 1
-    self._encoder = tokenizers.Tokenizer.from_str(model)
+  def __init__(self, model: str, vocab_size: int, *, bos: int | None, eod: int | None,
+               stops: Sequence[int] | None = None):
+    """model: JSON of the package `tokenizers`. stops: default (eod,).
+
+    Raises ValueError for a model that does not fit in `vocab_size` beside the marks or that changes text.
+    """
+    self.model = json.dumps(json.loads(model))
+    self.vocab_size, self.bos, self.eod = vocab_size, bos, eod
+    self._stops = super().stops if stops is None else tuple(stops)
+    self._encoder = _text_only(tokenizers.Tokenizer.from_str(model))
     byte_of = _byte_of_character()
+    special = self._encoder.get_added_tokens_decoder()
+    marks = {mark for mark in (bos, eod) if mark is not None}
     self._pieces = [b''] * vocab_size
     for piece, index in self._encoder.get_vocab().items():
-      if index >= self.eod: raise ValueError(f'token {index} does not fit in a vocabulary of {vocab_size}')
-      self._pieces[index] = bytes(byte_of[character] for character in piece)
+      if index >= vocab_size or (index in marks and index not in special):
+        raise ValueError(f'token {index} does not fit in a vocabulary of {vocab_size} with the marks {sorted(marks)}')
+      if index not in special: self._pieces[index] = bytes(byte_of[character] for character in piece)
+    if not {*marks, *self.stops} <= {*range(vocab_size)}: raise ValueError('bos, eod and stops must be ids')
     self._byte_ids = {piece[0]: index for index, piece in enumerate(self._pieces) if len(piece) == 1}
+    if len(self._byte_ids) < 256: raise ValueError('a byte without an id would be lost')
+    if self.decode_bytes(self.encode(_PROBE)) != _PROBE.encode(): raise ValueError('it changes the text')
+
+  @property
+  def stops(self) -> tuple[int, ...]:
+    return self._stops
 
   @functools.cached_property
   def key(self) -> str:
-    return cache.digest('byte pairs', self.model, self.vocab_size)
+    model = json.loads(self.model)
+    # Spelled in one way: some versions write a merge as a string, and leave out what is null or false.
+    bpe = {name: value for name, value in model['model'].items() if value not in (None, False)}
+    bpe['merges'] = [merge.split(' ') if isinstance(merge, str) else merge for merge in bpe['merges']]
+    parts = [bpe, model.get('pre_tokenizer'), self.bos, self.eod]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
   @property
   def bytes_V(self) -> np.ndarray:
@@ -175,7 +233,8 @@ class BytePairs(_Codec):
   def encode_all(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
     # Pieces alternate: valid text, then broken bytes, which Python decodes to lone surrogates.
     split = [re.split('([\udc80-\udcff]+)', _bytes(d).decode('utf-8', 'surrogateescape')) for d in documents]
-    encoded = iter(self._encoder.encode_batch_fast([text for pieces in split for text in pieces[::2]]))
+    texts = [text for pieces in split for text in pieces[::2]]
+    encoded = iter(self._encoder.encode_batch_fast(texts, add_special_tokens=False))
 
     def ids(index, piece):
       found = [self._byte_ids[byte] for byte in _bytes(piece)] if index % 2 else next(encoded).ids
@@ -187,21 +246,41 @@ class BytePairs(_Codec):
     return b''.join(self._pieces[index] for index in np.asarray(ids).tolist())
 
   def to_json(self) -> str:
-    return json.dumps({'kind': 'bpe', 'vocab_size': self.vocab_size, 'model': json.loads(self.model)})
+    return json.dumps({'kind': 'bpe', 'vocab_size': self.vocab_size, 'bos': self.bos, 'eod': self.eod,
+                       'stops': self.stops, 'model': json.loads(self.model)})
 
 
 def from_json(text: str) -> ByteTokenizer | SymbolTokenizer | BytePairs:
-  """The inverse of `to_json`. Raises ConfigError for anything else."""
+  """The inverse of `to_json`; what was stored before documents began with a mark has bos None. Raises ConfigError."""
   try:
     saved = json.loads(text)
     match saved['kind']:
-      case 'bytes': return ByteTokenizer()
-      case 'symbols': return SymbolTokenizer(saved['symbols'])
-      case 'bpe': return BytePairs(json.dumps(saved['model']), saved['vocab_size'])
+      case 'bytes': return _checked(ByteTokenizer(saved.get('bos')))
+      case 'symbols': return _checked(SymbolTokenizer(saved['symbols']))
+      case 'bpe':
+        return BytePairs(json.dumps(saved['model']), saved['vocab_size'], bos=saved.get('bos'),
+                         eod=saved.get('eod', saved['vocab_size'] - 1), stops=saved.get('stops'))
   except ImportError: raise
   except Exception as error:  # the package raises bare Exceptions for a bad model
     raise ConfigError('tokenizer', text[:40], f'is no saved tokenizer ({type(error).__name__})') from error
   raise ConfigError('tokenizer', saved['kind'], 'bytes, symbols or bpe are the kinds there are')
+
+
+def _checked(tokenizer):
+  for field, value, fix in tokenizer.check(): raise ValueError(f'{field} = {value}: {fix}')
+  return tokenizer
+
+
+def _text_only(encoder):
+  """The encoder, set to give every text exactly the ids of its own characters. Raises ValueError where it cannot."""
+  encoder.no_truncation()
+  encoder.no_padding()
+  encoder.encode_special_tokens = True  # '<|endoftext|>' in a document is a word like any other
+  if encoder.normalizer is not None: raise ValueError('a normalizer changes the text')
+  if encoder.model.dropout: raise ValueError('dropout encodes a text differently each time')
+  if any(not token.special for token in encoder.get_added_tokens_decoder().values()):
+    raise ValueError('added tokens that are not special have no place among byte pairs')
+  return encoder
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -6,7 +6,7 @@ import pytest
 from efficient_lm import errors
 from efficient_lm.lazy import lazy
 
-HEAVY = {'jax', 'flax', 'grain', 'datasets', 'tokenizers'}
+HEAVY = {'jax', 'flax', 'grain', 'datasets', 'tokenizers', 'pyarrow'}
 
 
 @pytest.mark.parametrize('work', [

@@ -117,8 +117,8 @@ def test_the_seed_is_everything():
 
 
 def test_rows_hold_whole_documents_when_lengths_agree():
-  opened = Corpus(MarkovMixture(SMALL)).open(sequence_length=64, batch_size=4, seed=0)
-  batch = opened.train[0]
+  opened = Corpus(MarkovMixture(SMALL)).open(seed=0)
+  batch = opened.batches(batch_size=4, sequence_length=64)[0]
   assert opened.tokenizer.vocab_size == SMALL.alphabet + 4 == Corpus(MarkovMixture(SMALL)).vocab_size
   assert (batch['inputs_BT'][:, 0] >= SMALL.alphabet).all()
   assert (batch['weights_BT'] == (np.arange(64) < 63)).all()

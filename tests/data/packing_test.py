@@ -1,84 +1,138 @@
 import hypothesis
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from efficient_lm.data import ByteTokenizer, SymbolTokenizer
-from efficient_lm.data.packing import Rows, concatenate
+from efficient_lm.data.packing import Rows, pack
+from efficient_lm.data.tokenizers import from_json
+from efficient_lm.errors import ConfigError
 
-corpora = st.lists(st.binary(min_size=1, max_size=30), min_size=1, max_size=12)
+
+class TwoMarks(ByteTokenizer):
+  """One mark begins a document and another ends it."""
+  vocab_size = 258
+  bytes_V = np.append(np.ones(256, np.int32), [0, 0])
+
+
+class Unended(TwoMarks):
+  """A mark begins a document and none ends it."""
+  eod = None
+
+
+STORED = from_json('{"kind": "bytes"}')  # as it was written before documents began with a mark
+TOKENIZERS = {'one mark': ByteTokenizer(), 'two marks': TwoMarks(257), 'begins': Unended(257), 'ends': STORED,
+              'no marks': SymbolTokenizer(''.join(map(chr, range(128))))}
+every_tokenizer = pytest.mark.parametrize('tokenizer', TOKENIZERS.values(), ids=TOKENIZERS)
+document = st.text(st.characters(max_codepoint=127), min_size=1, max_size=30).map(str.encode)
+corpora = st.lists(document, min_size=1, max_size=12)
 lengths = st.integers(1, 20)
 
 
-def pack(documents, length, tokenizer=ByteTokenizer()):
-  tokens, starts = concatenate(tokenizer, documents)
-  return Rows(tokens, starts, tokenizer.bytes_V, length)
+def rows_of(documents, length, tokenizer):
+  return Rows(pack(tokenizer, documents), length)
 
 
-@hypothesis.given(corpora)
-def test_the_stream_is_the_documents_each_with_its_end(documents):
-  tokens, starts = concatenate(ByteTokenizer(), documents)
-  assert tokens.tolist() == [token for document in documents for token in [*document, 256]]
-  assert starts.tolist() == np.cumsum([0] + [len(document) + 1 for document in documents])[:-1].tolist()
+def by_definition(documents, tokenizer):
+  """The stream as a list of (token, document that it belongs to as an input, document that it is asked of)."""
+  shared = tokenizer.bos is not None and tokenizer.bos == tokenizer.eod
+  stream = []
+  for number, document in enumerate(documents):
+    if tokenizer.bos is not None: stream.append((tokenizer.bos, number, number - 1 if shared else number))
+    stream += [(token, number, number) for token in document]
+    if tokenizer.eod is not None and not shared: stream.append((tokenizer.eod, number, number))
+  if shared: stream.append((tokenizer.eod, None, len(documents) - 1))  # begins none
+  return stream
 
 
-@hypothesis.given(corpora, lengths)
-def test_no_token_is_lost_or_doubled(documents, length):
-  rows = pack(documents, length)
+@every_tokenizer
+@hypothesis.given(documents=corpora, length=lengths)
+def test_rows_are_the_stream_cut_into_pieces(tokenizer, documents, length):
+  stream = by_definition(documents, tokenizer)
+  rows = rows_of(documents, length, tokenizer)
+  assert rows.stream.tokens.tolist() == [token for token, _, _ in stream]
+  # No row is without a target; with one token there is none at all.
+  assert len(rows) == len(range(0, len(stream) - 1, length))
   batch = rows[range(len(rows))]
-  real = batch['segments_BT'] > 0
-  inputs = batch['inputs_BT'][real].tolist()
-  stream = rows.tokens.tolist()
-  # The very last token is no input when it ends the last row exactly; as a target it is there in any case.
-  assert inputs == stream[:len(inputs)] and len(inputs) >= len(stream) - 1
-  assert (len(rows) - 1) * length + 1 < len(stream) <= len(rows) * length + 1  # no row without a target
-  # Asked for are all tokens but the first of each document, once each and in order.
+  for row in range(len(rows)):
+    owners = [owner for _, owner, _ in stream[row * length:row * length + length]]
+    for column in range(length):
+      at = {name: array[row, column] for name, array in batch.items()}
+      index = row * length + column
+      if index >= len(stream) or stream[index][1] is None:
+        assert not any(at.values())
+        continue
+      token, owner, _ = stream[index]
+      assert at['inputs_BT'] == token
+      assert at['segments_BT'] == owner - owners[0] + 1
+      assert at['positions_BT'] == column - owners.index(owner)
+      target, _, asked_of = stream[index + 1] if index + 1 < len(stream) else (0, None, None)
+      counts = owner == asked_of
+      assert at['targets_BT'] == target and at['weights_BT'] == counts
+      assert at['bytes_BT'] == (tokenizer.bytes_V[target] if counts else 0)
+
+
+@every_tokenizer
+@hypothesis.given(documents=corpora, length=lengths)
+def test_every_token_and_every_end_is_asked_once(tokenizer, documents, length):
+  rows = rows_of(documents, length, tokenizer)
+  batch = rows[range(len(rows))]
+  end = [] if tokenizer.eod is None else [tokenizer.eod]
+  first = 0 if tokenizer.bos is not None else 1  # nothing stands before the first token of a document without a bos
   asked = batch['targets_BT'][batch['weights_BT'] > 0].tolist()
-  assert asked == [token for document in documents for token in [*document, 256][1:]]
+  assert asked == [token for document in documents for token in [*document, *end][first:]]
+  assert len(asked) == rows.stream.num_targets
+  assert batch['bytes_BT'].sum() == sum(len(document) - first for document in documents)
 
 
-@hypothesis.given(corpora, lengths)
-def test_within_a_document_targets_are_the_next_inputs(documents, length):
-  rows = pack(documents, length)
+@every_tokenizer
+@hypothesis.given(documents=corpora, length=lengths)
+def test_what_follows_is_asked_of_the_same_document(tokenizer, documents, length):
+  """Of two neighbours in a row and in a document, the second is what the first is asked."""
+  rows = rows_of(documents, length, tokenizer)
   batch = rows[range(len(rows))]
-  same = batch['segments_BT'][:, 1:] == batch['segments_BT'][:, :-1]
-  same &= batch['segments_BT'][:, 1:] > 0
+  same = (batch['segments_BT'][:, 1:] == batch['segments_BT'][:, :-1]) & (batch['segments_BT'][:, 1:] > 0)
   assert (batch['targets_BT'][:, :-1][same] == batch['inputs_BT'][:, 1:][same]).all()
   assert (batch['weights_BT'][:, :-1][same] == 1).all()
-  # And across a boundary within the row nothing is asked: the input there is the end of its document.
-  last = ~same & (batch['segments_BT'][:, 1:] > 0)
-  assert (batch['inputs_BT'][:, :-1][last] == 256).all() and (batch['weights_BT'][:, :-1][last] == 0).all()
 
 
 @hypothesis.given(corpora, lengths)
-def test_segments_count_documents_and_positions_count_within_them(documents, length):
-  rows = pack(documents, length)
-  for segments, positions in zip(*(rows[range(len(rows))][name] for name in ('segments_BT', 'positions_BT'))):
-    real = segments[segments > 0]
-    assert real[0] == 1 and set(np.diff(real)) <= {0, 1} and (segments[len(real):] == 0).all()
-    for segment in np.unique(real):
-      part = positions[segments == segment]
-      assert part.tolist() == list(range(len(part)))
-
-
-@hypothesis.given(corpora, lengths)
-def test_bytes_are_those_of_the_targets_that_count(documents, length):
-  rows = pack(documents, length)
+def test_with_one_mark_documents_begin_with_it_at_position_0(documents, length):
+  rows = rows_of(documents, length, ByteTokenizer())
   batch = rows[range(len(rows))]
-  assert batch['bytes_BT'].sum() == sum(len(document) - 1 for document in documents)
-  expected = np.where(batch['weights_BT'] > 0, ByteTokenizer().bytes_V[batch['targets_BT']], 0)
-  np.testing.assert_array_equal(batch['bytes_BT'], expected)
+  marks = batch['inputs_BT'] == 256
+  assert marks.sum() == len(documents) and (batch['positions_BT'][marks] == 0).all()
+  assert batch['targets_BT'][marks].tolist() == [document[0] for document in documents]
+  assert (batch['weights_BT'][marks] == 1).all()
+
+
+@every_tokenizer
+@hypothesis.given(documents=corpora, length=lengths, other=lengths, count=st.integers(1, 40))
+def test_the_beginning_of_a_stream_asks_for_the_first_tokens_only(tokenizer, documents, length, other, count):
+  stream = pack(tokenizer, documents)
+  asked = []
+  for size in (length, other, len(stream.tokens)):
+    rows = Rows(stream.first(count), size)
+    batch = rows[range(len(rows))]
+    asked.append(batch['targets_BT'][batch['weights_BT'] > 0].tolist())
+  whole = Rows(stream, len(stream.tokens))[[0]]
+  first = {name: array[0, :count] for name, array in whole.items()}
+  assert asked == [first['targets_BT'][first['weights_BT'] > 0].tolist()] * 3
 
 
 @hypothesis.given(corpora, lengths, st.data())
 def test_a_row_is_the_same_in_any_company(documents, length, data):
-  rows = pack(documents, length)
+  rows = rows_of(documents, length, ByteTokenizer())
   chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=5))
   for place, row in enumerate(chosen):
     for name, array in rows[chosen].items(): np.testing.assert_array_equal(array[place], rows[[row]][name][0])
 
 
+A, B, C, D, E = b'abcde'
+
+
 def test_shapes_types_and_padding():
-  rows = pack([b'ab', b'cde'], 4)
+  rows = rows_of([b'ab', b'cde'], 4, ByteTokenizer())
   batch = rows[[0, 1, 2, 99]]
   assert len(rows) == 2
   assert {name: array.dtype for name, array in batch.items()} == {
@@ -86,16 +140,45 @@ def test_shapes_types_and_padding():
       'weights_BT': np.float32, 'bytes_BT': np.int32}
   assert all(array.shape == (4, 4) for array in batch.values())
   assert all(not array[2:].any() for array in batch.values())
-  a, b, c, d, e = b'abcde'
-  assert batch['inputs_BT'][:2].tolist() == [[a, b, 256, c], [d, e, 256, 0]]
-  assert batch['targets_BT'][:2].tolist() == [[b, 256, c, d], [e, 256, 0, 0]]
+  assert batch['inputs_BT'][:2].tolist() == [[256, A, B, 256], [C, D, E, 0]]
+  assert batch['targets_BT'][:2].tolist() == [[A, B, 256, C], [D, E, 256, 0]]
   assert batch['segments_BT'][:2].tolist() == [[1, 1, 1, 2], [1, 1, 1, 0]]
   assert batch['positions_BT'][:2].tolist() == [[0, 1, 2, 0], [0, 1, 2, 0]]
-  assert batch['weights_BT'][:2].tolist() == [[1, 1, 0, 1], [1, 1, 0, 0]]
-  assert batch['bytes_BT'][:2].tolist() == [[1, 0, 0, 1], [1, 0, 0, 0]]
+  assert batch['weights_BT'][:2].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+  assert batch['bytes_BT'][:2].tolist() == [[1, 1, 0, 1], [1, 1, 0, 0]]
+
+
+def test_a_tokenizer_stored_without_a_bos_packs_as_it_did():
+  batch = rows_of([b'ab', b'cde'], 4, STORED)[[0, 1]]
+  assert batch['inputs_BT'].tolist() == [[A, B, 256, C], [D, E, 256, 0]]
+  assert batch['targets_BT'].tolist() == [[B, 256, C, D], [E, 256, 0, 0]]
+  assert batch['segments_BT'].tolist() == [[1, 1, 1, 2], [1, 1, 1, 0]]
+  assert batch['positions_BT'].tolist() == [[0, 1, 2, 0], [0, 1, 2, 0]]
+  assert batch['weights_BT'].tolist() == [[1, 1, 0, 1], [1, 1, 0, 0]]
+  assert batch['bytes_BT'].tolist() == [[1, 0, 0, 1], [1, 0, 0, 0]]
+
+
+def test_two_marks_stand_side_by_side_and_the_second_is_not_asked():
+  batch = rows_of([b'a', b'b'], 6, TOKENIZERS['two marks'])[[0]]
+  assert batch['inputs_BT'].tolist() == [[257, A, 256, 257, B, 256]]
+  assert batch['segments_BT'].tolist() == [[1, 1, 1, 2, 2, 2]]
+  assert batch['weights_BT'].tolist() == [[1, 1, 0, 1, 1, 0]]
 
 
 def test_without_an_end_mark_documents_are_still_apart():
-  batch = pack([b'ab', b'ba'], 3, SymbolTokenizer('ab'))[[0]]
+  batch = rows_of([b'ab', b'ba'], 3, SymbolTokenizer('ab'))[[0]]
   assert batch['inputs_BT'].tolist() == [[0, 1, 1]] and batch['segments_BT'].tolist() == [[1, 1, 2]]
   assert batch['weights_BT'].tolist() == [[1, 0, 1]]
+
+
+@pytest.mark.parametrize('size', [2, 256, 257, 65_536, 65_537])
+def test_no_id_is_too_large_for_the_stream(size):
+  class Last(SymbolTokenizer):
+    vocab_size, bos, eod = size, 0, size - 1
+    bytes_V = np.zeros(size, np.int32)
+    def encode(self, text): return np.full(len(text), size - 1, np.int32)
+  assert pack(Last(), [b'x']).tokens.tolist() == [0, size - 1, size - 1]
+
+
+def test_a_row_without_room_is_refused():
+  with pytest.raises(ConfigError, match=r'train\.sequence_length = 0'): rows_of([b'ab'], 0, ByteTokenizer())

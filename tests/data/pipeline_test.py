@@ -4,7 +4,7 @@ import threading
 import numpy as np
 import pytest
 
-from efficient_lm.data.packing import Rows
+from efficient_lm.data.packing import Rows, Stream
 from efficient_lm.data.pipeline import Batches, in_sequence
 from efficient_lm.errors import ConfigError
 
@@ -13,7 +13,8 @@ LENGTH = 4
 
 def make_rows(count):
   """Row r begins with the input r * LENGTH: rows can be told apart."""
-  return Rows(np.arange(count * LENGTH + 1), np.array([0]), np.ones(count * LENGTH + 1, np.int32), LENGTH)
+  tokens = np.arange(count * LENGTH + 1)
+  return Rows(Stream(tokens, np.array([0]), np.ones(len(tokens), np.int32)), LENGTH)
 
 
 def batches(count=23, size=4, seed=0, **process):
@@ -65,7 +66,7 @@ def test_the_processes_together_have_the_global_batch(count):
 
 @pytest.mark.parametrize('count', [1, 2, 4])
 def test_the_processes_together_evaluate_every_row_in_as_many_batches(count):
-  parts = [list(in_sequence(make_rows(23), batch_size=4, limit=99, process_index=index, process_count=count))
+  parts = [list(in_sequence(make_rows(23), batch_size=4, process_index=index, process_count=count))
            for index in range(count)]
   assert len({len(part) for part in parts}) == 1  # or the others would wait for ever
   rows = [ids(batch) for step in zip(*parts, strict=True) for batch in step]
@@ -93,8 +94,7 @@ def test_an_abandoned_iterator_leaves_no_thread():
 @pytest.mark.parametrize('size', [1, 3, 4, 23, 50])
 def test_evaluation_reads_the_same_rows_whatever_the_batch_size(size):
   rows = make_rows(23)
-  read = [b for b in in_sequence(rows, batch_size=size, limit=99)]
+  read = list(in_sequence(rows, batch_size=size))
   assert all(batch['inputs_BT'].shape == (size, LENGTH) for batch in read)
   real = np.concatenate([batch['inputs_BT'][batch['segments_BT'].any(1)] for batch in read])
   np.testing.assert_array_equal(real, rows[range(23)]['inputs_BT'])
-  assert len(list(in_sequence(rows, batch_size=size, limit=2))) <= 2

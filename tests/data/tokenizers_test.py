@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -7,12 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from efficient_lm.data import BPE, ByteTokenizer, SymbolTokenizer
-from efficient_lm.data.tokenizers import from_json
+from efficient_lm.data import BPE, ByteTokenizer, SymbolTokenizer, packing
+from efficient_lm.data.tokenizers import BytePairs, from_json
 from efficient_lm.errors import ConfigError
 
 CORPUS = [b'def the_function(argument):\n  return the_function(argument)\n' * 3, 'déjà vu, 漢字\n'.encode() * 5,
           b'<|endoftext|> \xff\xfe broken \x80 bytes']
+STORED = pathlib.Path(__file__).with_name('stored_bpe.json')  # as it was written before documents began with a mark
 
 
 @pytest.fixture(scope='module', name='bpe')
@@ -21,9 +24,15 @@ def _bpe():
   return BPE(320).fit(CORPUS, 'some corpus')
 
 
-@pytest.fixture(params=['bytes', 'bpe'], name='tokenizer')
+@pytest.fixture(scope='module', name='stored')
+def _stored():
+  pytest.importorskip('tokenizers')
+  return from_json(STORED.read_text())
+
+
+@pytest.fixture(params=['bytes', 'bpe', 'stored'], name='tokenizer')
 def _tokenizer(request):
-  return ByteTokenizer() if request.param == 'bytes' else request.getfixturevalue('bpe')
+  return ByteTokenizer() if request.param == 'bytes' else request.getfixturevalue(request.param)
 
 
 @hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
@@ -38,26 +47,77 @@ def test_every_document_survives_the_round_trip(tokenizer, content):
 
 
 def test_documents_at_once_are_documents_one_by_one(tokenizer):
-  for document, ids in zip(CORPUS, tokenizer.encode_all(CORPUS), strict=True):
-    np.testing.assert_array_equal(ids, tokenizer.encode(document))
+  for one, ids in zip(CORPUS, tokenizer.encode_all(CORPUS)): np.testing.assert_array_equal(ids, tokenizer.encode(one))
+
+
+def test_text_and_its_bytes_are_the_same(tokenizer):
   np.testing.assert_array_equal(tokenizer.encode('é'), tokenizer.encode('é'.encode()))
 
 
 def test_the_end_of_a_document_is_the_last_id_and_stands_for_no_text(tokenizer):
-  assert tokenizer.eod == tokenizer.vocab_size - 1
+  assert tokenizer.eod == tokenizer.vocab_size - 1 and tokenizer.stops == (tokenizer.eod,)
   assert tokenizer.bytes_V.shape == (tokenizer.vocab_size,) and tokenizer.bytes_V.dtype == np.int32
   assert tokenizer.bytes_V[tokenizer.eod] == 0
   assert tokenizer.decode([tokenizer.eod]) == ''
 
 
+def test_one_mark_begins_and_ends_documents_unless_the_tokenizer_is_older(bpe, stored):
+  for tokenizer in (ByteTokenizer(), bpe): assert tokenizer.bos == tokenizer.eod
+  for tokenizer in (from_json('{"kind": "bytes"}'), stored, SymbolTokenizer()): assert tokenizer.bos is None
+
+
+@pytest.mark.parametrize('text', ['', 'the', b'\xff', 'é'])
+def test_a_prompt_is_the_text_as_a_document_begins(bpe, text):
+  for tokenizer in (ByteTokenizer(), bpe):
+    prompt = tokenizer.prompt(text)
+    assert prompt.dtype == np.int32 and prompt.tolist() == [tokenizer.bos, *tokenizer.encode(text)]
+    content = text if isinstance(text, bytes) else text.encode()
+    assert packing.pack(tokenizer, [content]).tokens.tolist() == [*prompt, tokenizer.eod]
+
+
+def test_without_a_mark_an_empty_prompt_is_refused(stored):
+  for tokenizer in (ByteTokenizer(None), stored, SymbolTokenizer('abc')):
+    assert tokenizer.prompt('a').tolist() == tokenizer.encode('a').tolist()
+    with pytest.raises(ValueError, match='empty'): tokenizer.prompt('')
+
+
 def test_saved_and_made_again(tokenizer):
   again = from_json(tokenizer.to_json())
   assert again.key == tokenizer.key and again.vocab_size == tokenizer.vocab_size
+  assert (again.bos, again.eod, again.stops) == (tokenizer.bos, tokenizer.eod, tokenizer.stops)
   for document in CORPUS: np.testing.assert_array_equal(again.encode(document), tokenizer.encode(document))
 
 
-@pytest.mark.parametrize(
-    'bad', ['', '[]', '{}', '{"kind": "other"}', '{"kind": "bpe", "vocab_size": 9, "model": {}}'])
+@pytest.mark.parametrize('tokenizer', [SymbolTokenizer('ab'), SymbolTokenizer('ba'), ByteTokenizer(), ByteTokenizer(None)])
+def test_saved_and_made_again_is_equal(tokenizer):
+  again = from_json(tokenizer.to_json())
+  assert again == tokenizer and again.key == tokenizer.key
+
+
+def test_the_key_is_the_same_for_what_encodes_alike_and_for_nothing_else(bpe, stored):
+  model = json.loads(bpe.model)
+  marks = {'bos': bpe.bos, 'eod': bpe.eod}
+  made = lambda model, size=bpe.vocab_size, **changes: BytePairs(json.dumps(model), size, **marks | changes)
+  # Spelled otherwise: the same words learned from another corpus, in another order, and as older versions wrote them.
+  vocabulary, merges = model['model']['vocab'], model['model']['merges']
+  alike = [BPE(320).fit([*CORPUS], 'under another name'), from_json(bpe.to_json()),
+           made(model | {'model': model['model'] | {'vocab': dict(reversed(vocabulary.items()))}}),
+           made(model | {'model': model['model'] | {'merges': [' '.join(pair) for pair in merges]}}),
+           made(model | {'model': {name: value for name, value in model['model'].items() if value is not None}}),
+           made(model | {'decoder': None}), made(model, stops=(7,)), made(model, bpe.vocab_size + 5)]
+  for other in alike: assert other.key == bpe.key and other.encode(CORPUS[0]).tolist() == bpe.encode(CORPUS[0]).tolist()
+  swapped = vocabulary | {'a': vocabulary['b'], 'b': vocabulary['a']}
+  others = [made(model | {'model': model['model'] | {'vocab': swapped}}), made(model, bos=None),
+            made(model, bpe.vocab_size + 1, eod=bpe.vocab_size), BPE(300).fit(CORPUS, 'some corpus'), stored,
+            made(model | {'pre_tokenizer': json.loads(stored.model)['pre_tokenizer']}),
+            made(model | {'model': model['model'] | {'merges': [merges[1], merges[0], *merges[2:]]}})]
+  everything = [bpe, *others, ByteTokenizer(), ByteTokenizer(None), SymbolTokenizer('ab'), SymbolTokenizer('ba')]
+  assert len({tokenizer.key for tokenizer in everything}) == len(everything)
+
+
+@pytest.mark.parametrize('bad', [
+  '', '[]', '{}', '{"kind": "other"}', '{"kind": "bpe", "vocab_size": 9, "model": {}}', '{"kind": "bytes", "bos": 3}',
+  '{"kind": "symbols", "symbols": "aa"}'])
 def test_what_is_no_tokenizer_is_refused_in_one_line(bad):
   with pytest.raises(ConfigError) as error: from_json(bad)
   assert '\n' not in str(error.value)
@@ -66,13 +126,14 @@ def test_what_is_no_tokenizer_is_refused_in_one_line(bad):
 def test_bytes_are_themselves():
   assert ByteTokenizer().encode('aé').tolist() == [97, 195, 169]
   assert ByteTokenizer().decode([97, 195]) == 'a\N{REPLACEMENT CHARACTER}'
+  assert [field for field, _, _ in ByteTokenizer(0).check()] == ['bos'] and not list(ByteTokenizer(None).check())
 
 
 def test_symbols_are_numbered_in_order():
   tokenizer = SymbolTokenizer('abX')
   assert tokenizer.encode('Xab').tolist() == [2, 0, 1] and tokenizer.decode([2, 0, 1]) == 'Xab'
-  assert tokenizer.vocab_size == 3 and tokenizer.eod is None and tokenizer.bytes_V.tolist() == [1, 1, 1]
-  assert from_json(tokenizer.to_json()) == tokenizer
+  assert tokenizer.vocab_size == 3 and tokenizer.bytes_V.tolist() == [1, 1, 1]
+  assert tokenizer.eod is None and tokenizer.stops == ()
   with pytest.raises(ValueError, match="b'c'"): tokenizer.encode('abc')
   for bad in ('', 'a', 'aa', 'aé'): assert list(SymbolTokenizer(bad).check())
 
@@ -82,13 +143,100 @@ def test_merges_shorten_what_was_learned(bpe):
   assert all(index < bpe.eod for index in bpe.encode(CORPUS[0]))
 
 
+def pieces(tokenizer, text):
+  """What is encoded on its own."""
+  return [piece for piece, _ in tokenizer._encoder.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize('unit', ['ab1-', 'x', '漢', ' ', '\n', '-', '7', "'s", '\U0001f600'])
+def test_the_work_is_linear_in_the_length_of_a_line(unit):
+  """Learning from a piece, and merging in it, takes at most the square of its length: pieces do not grow with the line."""
+  tokenizers = pytest.importorskip('tokenizers')
+  line = unit * (200_000 // len(unit))
+  tokenizer = BPE(300).fit([line.encode()[:20_000]], f'a line of {unit}')
+  lengths = {}
+  for size in (len(line) // 2, len(line)):
+    cut = pieces(tokenizer, line[:size])
+    joined = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(line[:size])
+    assert ''.join(cut) == joined[0][0]  # nothing is lost
+    lengths[size] = len(cut)
+    assert max(map(len, cut)) <= 65 * 4  # 64 characters and the space before a word, four bytes each at most
+  assert lengths[len(line)] <= 2 * lengths[len(line) // 2] + 2
+  assert max(tokenizer.bytes_V) <= 65 * 4
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(text=st.text(max_size=64) | st.lists(st.sampled_from(
+  ["it's", " don't", ' the', '  two', '\n\n', ' 123', '4', '!?', ' —', 'é', '漢字', '\t'])).map(''.join))
+def test_short_words_are_those_of_gpt_2(bpe, stored, text):
+  hypothesis.assume(all(len(piece) <= 64 for piece in pieces(stored, text)))
+  assert pieces(bpe, text) == pieces(stored, text)
+
+
+def test_a_stored_tokenizer_encodes_as_it_did(stored):
+  """By the package alone, from the stored model."""
+  encoder = pytest.importorskip('tokenizers').Tokenizer.from_str(json.dumps(json.loads(STORED.read_text())['model']))
+  for text in ('def the_function(x):\n    return   the_argument\n', 'a' * 1000, ' ' * 1000 + 'x', 'déjà 漢字'):
+    assert stored.encode(text).tolist() == encoder.encode(text).ids
+  # Ids and stream of the code that stored it.
+  assert stored.encode(b'the_argument tion').tolist() == [265, 62, 267, 270, 220, 83, 269]
+  stream = packing.pack(stored, [b'the', b'tion'])
+  assert stream.tokens.tolist() == [265, 271, 83, 269, 271] and stream.starts.tolist() == [0, 2]
+  assert not stream.shared_mark
+
+
+def changed(bpe, **parts):
+  return json.dumps(json.loads(bpe.model) | parts)
+
+
+def test_what_would_change_text_is_refused(bpe):
+  model = json.loads(bpe.model)
+  nfc, lower = {'type': 'NFC'}, {'type': 'Lowercase'}
+  spaced = {'type': 'ByteLevel', 'add_prefix_space': True, 'trim_offsets': True, 'use_regex': True}
+  without_a = {piece: index for piece, index in model['model']['vocab'].items() if piece != 'X'}
+  for bad in ({'normalizer': nfc}, {'normalizer': lower}, {'pre_tokenizer': spaced}, {'pre_tokenizer': None},
+              {'pre_tokenizer': {'type': 'Whitespace'}}, {'model': model['model'] | {'dropout': 0.5}},
+              {'model': model['model'] | {'vocab': without_a}}):
+    with pytest.raises(ValueError): BytePairs(changed(bpe, **bad), 320, bos=319, eod=319)
+    saved = json.loads(bpe.to_json())
+    with pytest.raises(ConfigError): from_json(json.dumps(saved | {'model': saved['model'] | bad}))
+  for marks in ({'bos': 97, 'eod': 319}, {'bos': 319, 'eod': 320}, {'bos': -1, 'eod': 319}):
+    with pytest.raises(ValueError): BytePairs(bpe.model, 320, **marks)
+  with pytest.raises(ValueError): BytePairs(bpe.model, 256, bos=None, eod=None)
+
+
+def test_no_text_encodes_to_a_mark(bpe):
+  """Even where a document spells one, and where the model would cut, pad or add marks by itself."""
+  added = [{'id': 318, 'content': '<|begin|>', 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
+            'special': True}]
+  template = {'type': 'TemplateProcessing', 'pair': [{'Sequence': {'id': 'A', 'type_id': 0}}],
+              'single': [{'SpecialToken': {'id': '<|begin|>', 'type_id': 0}}, {'Sequence': {'id': 'A', 'type_id': 0}}],
+              'special_tokens': {'<|begin|>': {'id': '<|begin|>', 'ids': [318], 'tokens': ['<|begin|>']}}}
+  truncation = {'direction': 'Right', 'max_length': 3, 'strategy': 'LongestFirst', 'stride': 0}
+  padding = {'strategy': {'Fixed': 99}, 'direction': 'Right', 'pad_to_multiple_of': None, 'pad_id': 0, 'pad_type_id': 0,
+             'pad_token': 'a'}
+  smaller = BPE(318).fit(CORPUS, 'some corpus')
+  model = changed(smaller, added_tokens=added, post_processor=template, truncation=truncation, padding=padding)
+  tokenizer = BytePairs(model, 320, bos=318, eod=319, stops=(318, 319))
+  for text in ('<|begin|>', 'some text <|begin|> and more', ''):
+    ids = tokenizer.encode(text)
+    assert not {318, 319} & set(ids.tolist()) and tokenizer.decode(ids) == text
+    assert ids.tolist() == smaller.encode(text).tolist()
+  assert tokenizer.bytes_V[[318, 319]].tolist() == [0, 0]
+  again = from_json(tokenizer.to_json())
+  assert (again.bos, again.eod, again.stops, again.key) == (318, 319, (318, 319), tokenizer.key)
+  a, b = again.encode('ab')
+  assert packing.pack(again, [b'a', b'b']).tokens.tolist() == [318, a, 319, 318, b, 319]
+
+
 def test_learning_is_deterministic_across_processes(bpe, tmp_path):
+  """Whatever the seed of hashes, the number of threads and the order of what counts alike."""
   code = ('from efficient_lm.data import BPE; from tests_corpus import CORPUS; import sys;'
           'sys.stdout.write(BPE(320).fit(CORPUS, "x").to_json())')
   (tmp_path / 'tests_corpus.py').write_text(f'CORPUS = {CORPUS!r}')
-  for home in 'ab':
+  for home, threads in (('a', '1'), ('b', '4')):
     environment = {'EFFICIENT_LM_CACHE': str(tmp_path / home), 'PYTHONHASHSEED': str(ord(home)),
-                   'PYTHONPATH': ':'.join([str(tmp_path), *sys.path])}
+                   'RAYON_NUM_THREADS': threads, 'PYTHONPATH': ':'.join([str(tmp_path), *sys.path])}
     learned = subprocess.check_output([sys.executable, '-c', code], env=environment, text=True)
     assert learned == bpe.to_json()
 
@@ -110,3 +258,8 @@ def test_a_small_vocabulary_is_refused_and_a_small_corpus_is_not():
     tokenizer = BPE(size).fit([b'ab'], f'tiny {size}')
     assert tokenizer.vocab_size == size and tokenizer.decode_bytes(tokenizer.encode(b'\x00ab')) == b'\x00ab'
     assert json.loads(tokenizer.to_json())['vocab_size'] == size
+
+
+def test_what_a_config_names_is_compared_by_value():
+  assert ByteTokenizer() == ByteTokenizer(256) != ByteTokenizer(None)
+  assert dataclasses.replace(BPE(300), train_bytes=9) != BPE(300)
