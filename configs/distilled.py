@@ -10,15 +10,14 @@ gpt2_124m: for one H100 or a v5e-8, not run yet; its teacher is runs/baseline-gp
 """
 import dataclasses
 
-from configs import baseline
-from efficient_lm.config.experiment import Experiment
+from efficient_lm.config import Experiment, presets
 from efficient_lm.models.spec import SwiGLU
-from efficient_lm.techniques.distillation.distill import Distill
+from efficient_lm.runs import trained
+from efficient_lm.techniques import Distill
 
 
 def get_config(variant: str = 'tiny') -> Experiment:
-  teacher = baseline.trained(variant)
-  dense = baseline.get_config(variant)
+  teacher, dense = trained(variant), presets.dense(variant)
   layers = dense.model.stacks[0]
   half = dataclasses.replace(layers, num_layers=layers.num_layers // 2, mlp=SwiGLU(hidden=layers.mlp.hidden // 2))
   return dataclasses.replace(dense, techniques=(Distill(teacher=teacher, weight=0.5),),

@@ -11,10 +11,9 @@ gpt2_124m: for one H100 or a v5e-8, not run yet.
 """
 import dataclasses
 
-from configs import baseline
-from efficient_lm.config.experiment import Experiment
-from efficient_lm.techniques.quantization.low_precision_training import LowPrecisionTraining
+from efficient_lm.config import Experiment, presets
+from efficient_lm.techniques import LowPrecisionTraining
 
 
 def get_config(variant: str = 'tiny') -> Experiment:
-  return dataclasses.replace(baseline.get_config(variant), techniques=(LowPrecisionTraining(),))
+  return dataclasses.replace(presets.dense(variant), techniques=(LowPrecisionTraining(),))

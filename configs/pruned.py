@@ -10,12 +10,9 @@ gpt2_124m: for one H100 or a v5e-8, not run yet.
 """
 import dataclasses
 
-from configs import baseline
-from efficient_lm.config.experiment import Experiment
-from efficient_lm.techniques.pruning.prune import Prune
+from efficient_lm.config import Experiment, presets
+from efficient_lm.techniques import Prune
 
 
 def get_config(variant: str = 'tiny') -> Experiment:
-  dense = baseline.get_config(variant)
-  steps = dense.train.steps
-  return dataclasses.replace(dense, techniques=(Prune(sparsity=0.5, start=steps // 10, end=steps * 2 // 3),))
+  return dataclasses.replace(presets.dense(variant), techniques=(Prune(sparsity=0.5),))

@@ -9,21 +9,16 @@ is saved yet. gpt2_124m: for one H100 or a v5e-8, not run yet.
 """
 import dataclasses
 
-from configs import baseline, moe
-from efficient_lm.compression.rules import Rule
-from efficient_lm.config.experiment import Experiment
+from efficient_lm.config import Experiment, presets
 from efficient_lm.formats import Int
-from efficient_lm.techniques.distillation.distill import Distill
-from efficient_lm.techniques.pruning.prune import Prune
-from efficient_lm.techniques.quantization.qat import QuantAware
+from efficient_lm.runs import trained
+from efficient_lm.techniques import Convert, Distill, Prune, QuantAware, Rule
 
 
 def get_config(variant: str = 'tiny') -> Experiment:
-  teacher = baseline.trained(variant)
-  mixture = moe.get_config(variant)
-  steps = mixture.train.steps
-  return dataclasses.replace(mixture, techniques=(
+  teacher = trained(variant)
+  return dataclasses.replace(presets.mixture(variant), stages=(Convert(),), techniques=(
     Distill(teacher=teacher, weight=0.5),
-    Prune(sparsity=0.5, start=steps // 10, end=steps * 2 // 3),
+    Prune(sparsity=0.5),
     QuantAware(rules=(Rule(weights=Int(), activations=Int()),)),
   ))

@@ -9,13 +9,12 @@ gpt2_124m: for one H100 or a v5e-8, not run yet; it starts from runs/baseline-gp
 """
 import dataclasses
 
-from configs import baseline
-from efficient_lm.config.experiment import Experiment
-from efficient_lm.techniques.moe.upcycle import Upcycle
+from efficient_lm.config import Experiment, presets
+from efficient_lm.runs import trained
+from efficient_lm.techniques import Upcycle
 
 
 def get_config(variant: str = 'tiny') -> Experiment:
-  start = baseline.trained(variant)
-  dense = baseline.get_config(variant)
+  start, dense = trained(variant), presets.dense(variant)
   train = dataclasses.replace(dense.train, steps=dense.train.steps // 2)
   return dataclasses.replace(dense, model=None, start=start, train=train, techniques=(Upcycle(num_experts=8),))

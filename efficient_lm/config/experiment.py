@@ -11,71 +11,29 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from efficient_lm.config import fields
+from efficient_lm.config import fields, names
 from efficient_lm.config.fields import difference, from_json, to_json
 from efficient_lm.config.mesh import Mesh
-from efficient_lm.errors import ConfigError, too_small
-from efficient_lm.lazy import lazy
-from efficient_lm.training.optimizers import AdamW
+from efficient_lm.config.sources import is_source
+from efficient_lm.errors import CheckpointError, ConfigError, Problem, at_least
+from efficient_lm.training.train import Train, Training
 
-__all__ = ['Experiment', 'FromRun', 'Mesh', 'Training', 'choose', 'difference', 'from_json', 'load', 'model_of', 'read',
-           'refuse_other', 'to_json', 'validate']
-
-overrides = lazy('efficient_lm.config.overrides')
-run = lazy('efficient_lm.runs.run')
-
-CONFIG_JSON = 'config.json'
-# A run may be taken up again with these changed; the mesh too: checkpoints are resharded when read.
-RESUMABLE = ('config.mesh', 'config.train.log_every', 'config.train.eval_every', 'config.train.checkpoint_every')
-
-
-@dataclasses.dataclass(kw_only=True)
-class Training:
-  """How long, on how much at once, and how. `batch_size` counts sequences of a step over all devices, in `accumulate`
-  equal parts one after the other; the `every`s count steps."""
-  steps: int
-  batch_size: int
-  sequence_length: int
-  optimizer: Any = dataclasses.field(default_factory=AdamW)
-  accumulate: int = 1
-  log_every: int = 10
-  eval_every: int = 100
-  checkpoint_every: int = 100
-
-  def check(self):
-    yield from too_small(self, steps=0, batch_size=1, sequence_length=2, accumulate=1, log_every=1, eval_every=1,
-                         checkpoint_every=1)
-    if self.accumulate > 0 and self.batch_size % self.accumulate:
-      yield 'batch_size', self.batch_size, f'must be divisible by config.train.accumulate = {self.accumulate}'
-
-
-@dataclasses.dataclass(kw_only=True)
-class FromRun:
-  """The model that an earlier run left in its workdir `path`: to start from, or to learn from as a teacher."""
-  path: str
-
-  def check(self):
-    if not os.path.isfile(os.path.join(self.path, CONFIG_JSON)):
-      yield 'path', self.path, f'holds no {CONFIG_JSON}: name the workdir of a run, or make that run first'
-
-  def read(self) -> 'Experiment':
-    """What that run was. Raises ConfigError."""
-    return read(self.path)
-
-  def load(self, mesh=None):
-    """Its model, from the newest checkpoint, on `mesh` (default: on one device). Raises CheckpointError."""
-    return run.load_model(self.path, mesh)
+CONFIG_JSON, RUN_JSON = 'config.json', 'run.json'
+# A run may be taken up again with these changed. The mesh: checkpoints are resharded when read. Stages: each is known by its
+# settings and what it was given, and is made again when either is another.
+RESUMABLE = ('config.mesh', 'config.stages', *(f'config.train.{name}' for name in Train.cosmetic))
 
 
 @dataclasses.dataclass(kw_only=True)
 class Experiment:
-  """A run: `model` trained on `data` as `train` says, then taken through `stages` in their order.
+  """A run: a loop over stages, of which training is one. `train`, with `techniques`, is the short form of the first
+  training; `stages` follow it in their order, further trainings among them (`Train(…)`).
 
-  Training starts either from `model`, freshly drawn, or from `start`, the model of an earlier run. `techniques` change
-  the learner before it trains, in their order.
+  The run starts either from `model`, freshly drawn, or from `start`, a source such as an earlier run. With a start and no
+  steps to train, `stages` are all there is.
   """
   seed: int = 0
   model: Any = None
@@ -87,48 +45,118 @@ class Experiment:
   stages: tuple[Any, ...] = ()
 
   def check(self):
-    yield from too_small(self, seed=0)
+    yield from at_least(self, seed=0)
     if self.seed >= 2 ** 31: yield 'seed', self.seed, 'must be below 2**31'
     if self.model is None and self.start is None:
       yield 'model', None, 'must be a Transformer(…), unless config.start = FromRun(path=…) brings one'
     if self.model is not None and self.start is not None:
       yield 'model', self.model, 'must be None: config.start brings the model'
+    if self.start is not None and not is_source(self.start):
+      yield 'start', self.start, 'must be a source: FromRun(path=…), say'
+    for technique in self.techniques:
+      if not hasattr(technique, 'touches'): yield 'techniques', technique, 'must hold techniques: this one touches nothing'
+    for stage in self.stages:
+      if not (callable(stage) and hasattr(stage, 'abstract')):
+        yield 'stages', stage, 'must hold stages, with abstract(model)'
+    if self.trains:
+      yield from Train(training=self.train, techniques=self.techniques).check()
+
+  @property
+  def trains(self) -> bool:
+    """Whether `train` is a stage of the run."""
+    return self.start is None or self.train.steps > 0 or bool(self.techniques)
+
+  @property
+  def sequence(self) -> list[tuple[str, Any]]:
+    """The stages in their order, each with its place in the config, which error messages begin with."""
+    first = [('config', Train(training=self.train, techniques=self.techniques))] if self.trains else []
+    return first + [(f'config.stages[{i}]', stage) for i, stage in enumerate(self.stages)]
 
 
-def validate(experiment) -> None:
-  """Raises ConfigError for the first thing that is wrong: a type, a value that its class refuses, a combination."""
+def sources(experiment: Experiment) -> Iterator[tuple[str, Any]]:
+  """Every source in an experiment, with its path."""
+  return ((path, node) for path, node in fields.walk(experiment, 'config') if is_source(node))
+
+
+def caveats(experiment: Experiment) -> list[str]:
+  """What its parts want a user to know, each once."""
+  return list(dict.fromkeys(line for _, node in fields.walk(experiment) if fields.is_config(node)
+                            for line in getattr(node, 'caveats', tuple)()))
+
+
+def validate(experiment, workdir: str | None = None) -> None:
+  """Raises ConfigError for the first thing that is wrong: a type, a value that its class refuses, a combination. `workdir`:
+  of a run that may have been started before; what it recorded of its sources stands in for those that are gone."""
   if not isinstance(experiment, Experiment):
-    raise ConfigError('config', experiment, 'get_config() must return an efficient_lm.config.experiment.Experiment')
+    raise ConfigError('config', experiment, 'get_config() must return an efficient_lm.config.Experiment')
   fields.check(experiment, 'config')
-  for path, value, fix in _check_together(experiment): raise ConfigError(path, value, fix)
+  recorded = _recorded(workdir).get('sources', {})
+  for path, source in sources(experiment):
+    if source is experiment.start or (not source.here and source.label in recorded): continue
+    _check_here(path, source)
+    _check_vocabulary(path, source, experiment)
+  for path, value, fix in _check_together(experiment, model_of(experiment, workdir)): raise ConfigError(path, value, fix)
 
 
-def _check_together(experiment: Experiment):
+def _check_here(path: str, source):
+  """Raises ConfigError for a source that is not there."""
+  if not source.here:
+    fix = f'holds no {CONFIG_JSON}: name the workdir of a run, or make that run first'
+    raise ConfigError(f'{path}.path', source.label, fix)
+
+
+def _check_vocabulary(path: str, source, experiment: Experiment):
+  """Raises ConfigError for a source whose tokenizer has another number of ids than that of the run: so much is known before
+  any text is read. (That both are equal is checked when they are.)"""
+  try: theirs = source.tokenizer().vocab_size
+  except CheckpointError: return   # it has not begun
+  own = experiment.data if experiment.start is None or not experiment.start.here else experiment.start.tokenizer()
+  if theirs != own.vocab_size:
+    raise ConfigError(f'{path}.path', source.label, f'was trained with another tokenizer, of {theirs} ids: name a run with '
+                      f'that of this run, of {own.vocab_size}')
+
+
+def _check_together(experiment: Experiment, model) -> Iterator[Problem]:
   """What batch, model, data and mesh ask of each other."""
-  mesh, train, model = experiment.mesh, experiment.train, model_of(experiment)
-  parts = max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.expert, 1) * train.accumulate
-  if train.batch_size % parts:
-    yield 'config.train.batch_size', train.batch_size, (
-      f'must be a multiple of {parts} = config.mesh data * fsdp * expert * config.train.accumulate')
-  needed = getattr(experiment.data, 'vocab_size', 0)
+  mesh = experiment.mesh
+  for place, stage in experiment.sequence:
+    if not isinstance(stage, Train): continue
+    training, name = stage.training, 'train' if place == 'config' else 'training'
+    parts = max(mesh.data, 1) * max(mesh.fsdp, 1) * max(mesh.expert, 1) * training.accumulate
+    if training.batch_size % parts:
+      yield f'{place}.{name}.batch_size', training.batch_size, (
+        f'must be a multiple of {parts} = config.mesh data * fsdp * expert * accumulate')
+  tokenizer = getattr(experiment.data, 'tokenizer', None)
+  needed = 0 if is_source(tokenizer) and not tokenizer.here else getattr(experiment.data, 'vocab_size', 0)
   if needed > model.vocab_size:
     yield 'config.model.vocab_size', model.vocab_size, f'must be at least {needed}, the number of the tokenizer\'s ids'
-  for path, node in fields.walk(experiment, 'config'):
-    if isinstance(node, FromRun) and node.read().data.unfitted != experiment.data.unfitted:
-      yield f'{path}.path', node.path, 'was trained with another tokenizer: name a run with that of config.data'
   parts_of_model = (*fields.walk(model, 'config.model'), *fields.walk(experiment.techniques, 'config.techniques'))
-  for axis, names in (('expert', ('num_experts',)), ('tensor', ('num_heads', 'hidden'))):
+  for axis, sizes in (('expert', ('num_experts',)), ('tensor', ('num_heads', 'hidden'))):
     shards = getattr(mesh, axis)
     for path, node in parts_of_model:
-      for name in names:
-        size = getattr(node, name, None)
+      for name in sizes:
+        size = getattr(node, name, None) if fields.is_config(node) else None
         if isinstance(size, int) and shards > 1 and size % shards:
           yield f'{path}.{name}', size, f'must be divisible by config.mesh.{axis} = {shards}'
 
 
-def model_of(experiment: Experiment):
-  """The description of the model before any technique: the experiment's own, or that of the run it starts from."""
-  return experiment.model if experiment.model is not None else model_of(experiment.start.read())
+def model_of(experiment: Experiment, workdir: str | None = None):
+  """The description of the model before any technique: the experiment's own, or that of what it starts from, which a run in
+  `workdir` has recorded. Raises ConfigError where neither is there."""
+  if experiment.model is not None: return experiment.model
+  start = _recorded(workdir).get('start')
+  if not experiment.start.here and start: return from_json(start['spec'])
+  _check_here('config.start', experiment.start)
+  return experiment.start.spec()
+
+
+def _recorded(workdir: str | None) -> dict:
+  """What a run in `workdir` has recorded of what it began with, if one has begun. Raises CheckpointError."""
+  path = os.path.join(workdir or '', RUN_JSON)
+  if not workdir or not os.path.isfile(path): return {}
+  try:
+    with open(path, encoding='utf-8') as file: return dict(json.load(file))
+  except ValueError as error: raise CheckpointError(f'{path} is damaged: {error}') from error
 
 
 def choose(variant: str, choices: dict[str, Any]):
@@ -139,18 +167,24 @@ def choose(variant: str, choices: dict[str, Any]):
   raise ConfigError('--config variant', variant, f'{hint}there are {", ".join(choices)}')
 
 
-def load(path: str, words: Sequence[str] = ()) -> tuple[Experiment, Experiment]:
+def load(path: str, words: Sequence[str] = (), workdir: str | None = None) -> tuple[Experiment, Experiment]:
   """Reads 'FILE.py' or 'FILE.py:variant' and applies overrides such as '--config.train.steps=5'.
 
-  Returns the experiment, validated, and the file's own, for `difference`. The file is Python and is executed. Raises
-  ConfigError, for any mistake in the file, too.
+  Returns the experiment, validated (see `validate` for `workdir`), and the file's own, for `difference`. The file is Python
+  and is executed. Raises ConfigError, for any mistake in the file, too.
   """
+  from efficient_lm.config import overrides
   default = _read_config_file(path)
   if not isinstance(default, Experiment): validate(default)
   # Configs share the instances that are defaults of their classes: what is overridden must not be one of those.
   experiment = overrides.apply(copy.deepcopy(default), words) if words else copy.deepcopy(default)
-  validate(experiment)
+  validate(experiment, workdir)
   return experiment, default
+
+
+def execute(path: str) -> None:
+  """Executes a config file for the classes that it has, so that a run made with them can be read. Raises ConfigError."""
+  _read_config_file(path)
 
 
 def _read_config_file(path: str):
@@ -158,7 +192,10 @@ def _read_config_file(path: str):
   if not os.path.isfile(file):
     raise ConfigError('--config', file, 'is a folder, not a file' if os.path.isdir(file) else 'there is no such file')
   try:
-    return _module(file).get_config(*([variant] if variant else []))
+    module = _module(file)
+    found = module.get_config(*([variant] if variant else []))
+    names.remember([*vars(module).values(), *(type(node) for _, node in fields.walk(found))])
+    return found
   except ConfigError:
     raise
   except (Exception, SystemExit) as error:   # the file is the user's program: whatever it raises is a wrong config
@@ -196,14 +233,24 @@ def read(workdir: str) -> Experiment:
     with open(path, encoding='utf-8') as file: data = json.load(file)
   except (OSError, ValueError) as error:
     raise ConfigError('run', workdir, f'has no readable {CONFIG_JSON}: name the workdir of a run') from error
-  experiment = from_json(data)
+  experiment = from_json(_updated(data))
   if not isinstance(experiment, Experiment): raise ConfigError('run', path, 'does not describe an experiment')
   return experiment
 
 
+def _updated(data):
+  """JSON of an experiment as today's classes have it: an evaluation used to be counted in batches of the training's size."""
+  try:
+    corpus, train = data['data'], data['train']
+    if 'eval_batches' in corpus:
+      corpus['eval_tokens'] = corpus.pop('eval_batches') * train['batch_size'] * train['sequence_length']
+  except (TypeError, KeyError, AttributeError): pass   # whatever it is, from_json will say so
+  return data
+
+
 def refuse_other(workdir: str, experiment: Experiment) -> None:
-  """Raises ConfigError if `workdir` cannot be written, or holds a run that `experiment` would not resume: one that
-  differs in more than a larger train.steps, how often it reports and saves, and its mesh."""
+  """Raises ConfigError if `workdir` cannot be written, or holds a run that `experiment` would not resume: one that differs
+  in more than a larger train.steps, its stages, how often it reports and saves, and its mesh."""
   if '://' not in workdir: _check_writable(workdir)
   if not os.path.exists(os.path.join(workdir, CONFIG_JSON)): return
   old = read(workdir)

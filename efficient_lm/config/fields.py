@@ -5,20 +5,18 @@ here is heavy, so that a wrong config is refused before JAX is loaded.
 """
 import dataclasses
 import difflib
-import importlib
 import math
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterator
 from typing import Any
 
+from efficient_lm.config.names import Unread, class_named, name_of
 from efficient_lm.errors import ConfigError
 
-PACKAGE = 'efficient_lm'
 PLAIN = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text', types.NoneType: 'None'}
-Complaint = tuple[str, Any, str]   # path, value, what would be right
+Problem = tuple[str, Any, str]   # path, value, what would be right
 
 
 def is_config(value) -> bool:
@@ -49,43 +47,42 @@ def walk(value, path: str = '') -> Iterator[tuple[str, Any]]:
 
 def check(config, path: str = 'config') -> None:
   """Raises ConfigError for the first value that is not of its field's type, else for the first of all `check()`s."""
-  complaints = misfits(config, type(config), path)
-  for where, value, fix in complaints: raise ConfigError(where, value, fix)
+  for where, value, fix in type_problems(config, type(config), path): raise ConfigError(where, value, fix)
   for where, node in walk(config, path):
     for field, value, fix in getattr(node, 'check', tuple)(): raise ConfigError(join(where, field), value, fix)
 
 
-def misfits(value, annotation, path: str) -> Iterator[Complaint]:
-  """Complaints about the parts of `value` whose type is not what `annotation` says."""
+def type_problems(value, annotation, path: str) -> Iterator[Problem]:
+  """Problems of the parts of `value` whose type is not what `annotation` says."""
   origin, args = typing.get_origin(annotation), typing.get_args(annotation)
   if isinstance(value, type): yield path, value.__name__, f'is a class: write {value.__name__}(…)'
-  elif origin in (typing.Union, types.UnionType): yield from _misfits_of_union(value, args, path)
+  elif origin in (typing.Union, types.UnionType): yield from _type_problems_of_union(value, args, path)
   elif origin is tuple and not isinstance(value, tuple): yield path, value, 'must be a tuple, such as (a, b) or (a,)'
   elif origin is tuple:
     kinds = args[:1] * len(value) if args[1:] == (...,) else args
     if len(kinds) != len(value): yield path, value, f'must be a tuple of {len(kinds)}'
-    for i, kind in enumerate(kinds[:len(value)]): yield from misfits(value[i], kind, join(path, i))
+    for i, kind in enumerate(kinds[:len(value)]): yield from type_problems(value[i], kind, join(path, i))
   elif annotation in PLAIN:
     if not _is_plain(value, annotation): yield path, value, f'must be {PLAIN[annotation]}'
   elif not is_config(value) or not (annotation is Any or isinstance(value, annotation)):
     # Any stands for a part that has no base class on purpose: whatever dataclass can build it.
     kind = 'dataclass of efficient_lm, or one of yours' if annotation is Any else f'{annotation.__name__}(…)'
     yield path, value, f'must be a {kind}'
-  else: yield from _misfits_of_fields(value, path)
+  else: yield from _type_problems_of_fields(value, path)
 
 
-def _misfits_of_fields(config, path: str) -> Iterator[Complaint]:
+def _type_problems_of_fields(config, path: str) -> Iterator[Problem]:
   hints = typing.get_type_hints(type(config))
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if value is None and field.default is None and hints[field.name] is Any: continue
-    yield from misfits(value, hints[field.name], join(path, field.name))
+    yield from type_problems(value, hints[field.name], join(path, field.name))
 
 
-def _misfits_of_union(value, kinds, path: str) -> Iterator[Complaint]:
-  found = [list(misfits(value, kind, path)) for kind in kinds]
+def _type_problems_of_union(value, kinds, path: str) -> Iterator[Problem]:
+  found = [list(type_problems(value, kind, path)) for kind in kinds]
   if not all(found): return
-  inner = [complaints for complaints in found if complaints[0][0] != path]
+  inner = [problems for problems in found if problems[0][0] != path]
   if inner: yield from inner[0]   # the right class, wrong inside
   else: yield path, value, ' or '.join([found[0][0][2], *(c[0][2].removeprefix('must be ') for c in found[1:])])
 
@@ -137,38 +134,29 @@ def difference(old, new, path: str = 'config') -> list[tuple[str, Any, Any]]:
 
 
 def to_json(value):
-  """`value` as json.dumps takes it: a dataclass becomes {'class': its full name, field: value …}, a tuple a list."""
+  """`value` as json.dumps takes it: a dataclass becomes {'class': its short name, field: value …}, a tuple a list."""
   if isinstance(value, tuple): return [to_json(element) for element in value]
   if isinstance(value, float) and not math.isfinite(value): return {'float': str(value)}   # JSON has no infinity
+  if isinstance(value, Unread): return {'class': value.name, **value.fields}
   if not is_config(value): return value
   fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-  return {'class': f'{type(value).__module__}.{type(value).__qualname__}', **fields}
+  return {'class': name_of(type(value)), **fields}
 
 
 def from_json(data, path: str = 'config'):
-  """The inverse of `to_json`. Only dataclasses of this package are looked up by import; one from elsewhere must have
-  been imported already, by the user's own --config file: a config.json makes no module run. Raises ConfigError."""
+  """The inverse of `to_json`. A dataclass of a user's own file that is not at hand becomes an `Unread`. Raises
+  ConfigError."""
   if isinstance(data, list): return tuple(from_json(element, join(path, i)) for i, element in enumerate(data))
   if not isinstance(data, dict): return data
   if set(data) == {'float'} and data['float'] in ('inf', '-inf'): return float(data['float'])
-  cls = _dataclass_named(data.get('class'), path)
-  fields = {name: from_json(value, join(path, name)) for name, value in data.items() if name != 'class'}
+  try: cls = class_named(data.get('class'))
+  except ValueError as error: raise ConfigError(path, data.get('class'), str(error)) from error
+  given = {name: value for name, value in data.items() if name != 'class'}
+  if cls is None: return Unread(path, data['class'], given)
+  fields = {name: from_json(value, join(path, name)) for name, value in given.items()}
   unknown = set(fields) - {field.name for field in dataclasses.fields(cls)}
   for name in sorted(unknown): raise ConfigError(join(path, name), fields[name], f'{cls.__name__} has no such field')
   try:
     return cls(**fields)
   except TypeError as error:
     raise ConfigError(path, data['class'], f'cannot be read: {error}') from error
-
-
-def _dataclass_named(name, path: str) -> type:
-  module, _, cls = name.rpartition('.') if isinstance(name, str) else ('', '', '')
-  if module.split('.')[0] != PACKAGE and module not in sys.modules:
-    raise ConfigError(path, name, f'is not a class of {PACKAGE}: give the --config file that imports it')
-  try:
-    found = getattr(importlib.import_module(module), cls, None)
-  except ImportError:
-    found = None
-  if not (isinstance(found, type) and dataclasses.is_dataclass(found) and found.__module__ == module):
-    raise ConfigError(path, name, 'is not a dataclass that a config can hold')
-  return found

@@ -4,11 +4,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from efficient_lm import axes
 from efficient_lm.errors import ConfigError
-from efficient_lm.lazy import lazy
-
-alphabet = lazy('efficient_lm.axes')
-jax = lazy('jax')
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -36,10 +33,11 @@ class Mesh:
     free = -1 in sizes.values()
     if num_devices % fixed or (fixed != num_devices and not free):
       raise ConfigError('mesh', self, f'needs {"a multiple of " * free}{fixed} devices, but there are {num_devices}')
-    return tuple(num_devices // fixed if sizes[name] == -1 else sizes[name] for name in alphabet.MESH)
+    return tuple(num_devices // fixed if sizes[name] == -1 else sizes[name] for name in axes.MESH)
 
   def build(self, devices=None):
     """The `jax.sharding.Mesh` over `devices` (default: all of them), all axes automatic."""
+    import jax
     devices = jax.devices() if devices is None else devices
-    types = (jax.sharding.AxisType.Auto,) * len(alphabet.MESH)
-    return jax.make_mesh(self.sizes(len(devices)), alphabet.MESH, axis_types=types, devices=devices)
+    types = (jax.sharding.AxisType.Auto,) * len(axes.MESH)
+    return jax.make_mesh(self.sizes(len(devices)), axes.MESH, axis_types=types, devices=devices)

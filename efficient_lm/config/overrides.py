@@ -1,7 +1,7 @@
 """Overrides of a config's fields from the command line: '--config.model.stacks[0].mlp.hidden=64'.
 
 `ml_collections.config_flags` takes the dataclasses, reads the values by their fields' types and sets them. What it says
-to a user who errs is a traceback, so the path is looked up here first and its complaints are turned into ConfigError.
+to a user who errs is a traceback, so the path is looked up here first and its errors become ConfigErrors.
 Of its `DEFINE_config_file` this is the half without the file: a file that fails there fails late and says where not.
 """
 import dataclasses

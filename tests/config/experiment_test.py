@@ -7,16 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficient_lm.compression.rules import Rule
+from efficient_lm.config import Experiment, Mesh, Training, fields
 from efficient_lm.config import experiment as experiments
-from efficient_lm.config import fields
-from efficient_lm.config.experiment import Experiment, FromRun, Mesh, Training
-from efficient_lm.data import BPE, Corpus
+from efficient_lm.data import Corpus
 from efficient_lm.errors import ConfigError
 from efficient_lm.formats import Int
 from efficient_lm.models import zoo
-from efficient_lm.techniques.distillation.distill import Distill
-from efficient_lm.techniques.moe.upcycle import Upcycle
-from efficient_lm.techniques.quantization.qat import QuantAware
+from efficient_lm.runs import FromRun
+from efficient_lm.techniques import Distill, QuantAware, Upcycle
 
 
 def tiny(mlp=None, **more):
@@ -125,7 +123,7 @@ def test_a_teacher_must_share_the_tokenizer(tmp_path):
   teacher = FromRun(path=str(tmp_path))
   save(tmp_path, tiny())
   experiments.validate(tiny(techniques=(Distill(teacher=teacher),)))
-  save(tmp_path, tiny(data=Corpus(tokenizer=BPE(vocab_size=300))))
+  (tmp_path / 'tokenizer.json').write_text(json.dumps({'kind': 'symbols', 'symbols': 'ab'}))
   assert field_refused(tiny(techniques=(Distill(teacher=teacher),))) == 'config.techniques[0].teacher.path'
 
 
@@ -170,7 +168,7 @@ def test_a_workdir_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
 
 FILE = '''
 from efficient_lm.data import Corpus
-from efficient_lm.experiment import Experiment, Training, choose
+from efficient_lm.config import Experiment, Training, choose
 from efficient_lm.models import zoo
 
 def get_config(variant='tiny'):

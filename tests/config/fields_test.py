@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficient_lm.config import fields
+from efficient_lm.config import fields, names
 from efficient_lm.errors import ConfigError
 
 
@@ -34,6 +34,7 @@ class Nested:
   optional: Any = None
 
 
+names.remember([Leaves, Nested])   # as those of a config file are
 numbers = st.floats(allow_nan=False)
 leaves = st.builds(Leaves, whole=st.integers(min_value=0), real=numbers, text=st.text(max_size=5), flag=st.booleans(),
                    maybe=st.none() | st.integers(), names=st.lists(st.text(max_size=3), max_size=3).map(tuple))
@@ -111,13 +112,20 @@ def test_lookup_says_what_is_wrong_with_a_path(path, hint):
 
 
 @pytest.mark.parametrize('name', [
-  'os.system', 'subprocess.Popen', 'antigravity.Thing', 'efficient_lm.config.fields.check', 'efficient_lm.config.fields.dataclasses',
-  'efficient_lm.nowhere.Thing', 'efficient_lm_evil.Thing', 'Thing', '', None, 3, 'efficient_lm..errors.ConfigError',
+  'efficient_lm.config.fields.check', 'efficient_lm.config.fields.dataclasses', 'efficient_lm.nowhere.Thing', 'Thing', '', None,
+  3, 'efficient_lm..errors.ConfigError', 'system', 'Any', 'dataclass',
 ])
-def test_from_json_makes_nothing_but_dataclasses_of_this_package(name):
+def test_from_json_makes_nothing_but_dataclasses_that_a_config_can_hold(name):
+  with pytest.raises(ConfigError, match='class'): fields.from_json({'class': name})
+
+
+@pytest.mark.parametrize('name', ['os.system', 'subprocess.Popen', 'antigravity.Thing', 'efficient_lm_evil.Thing', 'gone.py:Mine'])
+def test_a_class_from_elsewhere_is_not_looked_for_and_what_needs_it_says_so(name):
   before = set(sys.modules)
-  with pytest.raises(ConfigError): fields.from_json({'class': name})
+  read = fields.from_json({'class': name, 'command': 'ls'}, 'config.model')
   assert not {module for module in set(sys.modules) - before if not module.startswith('efficient_lm')}
+  assert isinstance(read, names.Unread) and fields.to_json(read) == {'class': name, 'command': 'ls'}
+  with pytest.raises(ConfigError, match='give --config'): read.command
 
 
 def test_from_json_refuses_unknown_and_missing_fields():

@@ -1,0 +1,51 @@
+"""Short names: each class that a config can hold has one, and the names of earlier versions are understood."""
+import ast
+import pathlib
+
+import pytest
+
+from efficient_lm.config import names
+from efficient_lm.models import zoo
+from efficient_lm.techniques import Gptq
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+
+def test_a_name_is_the_classs_own_and_leads_back_to_it():
+  for name, cls in names.own_classes().items(): assert names.name_of(cls) == name and names.class_named(name) is cls
+
+
+def test_every_dataclass_that_a_config_of_this_tree_can_be_written_with_has_a_name():
+  """Those are the dataclasses with a check(), or a base that is one, of the rooms that configs import from."""
+  rooms = ('techniques', 'formats', 'data', 'models/spec.py', 'models/moe/routing.py', 'training/optimizers.py',
+           'training/train.py', 'config/experiment.py', 'config/mesh.py', 'config/sources.py')
+  files = [file for room in rooms for file in ([ROOT / 'efficient_lm' / room] if room.endswith('.py')
+                                               else (ROOT / 'efficient_lm' / room).rglob('*.py'))]
+  checked = {node.name for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ClassDef)
+             and node.decorator_list and any(getattr(one, 'name', '') == 'check' for one in node.body)}
+  assert len(checked) > 30 and checked <= set(names.own_classes())
+
+
+@pytest.mark.parametrize('old, cls', [
+  ('efficient_lm.models.spec.Transformer', type(zoo.tiny())), ('efficient_lm.techniques.gptq.Gptq', Gptq),
+  ('efficient_lm.experiment.Training', names.own_classes()['Training'])])
+def test_names_of_earlier_versions_which_were_those_of_modules_are_understood(old, cls):
+  assert names.class_named(old) is cls
+
+
+def test_a_class_of_a_config_file_is_found_by_its_file_once_that_has_been_read():
+  import dataclasses
+  import sys
+  import types
+  module = types.ModuleType('config_theirs')
+  module.__file__ = '/somewhere/theirs.py'
+  sys.modules['config_theirs'] = module
+  cls = dataclasses.make_dataclass('Own', ['size'], namespace={'__module__': 'config_theirs'})
+  assert names.name_of(cls) == 'theirs.py:Own' and names.class_named('theirs.py:Own') is None
+  names.remember([cls, int, 3])
+  assert names.class_named('theirs.py:Own') is cls is names.class_named('config_theirs.Own')
+
+
+@pytest.mark.parametrize('name', [None, 3, '', 'Any', 'efficient_lm.nowhere.Nothing', 'annotations'])
+def test_what_is_no_name_of_a_class_is_refused(name):
+  with pytest.raises(ValueError): names.class_named(name)
