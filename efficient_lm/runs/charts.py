@@ -79,7 +79,7 @@ def draw_loss(plot, curves: dict[str, tuple]):
   _legend(plot, len(curves) > 1)
 
 
-def draw_eval(plot, curves: dict[str, tuple], yardsticks: dict[str, float]):
+def draw_eval(plot, curves: dict[str, tuple], baselines: dict[str, float]):
   """Bits per byte on held-out text by run, beside those of compressors on the same text."""
   several = len(curves) > 1
   for color, (name, (steps, values)) in zip(_colors(), curves.items()):
@@ -87,11 +87,11 @@ def draw_eval(plot, curves: dict[str, tuple], yardsticks: dict[str, float]):
               label=f'{name}: {values[-1]:.3f}')
     if not several: plot.annotate(f'{values[-1]:.3f}', (steps[-1], values[-1]), (5, 0), textcoords='offset points',
                                   color=color, va='center', fontsize=9, annotation_clip=False)
-  lowest = min(yardsticks.values(), default=None)
-  for name, value in yardsticks.items():
+  lowest = min(baselines.values(), default=None)
+  for name, value in baselines.items():
     plot.axhline(value, color='#6B6B6B', linestyle='--', linewidth=1)
     # The lowest one's name below its line: two compressors are often close, and names above both would overlap.
-    offset, side = ((0, -2), 'top') if value == lowest and len(yardsticks) > 1 else ((0, 2), 'bottom')
+    offset, side = ((0, -2), 'top') if value == lowest and len(baselines) > 1 else ((0, 2), 'bottom')
     plot.annotate(f'{name} {value:.3f}', (1, value), offset, xycoords=plot.get_yaxis_transform(), ha='right', va=side,
                   textcoords='offset points', color='#4a4f57', fontsize=8)
   plot.set(title='held-out text', xlabel='step', ylabel='bits per byte')

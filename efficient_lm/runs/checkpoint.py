@@ -1,20 +1,18 @@
 """Checkpoints: Orbax writes and reshards the arrays; this file sees to it that only good ones are kept and loaded.
 
-Orbax commits a step atomically (a temporary folder, renamed) but has no checksums, casts dtypes without a word, and
-takes any folder with a number for a name as a checkpoint. So each step carries a manifest that is committed with it:
-path, dtype, shape and digest of every leaf. Digests are taken on device from the live state, and again from what was
-restored, on whatever mesh that is: a change anywhere in between is found.
+Orbax commits a step atomically (a temporary folder, renamed) but has no checksums, casts dtypes without a word, and takes
+any folder with a number for a name as a checkpoint. So each step carries a manifest that is committed with it: path, dtype,
+shape and digest of every leaf, and a record of whatever else belongs to it. Digests are taken on device from the live state,
+and again from what was restored, on whatever mesh that is: a change anywhere in between is found.
 """
 import concurrent.futures
 import contextlib
 import errno
 import fcntl
-import json
 import logging
 import os
 import shutil
 import socket
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +24,9 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from efficient_lm.axes import settle
 from efficient_lm.errors import CheckpointError, ConfigError, NonFinite
+from efficient_lm.parallel.sharding import wait_on_cpu
+from efficient_lm.runs.record import crc32
 from efficient_lm.tree import path_name
 
 log = logging.getLogger(__name__)
@@ -58,16 +57,18 @@ class Checkpoints:
     folders = [entry for entry in self.folder.iterdir() if entry.name.isdecimal() and entry.is_dir()]
     return sorted(int(entry.name) for entry in folders if entry.name == str(int(entry.name)) and any(entry.iterdir()))
 
-  def save(self, step: int, state, wait: bool = False):
-    """Copies the state to the host, then writes in the background; `wait` returns when the step is committed.
+  def save(self, step: int, state, wait: bool = False, record=None):
+    """Copies the state to the host, then writes in the background; `wait` returns when the step is committed. `record`: JSON
+    that is committed with it.
 
     Raises NonFinite, and writes nothing, when a leaf holds NaN or an infinity; CheckpointError when the disk is full
     (also for the save before this one, which may fail while training goes on).
     """
     self.wait()
-    step, leaves = int(step), _named(settle(state))
+    step, leaves = int(step), _named(wait_on_cpu(state))
     manifest = _manifest(leaves)
-    if self._holds(step, manifest): return
+    if record is not None: manifest |= {'record': record, 'record_crc32': crc32(record)}
+    if record is None and self._holds(step, manifest): return
     if jax.process_index() == 0: self._make_room(step, leaves)
     self._corrupt.clear()   # they have been set aside
     arguments = {item: ocp.args.StandardSave(part) for item, part in _items(leaves).items()}
@@ -141,13 +142,17 @@ class Checkpoints:
     saved = {name: entry for name, entry in self._entries(step).items() if name.startswith(prefix)}
     if wanted is None:
       wanted = {name: np.broadcast_to(np.zeros((), jnp.dtype(dtype)), shape) for name, (dtype, shape, _) in saved.items()}
-    _compare(saved, wanted, self.folder / str(step))
+    stored = {name: _stored_name(name, saved) for name in wanted}
+    _compare(saved, {stored[name]: leaf for name, leaf in wanted.items()}, self.folder / str(step))
+    arguments = {item: ocp.args.StandardRestore({stored[name]: leaf for name, leaf in part.items()})
+                 for item, part in _items(wanted).items()}
     with _corruption():
-      arguments = {item: ocp.args.StandardRestore(part) for item, part in _items(wanted).items()}
       restored = self._orbax.restore(self.folder / str(step), args=ocp.args.Composite(**arguments))
-      loaded = {name: leaf for item in arguments for name, leaf in restored[item].items()}
-      for name, (value, _) in _digests(loaded).items():
-        if value != saved[name][2]: raise Corrupt(f'{name} is not what was saved')
+    found = {name: leaf for item in arguments for name, leaf in restored[item].items()}
+    loaded = {name: found[stored[name]] for name in wanted}
+    digests = _digests(loaded)   # outside: what goes wrong in computing them is no fault of the files
+    bad = [name for name in wanted if digests[name][0] != saved[stored[name]][2]]
+    if bad: raise Corrupt(f'{bad[0]} is not what was saved')
     return loaded
 
   def _holds(self, step: int, manifest: dict) -> bool:
@@ -161,7 +166,7 @@ class Checkpoints:
     with _corruption():
       args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
       manifest = self._orbax.restore(self.folder / str(step), args=args)['manifest']
-      if manifest['crc32'] != _crc32(manifest['leaves']): raise Corrupt('its manifest is damaged')
+      if manifest['crc32'] != crc32(manifest['leaves']): raise Corrupt('its manifest is damaged')
       return manifest['leaves']
 
   def _make_room(self, step: int, leaves: dict):
@@ -234,13 +239,24 @@ def _items(leaves: dict) -> dict[str, dict]:
   return {item: part for item, part in parts.items() if part}
 
 
+# Names of attributes in earlier versions, by which leaves of their checkpoints are stored.
+RENAMED = {'counter': 'clock'}
+
+
+def _stored_name(name: str, saved: dict) -> str:
+  """The name that a leaf has in a checkpoint, which may be one of an earlier version's."""
+  if name in saved: return name
+  old = '/'.join(RENAMED.get(part, part) for part in name.split('/'))
+  return old if old in saved else name
+
+
 def _placed(leaf) -> jax.ShapeDtypeStruct:
   sharding = getattr(leaf, 'sharding', None) or SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _digests(leaves: dict) -> dict[str, list[int]]:
-  found = {name: settle(digest(leaf)) for name, leaf in leaves.items()}   # under way together, where that is safe
+  found = {name: wait_on_cpu(digest(leaf)) for name, leaf in leaves.items()}   # under way together, where that is safe
   return {name: np.asarray(value).tolist() for name, value in found.items()}
 
 
@@ -250,11 +266,7 @@ def _manifest(leaves: dict) -> dict:
   bad = [name for name, (_, finite) in digests.items() if not finite]
   if bad: raise NonFinite(f'state not saved: NaN or infinity in {", ".join(bad[:5])}{" …" if len(bad) > 5 else ""}')
   entries = {name: [str(leaf.dtype), list(leaf.shape), digests[name][0]] for name, leaf in leaves.items()}
-  return {'leaves': entries, 'crc32': _crc32(entries)}
-
-
-def _crc32(entries: dict) -> int:
-  return zlib.crc32(json.dumps(entries, sort_keys=True).encode())
+  return {'leaves': entries, 'crc32': crc32(entries)}
 
 
 def _compare(saved: dict, wanted: dict, folder: Path):
@@ -268,13 +280,22 @@ def _compare(saved: dict, wanted: dict, folder: Path):
   raise CheckpointError(f'{folder} holds another state: {"; ".join(said[:5] + more)}')
 
 
+# What Orbax and TensorStore raise over damaged files. Anything else is a fault of the program or of the machine, and is not
+# to be mistaken for it: a user who is told of corruption moves good files away.
+OF_READING = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, UnicodeError)
+NOT_OF_READING = ('incompatible devices', 'out of memory', 'sharding', 'RESOURCE_EXHAUSTED')
+
+
 @contextlib.contextmanager
 def _corruption() -> Iterator[None]:
-  """Turns whatever Orbax raises over damaged files into Corrupt, on all processes if it happens on one."""
+  """Turns what Orbax raises over damaged files into Corrupt, on all processes if it happens on one."""
   reason = None
   try: yield
-  except (MemoryError, jax.errors.JaxRuntimeError): raise
-  except Exception as error: reason = str(error).strip().split('\n')[0][:160] or type(error).__name__
+  except Corrupt as error: reason = str(error)
+  except OF_READING as error:
+    text = str(error).strip()
+    if any(sign.lower() in text.lower() for sign in NOT_OF_READING): raise
+    reason = text.split('\n')[0][:160] or type(error).__name__
   if jax.process_count() > 1 and not multihost_utils.process_allgather(np.asarray(reason is None)).all():
     reason = reason or 'another process cannot read it'
   if reason: raise Corrupt(reason)

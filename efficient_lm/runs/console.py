@@ -2,26 +2,28 @@
 import time
 
 import jax
+import rich.console
+import rich.markup
+import rich.progress
+import rich.table
+import rich.text
 
-from efficient_lm.lazy import lazy
-
-ledger = lazy('efficient_lm.runs.ledger')
-measure = lazy('efficient_lm.runs.measure')
-experiments = lazy('efficient_lm.config.experiment')
-rich_console = lazy('rich.console')
-rich_progress = lazy('rich.progress')
-rich_table = lazy('rich.table')
-rich_text = lazy('rich.text')
+from efficient_lm.compression import rewriting
+from efficient_lm.config import experiment as experiments
+from efficient_lm.runs import ledger, measure
+from efficient_lm.training.train import Train
 
 CPU_FLOPS = 1e11          # what two cores of a laptop reach on float32 products: to say how long a run would take there
 LONG_RUN = 6 * 3600       # seconds on a CPU from which a run is told to look for an accelerator
 TABLE_WIDTH = 120         # characters
 PLAIN_EVERY = 30          # seconds between progress lines where there is no terminal
+STAGES_SHOWN = 4          # columns of the table at the end; the report has all
+TABLE = ('weight', 'stored as', 'multiplied', 'bytes', 'of float32')   # of a stage's weights
 
 
 def terminal():
   """A rich console on standard output; only process 0 prints."""
-  return rich_console.Console(quiet=jax.process_index() != 0, highlight=False)
+  return rich.console.Console(quiet=jax.process_index() != 0, highlight=False)
 
 
 def for_tables():
@@ -38,10 +40,14 @@ def human(number: float, unit: str = '') -> str:
   return f'{number:.3g}{unit}'
 
 
-def report(run, resumed: int | None):
-  """Devices, corpus, what differs from the config's defaults, sizes and costs, and where the run starts."""
-  console, training = terminal(), run.training
-  say = lambda heading, text: console.print(f'[bold]{heading:<10}[/]{text}', soft_wrap=True)
+def say(heading: str, text: str, style: str = 'bold'):
+  """A line of the report; `text` is shown as it is."""
+  terminal().print(f'[{style}]{heading:<10}[/]{rich.markup.escape(text)}', soft_wrap=True)
+
+
+def start(run, first):
+  """Devices, corpus, what differs from the config's defaults, what a reader has to know, and where the run goes on; first:
+  the stage to be performed next, None where there is none."""
   device, mesh = jax.devices()[0], ' '.join(f'{name}={size}' for name, size in run.mesh.shape.items() if size > 1)
   say('devices', f'{jax.device_count()} x {device.device_kind}{", mesh " + mesh if mesh else ""}')
   text = run.corpus.describe()
@@ -49,35 +55,37 @@ def report(run, resumed: int | None):
               f'out, {text["tokenizer"]}, sha256 {text["hash"][:12]}')
   for path, default, value in experiments.difference(run.default, run.experiment):
     say('changed', f'{path}: {default} -> {value}')
-  for note in run.learner.notes: say('technique', note)
-  for heading, line in costs(run).items(): say(heading, line)
-  total = measure.flops_per_token(run.state.model, training.sequence_length).training * tokens_per_step(training)
+  for line in run.remarks: say('note', line, 'bold red')
+  begun = 'all of them done' if first is None else '' if first is run.steps[0] else f'goes on with {first.planned.name}'
+  if len(run.steps) > 1 or begun:
+    say('stages', '; '.join(filter(None, (', '.join(step.planned.name for step in run.steps), begun))))
+  say('logs', f'tensorboard --logdir {run.workdir}')
+
+
+def training(name: str, training, notes, state):
+  """Of a training that is about to begin or to go on: techniques, sizes and costs, and the step that it resumes after."""
+  if name: terminal().print(f'\n[bold]stage {name}[/]')
+  for note in notes: say('technique', note)
+  for heading, line in costs(training, state).items(): say(heading, line)
+  total = measure.flops_per_token(state.model, training.sequence_length).training * training.tokens_per_step
   seconds = total * training.steps / CPU_FLOPS
-  if device.platform == 'cpu' and seconds > LONG_RUN:
-    console.print(f'[bold red]WARNING: no accelerator was found, and this run needs about {seconds / 86400:.1f} days '
-                  f'on a CPU. Is JAX installed for your GPU or TPU?[/]')
-  say('steps', f'{training.steps}, {"from the beginning" if resumed is None else f"resumes after step {resumed}"}')
-  say('logs', f'tensorboard --logdir {run.workdir}\n')
+  if jax.devices()[0].platform == 'cpu' and seconds > LONG_RUN:
+    terminal().print(f'[bold red]WARNING: no accelerator was found, and this run needs about {seconds / 86400:.1f} days '
+                     f'on a CPU. Is JAX installed for your GPU or TPU?[/]')
+  resumed = int(state.step)
+  say('steps', f'{training.steps}, {f"resumes after step {resumed}" if resumed else "from the beginning"}\n')
 
 
-def tokens_per_step(training) -> int:
-  """Of a global batch."""
-  return training.batch_size * training.sequence_length
-
-
-def costs(run) -> dict[str, str]:
+def costs(training, state) -> dict[str, str]:
   """What the model and its training take, a line each."""
-  parameters = measure.parameters(run.state.model)
-  flops = measure.flops_per_token(run.state.model, run.training.sequence_length)
-  memory = measure.state_bytes(run.state.model, run.state.opt_state)
+  parameters = measure.parameters(state.model)
+  flops = measure.flops_per_token(state.model, training.sequence_length)
+  memory = measure.state_bytes(state.model, state.opt_state)
   return {
     'model': f'{human(parameters.total)} parameters, {human(parameters.active)} active a token',
-    'training': f'{human(flops.training)} FLOPs a token, {human(tokens_per_step(run.training))} tokens a step',
+    'training': f'{human(flops.training)} FLOPs a token, {human(training.tokens_per_step)} tokens a step',
     'memory': f'{human(memory.model, "B")} model, {human(memory.optimizer, "B")} optimizer, '
               f'{human(memory.total, "B")} with gradients'}
-
-
-TABLE = ('weight', 'stored as', 'multiplied', 'bytes', 'of float32')   # of a stage's weights
 
 
 class Progress:
@@ -90,13 +98,12 @@ class Progress:
   def __enter__(self):
     self.started = self.printed = time.perf_counter()
     if self.live:
-      progress = rich_progress
-      self.bar = progress.Progress(
-        progress.TextColumn('step'), progress.MofNCompleteColumn(), progress.BarColumn(bar_width=24),
-        progress.TextColumn('{task.description}'), progress.TimeRemainingColumn(), console=self.console)
+      self.bar = rich.progress.Progress(
+        rich.progress.TextColumn('step'), rich.progress.MofNCompleteColumn(), rich.progress.BarColumn(bar_width=24),
+        rich.progress.TextColumn('{task.description}'), rich.progress.TimeRemainingColumn(), console=self.console)
       self.task = self.bar.add_task('compiling', total=self.last, completed=self.first)
       self.bar.start()
-    return self
+    return self.advance
 
   def __exit__(self, *error):
     if self.live: self.bar.stop()
@@ -116,30 +123,40 @@ class Progress:
 
   def note(self, step: int, result: dict):
     """A line above the bar: an evaluation."""
-    self.console.print(f'step {step}: held-out [bold]{result["bits_per_byte"]:.4f} bits per byte[/], '
-                       f'perplexity {result["perplexity"]:.2f} a token')
+    self.console.print(f'step {step}: {_quality(result)}', soft_wrap=True)
 
 
-def stage(name: str, notes, lines):
-  """What a stage has done: its notes, and every weight with its format, what multiplies it, and its bytes."""
+def _quality(result: dict) -> str:
+  return f'held-out [bold]{result["bits_per_byte"]:.4f} bits per byte[/], perplexity {result["perplexity"]:.2f} a token'
+
+
+def stage(step, model, notes, result: dict):
+  """What a stage has done: its quality, and, where it is no training, its notes and every weight with its format, what
+  multiplies it, and its bytes."""
   console = for_tables()
-  console.print(f'[bold]stage {name}[/]')
-  for note in notes: console.print(f'  {note}', soft_wrap=True)
-  table = rich_table.Table(*(rich_table.Column(name, overflow='fold') for name in TABLE), box=None)
-  for line in lines:
-    table.add_row(line.path, line.kind, line.product, human(line.num_bytes, 'B'), f'{line.num_bytes / line.float_bytes:.3f}')
+  console.print(f'[bold]stage {rich.markup.escape(step.planned.name)}[/]: {_quality(result)}', soft_wrap=True)
+  if isinstance(step.stage, Train) or step.number == 0: return
+  for note in notes: console.print(f'  {note}', soft_wrap=True, markup=False)
+  table = rich.table.Table(*(rich.table.Column(name, overflow='fold') for name in TABLE), box=None)
+  for line in rewriting.table(model):
+    cells = (line.path, line.kind, line.product, human(line.num_bytes, 'B'), f'{line.num_bytes / line.float_bytes:.3f}')
+    table.add_row(*map(rich.text.Text, cells))
   console.print(table)
 
 
-def finish(run, page):
+def finish(run, rows, sample, page):
   """What came of it: quality beside plain compressors, cost, a sample, and where to look further."""
-  console, row = terminal(), run.row
-  if row is not None:
-    beside = ', '.join(f'{name} {bits:.3f}' for name, bits in row.quality.yardsticks.items())
-    console.print(f'\n[bold]{row.quality.bits_per_byte:.4f} bits per byte[/] on held-out text (beside it: {beside})')
-    console.print(ledger.table({run.workdir.name: row}))
-    prompt, text = run.sample
+  console = terminal()
+  if rows:
+    quality = rows[-1].quality
+    beside = ', '.join(f'{name} {bits:.3f}' for name, bits in quality.baselines.items())
+    bits = ledger.number(quality.bits_per_byte, 4)
+    console.print(f'\n[bold]{bits} bits per byte[/] on held-out text (beside it: {beside})', soft_wrap=True)
+    console.print(ledger.table({row.stage: row for row in rows[-STAGES_SHOWN:]}))
+  if sample is not None:
+    prompt, text = sample
     console.print('[bold]a sample, after the part in bold:[/]')
-    console.print(rich_text.Text(prompt, style='bold') + rich_text.Text(text), soft_wrap=True)
-  console.print(f'\n[bold]report[/]    {page}', soft_wrap=True)
-  console.print(f'[bold]next[/]      python -m efficient_lm.generate --run={run.workdir}', soft_wrap=True)
+    console.print(rich.text.Text(prompt, style='bold') + rich.text.Text(text), soft_wrap=True)
+  console.print()
+  say('report', str(page))
+  say('next', f'python -m efficient_lm.generate --run={run.workdir}')

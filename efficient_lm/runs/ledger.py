@@ -1,10 +1,12 @@
 """The ledger: one row a stage of a run, quality beside what it costs. Efficiency claims are read off it, with hardware.
 
-None stands for what was not measured; a table shows it as a dash, never as a number.
+Every stage commits its row with its model; `ledger.json` is all of them, written anew when one is added. None stands for
+what was not measured; a table shows it as a dash, never as a number.
 """
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from pathlib import Path
@@ -14,17 +16,22 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quality:
-  """On held-out text: bits per byte of text, perplexity per token, and the bits per byte of compressors on that text."""
+  """On held-out text: bits per byte of text, perplexity per token, and the bits per byte of `baselines`, compressors without
+  a neural network, on that text."""
   bits_per_byte: float | None = None
   perplexity: float | None = None
-  yardsticks: dict[str, float] = dataclasses.field(default_factory=dict)
+  baselines: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-  """Numbers of parameters; bytes of the model's files and of its arrays; forward FLOPs a token (see measure.Flops)."""
+  """Of the row's own model: numbers of parameters, of those that are not zero, and of those that a token meets; bits that a
+  parameter takes, scales and masks included; bytes of its files and of its arrays; forward FLOPs a token (see measure.Flops:
+  zeros are multiplied as all other numbers)."""
   parameters: int | None = None
+  nonzero_parameters: int | None = None
   active_parameters: int | None = None
+  bits_per_parameter: float | None = None
   bytes_on_disk: int | None = None
   bytes_in_memory: int | None = None
   flops_per_token: float | None = None
@@ -32,7 +39,8 @@ class Size:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed:
-  """Training tokens a second; seconds from one generated token to the next; peak bytes, and of what memory."""
+  """Training tokens a second; seconds from one generated token to the next; the most bytes in use during the stage, and of
+  what memory."""
   tokens_per_second: float | None = None
   latency_seconds: float | None = None
   peak_memory_bytes: int | None = None
@@ -71,25 +79,30 @@ class Row:
   notes: tuple[str, ...] = ()
 
 
+RENAMED = {'yardsticks': 'baselines'}   # fields of earlier versions
 GROUPS = {'quality': Quality, 'size': Size, 'speed': Speed, 'effort': Effort, 'origin': Origin}
 
 
-class Ledger:
-  """The rows of a run, in `workdir/ledger.json`, in the order in which its stages were first done."""
+def write(workdir, rows: list[Row]):
+  """ledger.json of a run; all or nothing reaches the disk."""
+  text = json.dumps([as_json(row) for row in rows], indent=2, allow_nan=False)
+  beside = Path(workdir) / 'ledger.json.partial'
+  beside.write_text(text + '\n', encoding='utf-8')
+  os.replace(beside, Path(workdir) / 'ledger.json')
 
-  def __init__(self, workdir):
-    self.path = Path(workdir) / 'ledger.json'
-    self.rows = read(self.path)
 
-  def add(self, row: Row):
-    """Appends the row, or puts it in the place of an earlier one of the same stage; all or nothing reaches the disk."""
-    stages = [known.stage for known in self.rows]
-    if row.stage in stages: self.rows[stages.index(row.stage)] = row
-    else: self.rows.append(row)
-    text = json.dumps([dataclasses.asdict(row) for row in self.rows], indent=2)
-    beside = self.path.with_name('ledger.json.tmp')
-    beside.write_text(text + '\n', encoding='utf-8')
-    os.replace(beside, self.path)
+def as_json(row: Row) -> dict:
+  """A row as JSON has it: a number that is not finite, which JSON cannot hold, is null, and a note says what it was."""
+  bad = []
+
+  def plain(value, path: str):
+    if isinstance(value, dict): return {name: plain(one, f'{path}.{name}' if path else name) for name, one in value.items()}
+    if isinstance(value, (list, tuple)): return [plain(one, path) for one in value]
+    if not isinstance(value, float) or math.isfinite(value): return value
+    bad.append(f'{path} is not finite: {value}')
+    return None
+  data = plain(dataclasses.asdict(row), '')
+  return data | {'notes': [*data['notes'], *bad]}
 
 
 def read(path) -> list[Row]:
@@ -98,17 +111,19 @@ def read(path) -> list[Row]:
   Raises ValueError that names the file when it is no ledger.
   """
   if not Path(path).is_file(): return []
-  try: return [_row(entry) for entry in json.loads(Path(path).read_text(encoding='utf-8'))]
+  try: return [row_of(entry) for entry in json.loads(Path(path).read_text(encoding='utf-8'))]
   except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise ValueError(f'{path} is no ledger: {type(error).__name__}: {error}') from error
 
 
-def _row(entry: dict) -> Row:
+def row_of(entry: dict) -> Row:
+  """The inverse of `as_json`; fields of another version are left out, missing ones None."""
   groups = {name: _known(kind, entry.get(name, {})) for name, kind in GROUPS.items()}
   return Row(stage=entry['stage'], notes=tuple(entry.get('notes', ())), **groups)
 
 
 def _known(kind, entry: dict):
+  entry = {RENAMED.get(name, name): value for name, value in entry.items()}
   return kind(**{field.name: entry[field.name] for field in dataclasses.fields(kind) if field.name in entry})
 
 
@@ -154,12 +169,19 @@ def number(value: float | None, digits: int = 3) -> str:
   return '–' if value is None else f'{value:.{digits}f}'
 
 
+def _unless_all(row: Row, count: int | None) -> str:
+  """A number of parameters where it is not that of all."""
+  return quantity(None if count == row.size.parameters else count)
+
+
 # Heading -> text of a row; the order of a table's columns.
 COLUMNS = {
   'bits/byte': lambda row: number(row.quality.bits_per_byte),
   'perplexity': lambda row: number(row.quality.perplexity, 2),
   'parameters': lambda row: quantity(row.size.parameters),
+  'not zero': lambda row: _unless_all(row, row.size.nonzero_parameters),
   'active': lambda row: quantity(row.size.active_parameters),
+  'bits each': lambda row: number(row.size.bits_per_parameter, 2),
   'on disk': lambda row: quantity(row.size.bytes_on_disk, 'B', 1024),
   'in memory': lambda row: quantity(row.size.bytes_in_memory, 'B', 1024),
   'FLOPs/token': lambda row: quantity(row.size.flops_per_token),

@@ -1,6 +1,7 @@
-"""What a model and a machine cost: parameters, FLOPs, bytes, seconds, joules. Figures are counted or measured; where there
-is nothing to count or read, the answer is None or an error, never a guess.
+"""What a model and a machine cost: parameters, FLOPs, bytes, seconds. Figures are counted or measured; where there is
+nothing to count or read, the answer is None or an error, never a guess.
 """
+import contextlib
 import dataclasses
 import functools
 import math
@@ -15,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from efficient_lm.axes import is_variable
 from efficient_lm.compression.coverage import active_share
 from efficient_lm.models.attention import GroupedQueryAttention, LatentAttention
 from efficient_lm.models.transformer import Block
-from efficient_lm.tree import num_bytes, path_name, select, size
+from efficient_lm.tree import is_variable, num_bytes, path_name, select, size
 from efficient_lm.weights.weight import Weight
 
 # Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets; the first name that begins the device kind counts.
@@ -61,22 +61,33 @@ class StateBytes:
     return self.model + self.gradients + self.optimizer
 
 
-def logical_shape(weight: Weight) -> tuple[int, ...]:
-  """The shape that a weight of any kind multiplies as, however it is stored."""
-  return jax.eval_shape(lambda weight: weight.materialize(), weight).shape
-
-
 def parameters(model) -> Parameters:
   """Counts a model's parameters; of `num_experts` experts, `active_experts` are active. Works on shapes as on arrays.
 
   A weight counts as the matrix that it stands for: quantized, its scales are not counted; factored, its product is.
   """
-  weights = {path: (math.prod(logical_shape(weight)), weight.axes) for path, weight in select(model, Weight)}
+  weights = {path: (math.prod(weight.shape), weight.axes) for path, weight in select(model, Weight)}
   leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda node: isinstance(node, Weight) or is_variable(node))
   others = sum(size(leaf) for _, leaf in leaves if is_variable(leaf))
   active = sum(count * active_share(model, path) for path, (count, _) in weights.items())
   embedding = sum(count for count, axes in weights.values() if axes == 'VD')
   return Parameters(sum(count for count, _ in weights.values()) + others, round(active) + others, embedding)
+
+
+@jax.jit
+def _nonzeros(weight):
+  return jnp.count_nonzero(weight.materialize())
+
+
+def nonzero_parameters(model) -> int:
+  """Parameters that are not zero, of the matrices that weights stand for; all others count."""
+  zeros = (math.prod(weight.shape) - int(_nonzeros(weight)) for _, weight in select(model, Weight))
+  return parameters(model).total - sum(zeros)
+
+
+def bits_per_parameter(model) -> float:
+  """Bits that a parameter takes in memory on average, with scales, masks and all else that belongs to the model."""
+  return 8 * num_bytes(model) / parameters(model).total
 
 
 def mean_keys(sequence_length: int, window: int | None = None) -> float:
@@ -93,14 +104,14 @@ def attention_flops(layer, sequence_length: int) -> float:
 
 @attention_flops.register
 def _(layer: GroupedQueryAttention, sequence_length):
-  *layers, _, N, H = logical_shape(layer.query)
+  *layers, _, N, H = layer.query.shape
   return 2 * 2 * math.prod(layers) * N * H * mean_keys(sequence_length, layer.window)
 
 
 @attention_flops.register
 def _(layer: LatentAttention, sequence_length):
-  *layers, _, N, nope = logical_shape(layer.query_nope)
-  rope, value = logical_shape(layer.query_rope)[-1], logical_shape(layer.value_up)[-1]
+  *layers, _, N, nope = layer.query_nope.shape
+  rope, value = layer.query_rope.shape[-1], layer.value_up.shape[-1]
   return 2 * math.prod(layers) * N * (nope + rope + value) * mean_keys(sequence_length)
 
 
@@ -114,7 +125,7 @@ def flops_per_token(model, sequence_length: int) -> Flops:
   tied = getattr(model, 'own_head', True) is None
   forward = 0.0
   for path, weight in select(model, Weight):
-    if weight.axes != 'VD' or tied: forward += 2 * math.prod(logical_shape(weight)) * active_share(model, path)
+    if weight.axes != 'VD' or tied: forward += 2 * math.prod(weight.shape) * active_share(model, path)
   forward += sum(attention_flops(block.attention, sequence_length) for _, block in select(model, Block))
   return Flops(forward, 3 * forward)
 
@@ -138,55 +149,49 @@ def peak_flops(device) -> float | None:
   return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
 
 
-def peak_memory() -> tuple[int, str]:
-  """The most bytes in use so far, and of what: the fullest local device, or this process where devices do not say."""
-  stats = [device.memory_stats() or {} for device in jax.local_devices()]
-  peaks = [device['peak_bytes_in_use'] for device in stats if 'peak_bytes_in_use' in device]
-  if peaks: return max(peaks), 'device memory'
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, 'resident set of the process'
+class PeakMemory:
+  """The most bytes in use since it was made: of the fullest local device, or of this process where devices do not say.
 
-
-class Energy:
-  """Joules drawn since it was made, by the counters of GPUs (NVML) or processor packages (RAPL), whole machine.
-
-  `source` says which, or why there is none. Call `joules` every few minutes: RAPL counters wrap after some 2**38 uJ.
+  A device's own peak is that since the program began, and cannot be reset: where it has not grown, what came since has not
+  reached it, and how much that was is not known.
   """
 
   def __init__(self):
-    self._counters, self.source = _nvml() if jax.default_backend() == 'gpu' else _rapl()
-    self._last, self._total = [read() for read, _ in self._counters], 0.0
+    self._before = _device_peak()
+    if self._before is None: _reset_resident_peak()
 
-  def joules(self) -> float | None:
-    if not self._counters: return None
-    now = [read() for read, _ in self._counters]
-    for before, after, (_, wrap) in zip(self._last, now, self._counters): self._total += (after - before) % wrap
-    self._last = now
-    return self._total
+  def read(self) -> tuple[int | None, str]:
+    """Bytes, None where they are not known, and of what memory."""
+    peak = _device_peak()
+    if peak is not None: return peak if peak > self._before else None, 'device memory'
+    return _resident_peak(), 'resident set of the process'
 
 
-def _nvml():
+def free_memory() -> int | None:
+  """Bytes that the fullest local device, or this machine where devices do not say, could still give; None if nobody says."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  known = [device['bytes_limit'] - device['bytes_in_use'] for device in stats if 'bytes_limit' in device]
+  if known: return min(known)
+  try: lines = Path('/proc/meminfo').read_text().splitlines()
+  except OSError: return None
+  return next((int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable:')), None)
+
+
+def _device_peak() -> int | None:
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  return max((device['peak_bytes_in_use'] for device in stats if 'peak_bytes_in_use' in device), default=None)
+
+
+def _reset_resident_peak():
+  """Linux keeps the peak since this was written last; other systems since the process began."""
+  with contextlib.suppress(OSError): Path('/proc/self/clear_refs').write_text('5')
+
+
+def _resident_peak() -> int:
   try:
-    import pynvml
-    pynvml.nvmlInit()
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    counters = [(lambda handle=handle: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, math.inf)
-                for handle in handles]
-    for read, _ in counters: read()
-  except Exception as error: return [], f'none: NVML cannot be read ({type(error).__name__})'   # a driver raises its own
-  return counters, f'NVML, {len(counters)} GPU'
-
-
-def _rapl():
-  if jax.default_backend() != 'cpu': return [], f'none: no counter for {jax.default_backend()}'
-  counters = []
-  for folder in sorted(Path('/sys/class/powercap').glob('intel-rapl:?')):   # packages; their parts have a second number
-    try:
-      wrap = int((folder / 'max_energy_range_uj').read_text()) / 1e6
-      read = lambda path=folder / 'energy_uj': int(path.read_text()) / 1e6
-      read()
-    except OSError: continue
-    counters.append((read, wrap))
-  return counters, f'RAPL, {len(counters)} packages' if counters else 'none: RAPL cannot be read'
+    line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith('VmHWM:'))
+    return int(line.split()[1]) * 1024
+  except (OSError, StopIteration): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def interleaved(candidates: dict[str, Callable], repeats: int = 5) -> dict[str, list[float]]:

@@ -1,276 +1,248 @@
-"""From an experiment to a trained model in a folder, and back: what `main`, `generate` and `evaluate` have in common."""
+"""A run: a loop over stages. Each is given the model that the one before has left; what it leaves is one commit.
+
+A stage that has been committed under its present key is passed over, so the same command, given again, goes on where the run
+was: a training at its own step, any other stage from its beginning. A change upstream, of settings or of what was given, is
+another key, and the stage is made again. Nothing is written before all stages have been checked against the model's shapes.
+"""
 import contextlib
 import dataclasses
-import itertools
-import json
+import functools
 import math
-import time
+import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
-from efficient_lm import axes, tree
-from efficient_lm.compression import rules
+from efficient_lm.axes import BATCH
 from efficient_lm.config import experiment as experiments
 from efficient_lm.config import fields
-from efficient_lm.data import tokenizers
-from efficient_lm.data.baselines import yardsticks
-from efficient_lm.errors import CheckpointError, ConfigError, blaming
-from efficient_lm.models import decode
-from efficient_lm.report import write_report
-from efficient_lm.runs import console, ledger, measure, stages
-from efficient_lm.runs.checkpoint import Checkpoints, lock
-from efficient_lm.runs.tracking import Tracker, load_heatmap
-from efficient_lm.training import trainer as train
-from efficient_lm.training.learner import Learner, assemble, initial_state, new_model
-
-SAMPLE_TOKENS = 256
-
-
-def starting_model(experiment, key, mesh=None):
-  """The model before any technique: drawn from its spec, or that of an earlier run."""
-  if experiment.start is not None: return experiment.start.load(mesh)
-  return new_model(experiment.model, key, mesh)
+from efficient_lm.config.sources import is_source
+from efficient_lm.data.baselines import baselines
+from efficient_lm.errors import ConfigError, in_field
+from efficient_lm.parallel.sharding import placed
+from efficient_lm.runs import commits, console, derived, invariants, record, report_page
+from efficient_lm.runs.checkpoint import lock
+from efficient_lm.runs.context import Context
+from efficient_lm.runs.monitor import Monitor
+from efficient_lm.runs.tracking import Tracker
+from efficient_lm.training.learner import new_model
+from efficient_lm.training.train import Train
 
 
-def abstract_model(experiment):
-  """Shapes of the model that a run of `experiment` trains, without drawing or reading a single number."""
-  def build(key):
-    if experiment.start is not None: model = blank(abstract_result(experiment.start.read()))
-    else: model = experiment.model.build(rngs=nnx.Rngs(params=key))
-    learner = Learner(model, None, None)
-    # The keys of techniques count every technique, as in `assemble`; shapes do not depend on them.
-    for technique in experiment.techniques:
-      if technique.touches == 'model': learner = technique(learner, key)
-    return learner.model
-  return jax.eval_shape(build, jax.random.key(0))
-
-
-def abstract_result(experiment):
-  """Shapes of the model that a run of `experiment` leaves behind: after its stages."""
-  model = abstract_model(experiment)
-  for stage in experiment.stages: model = jax.eval_shape(stage.abstract, model)
-  return model
-
-
-def blank(abstract):
-  """Zeros of the given shapes; inside `eval_shape` they cost nothing."""
-  return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
-
-
-def placed(abstract, mesh):
-  """The same shapes with the sharding that each will have on `mesh`."""
-  add = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-  return jax.tree.map(add, abstract, axes.shardings(abstract, mesh))
-
-
-def single_device_mesh():
-  """All of a model on the first device."""
-  types = (jax.sharding.AxisType.Auto,) * len(axes.MESH)
-  return jax.make_mesh((1,) * len(axes.MESH), axes.MESH, devices=jax.devices()[:1], axis_types=types)
-
-
-def load_model(folder, mesh=None):
-  """The newest saved model of a run, that of its last stage if it has some, on `mesh` (default: one device), whatever mesh
-  it was trained on."""
-  experiment = experiments.read(str(folder))
-  where = Path(folder) / 'checkpoints'
-  if experiment.stages:
-    where = stage_folder(folder, experiment, len(experiment.stages) - 1)
-    if not where.is_dir(): raise CheckpointError(f'no {where}: the run has not come to its last stage; run it again')
-  abstract = placed(abstract_result(experiment), mesh or single_device_mesh())
-  with contextlib.closing(Checkpoints(where)) as checkpoints: return checkpoints.restore_model(abstract)
-
-
-def stage_folder(workdir, experiment, index: int) -> Path:
-  """Where the model of a stage is kept."""
-  return Path(workdir) / 'stages' / stages.folder_name(index, experiment.stages[index])
-
-
-def bytes_on_disk(checkpoints) -> int:
-  """Of the newest model saved in a folder of checkpoints, as it is stored, without the optimizer's state."""
-  newest = max((entry for entry in Path(checkpoints).iterdir() if entry.name.isdecimal()), key=lambda entry: int(entry.name))
-  return sum(file.stat().st_size for file in (newest / 'model').rglob('*') if file.is_file())
-
-
-def load_tokenizer(folder):
-  """The tokenizer that a run was trained with."""
-  path = Path(folder) / 'tokenizer.json'
-  if not path.is_file(): raise CheckpointError(f'{path} is missing: the run has not started training')
-  return tokenizers.from_json(path.read_text())
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A stage of the run. number: its place, 0 for the source that the run starts from; field: its place in the config;
+  course: a key that stays when the stage is only to go on for longer; steps, tokens: of all trainings before it; training:
+  the last training up to it, its own included, whose text and shapes it sees."""
+  number: int
+  field: str
+  stage: Any
+  planned: record.Planned
+  course: str
+  steps: int
+  tokens: int
+  training: Any
 
 
 class Run:
-  """One training run: its corpus, learner, state and files. Nothing is written before all of it has been built."""
+  """One run: its corpus, mesh, stages and files."""
 
   def __init__(self, experiment, default, workdir):
     self.experiment, self.default, self.workdir = experiment, default, Path(workdir)
-    training = self.training = experiment.train
     self.mesh = experiment.mesh.build()
-    self.batch_shards = math.prod(self.mesh.shape[name] for name in axes.BATCH)
-    parts = self.batch_shards * training.accumulate
-    if training.batch_size % parts:
-      raise ConfigError('config.train.batch_size', training.batch_size, f'must be a multiple of {parts}: the mesh\'s data '
-                        f'* fsdp * expert, times config.train.accumulate')
-    self.corpus = experiment.data.open(
-      sequence_length=training.sequence_length, batch_size=training.batch_size, seed=experiment.seed,
-      process_index=jax.process_index(), process_count=jax.process_count())
-    key_model, key_techniques = jax.random.split(jax.random.key(experiment.seed))
-    with jax.set_mesh(self.mesh):
-      model = starting_model(experiment, key_model, self.mesh)
-      self.learner = assemble(model, training.optimizer.build(training.steps), experiment.techniques, key_techniques)
-      self.state = initial_state(self.learner, self.mesh)
-      self._check_stages()
-    self.learner = self.learner.replace(model=None)   # the state has its own copy; keep no second one alive
-    self.flops = measure.flops_per_token(self.state.model, training.sequence_length)
-    self.load, self.result, self.speeds, self.latency, self.sample, self.row = None, {}, [], None, None, None
+    self.batch_shards = math.prod(self.mesh.shape[name] for name in BATCH)
+    self.known = record.read(workdir)
+    self.corpus = experiment.data.open(seed=experiment.seed, tokenizer=self._own_tokenizer(),
+                                       process_index=jax.process_index(), process_count=jax.process_count())
+    self._check_tokenizers()
+    self.record, self.steps = self._plan()
+    with jax.set_mesh(self.mesh): self._check_stages()
+    self.row, self.sample = None, None
+
+  # ---------------------------------------------------------------- before anything is written
+
+  def _own_tokenizer(self):
+    """The run's tokenizer: its own, once it has one, or that of what it starts from; None: the configured one is fitted."""
+    if (self.workdir / 'tokenizer.json').is_file(): return record.tokenizer(self.workdir)
+    return None if self.experiment.start is None else self.experiment.start.tokenizer()
+
+  def _check_tokenizers(self):
+    own, configured = self.corpus.tokenizer, self.experiment.data.tokenizer
+    if not (configured is None or is_source(configured)) and configured.vocab_size != own.vocab_size:
+      raise ConfigError('config.data.tokenizer', configured, f'is not the one of what the run starts from, which has '
+                        f'{own.vocab_size} ids: leave it None')
+    for path, source in experiments.sources(self.experiment):
+      if source.here and source.tokenizer().key != own.key:
+        fix = ('was trained with another tokenizer, whose ids mean other text: name a run with the same, start from it, or '
+               'take its tokenizer, config.data.tokenizer')
+        raise ConfigError(f'{path}.path', source.label, fix)
+
+  def _plan(self) -> tuple[record.Record, list[Step]]:
+    """What run.json is to say, and the stages with their keys."""
+    experiment, known = self.experiment, self.known
+    text = known.text if known else self.corpus.describe()
+    start = self._start_record()
+    keys = {source.label: self._key_of(path, source) for path, source in experiments.sources(experiment)}
+    origin = start['key'] if start else record.key_of('model', fields.to_json(experiment.model))
+    first = [self._start_step(origin)] if start else []
+    given = record.key_of(origin, experiment.seed, text['hash'], self.corpus.tokenizer.key)
+    steps, taken, tokens, training = first, 0, 0, experiment.train
+    for number, (field, stage) in enumerate(experiment.sequence, 1):
+      name = getattr(stage, 'name', type(stage).__name__).lower()
+      key, course = record.stage_keys(stage, given, keys)
+      if isinstance(stage, Train): training = stage.training
+      planned = record.Planned(f'{number}_{name}', f'{number} {name}', key)
+      steps.append(Step(number, field, stage, planned, course, taken, tokens, training))
+      if isinstance(stage, Train): taken, tokens = taken + training.steps, tokens + training.steps * training.tokens_per_step
+      given = key
+    return record.Record(text, self.corpus.tokenizer.key, start, keys, tuple(step.planned for step in steps)), steps
+
+  def _start_record(self):
+    start = self.experiment.start
+    if start is None: return None
+    if not start.here: return self.known.start
+    return {'source': start.label, 'key': start.key(), 'spec': fields.to_json(start.spec())}
+
+  def _start_step(self, origin: str) -> Step:
+    planned = record.Planned('0_start', '0 start', record.key_of('start', origin))
+    return Step(0, 'config.start', self.experiment.start, planned, planned.key, 0, 0, self.experiment.train)
+
+  def _key_of(self, path: str, source) -> str:
+    """Of a source, or, where it is gone, the one that it had when the run began."""
+    if source.here: return source.key()
+    if path == 'config.start' and self.known and self.known.start: return self.known.start['key']
+    return self.known.sources[source.label]
 
   def _check_stages(self):
-    """Refuses what would only be found after training."""
-    model = self.state.model
-    for i, stage in enumerate(self.experiment.stages):
-      with blaming(f'config.stages[{i}]', stage): model = jax.eval_shape(stage.abstract, model)
+    """Refuses what would only be found after hours of training."""
+    model = derived.start_shapes(self.experiment, self.workdir)
+    for step in self.steps:
+      if step.number == 0: continue
+      with in_field(step.field, step.stage): model = jax.eval_shape(step.stage.abstract, model)
 
-  def train(self):
-    """Trains to the last step, resuming where the workdir left off; then the stages, the ledger and the report."""
+  # ---------------------------------------------------------------- the loop
+
+  def run(self):
+    """All stages that have not been committed, then the ledger and the report."""
     with contextlib.ExitStack() as stack:
       stack.enter_context(jax.set_mesh(self.mesh))
       stack.enter_context(lock(self.workdir))
-      self.checkpoints = stack.enter_context(contextlib.closing(Checkpoints(self.workdir / 'checkpoints')))
-      resumed = self._restore()
-      console.report(self, resumed)
+      pending = [step for step in self.steps if not record.committed(self.workdir, step.planned)]
+      # A stage after one that is made again is made again, too: its key is another.
+      console.start(self, pending[0] if pending else None)
       self._write_config()
-      self.tracker = stack.enter_context(contextlib.closing(Tracker(self.workdir, resumed)))
-      energy = self.energy = measure.Energy()
-      clock = time.perf_counter()
-      with console.Progress(resumed or 0, self.training.steps) as self.progress:
-        batches = self.corpus.iterate(resumed or 0)
-        callbacks = train.Callbacks(self._log, self._evaluate, self._save, self.progress.advance)
-        next_batch = lambda step: train.place(next(batches), self.mesh)
-        self.state = train.fit(self.state, self.learner, next_batch, self.training, callbacks)
-      if self.training.steps == 0 and resumed is None: self._measure_start()
-      self.checkpoints.wait()
-      steps = self.training.steps - (resumed or 0)
-      self._enter('train', self.state.model, steps, time.perf_counter() - clock, energy, self.workdir / 'checkpoints',
-                  self.learner.notes)
-      self._stages()
-      if jax.process_index() == 0: console.finish(self, write_report(self.workdir))
-
-  def _restore(self) -> int | None:
-    if not self.checkpoints.steps(): return None
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.state)
-    self.state = self.checkpoints.restore(shapes)
-    return int(self.state.step)
+      if pending: self._perform(self.steps[self.steps.index(pending[0]):])
+      rows = commits.write_ledger(self.workdir, self.record.plan)
+      if jax.process_index() == 0: console.finish(self, rows, self.sample, report_page.write_report(self.workdir))
 
   def _write_config(self):
     if jax.process_index(): return
-    (self.workdir / 'samples').mkdir(parents=True, exist_ok=True)
+    self.workdir.mkdir(parents=True, exist_ok=True)
     experiments.write(str(self.workdir), self.experiment)
-    (self.workdir / 'tokenizer.json').write_text(self.corpus.tokenizer.to_json())
+    if not (self.workdir / 'tokenizer.json').is_file():
+      record.replace(self.workdir / 'tokenizer.json', self.corpus.tokenizer.to_json())
+    record.write(self.workdir, self.record)
 
-  def _log(self, step: int, numbers: dict):
-    numbers['tokens_per_second'] = console.tokens_per_step(self.training) * numbers['steps_per_second']
-    numbers['learning_rate'] = float(self.training.optimizer.schedule.build(self.training.steps)(step - 1))
-    peak = measure.peak_flops(jax.devices()[0])
-    if peak: numbers['mfu'] = numbers['tokens_per_second'] * self.flops.training / (peak * jax.device_count())
-    self.tracker.scalars(step, numbers)
-    self.energy.joules()   # counters wrap around: they must be read now and then
-    self.speeds.append(numbers['tokens_per_second'])
-    if 'load' in numbers: self.load = np.array(numbers['load'])
+  def _perform(self, steps: list[Step]):
+    """These stages, one after the other, each with the model that the one before has left."""
+    self._set_aside(steps[0])
+    first = steps[0]
+    reached, end = first.steps + self._saved_step(first), first.steps + self._own_steps(first)
+    with contextlib.closing(Tracker(self.workdir, first.number, reached, end)) as self.tracker:
+      model = self._given(steps[0])
+      for step in steps:
+        if step is not steps[0]: self._set_aside(step)
+        model = self._perform_one(step, model)
+      settings = {path: value for path, value in fields.walk(self.experiment) if not fields.is_config(value)}
+      self.tracker.hparams(settings, {'bits_per_byte': self.row.quality.bits_per_byte})
 
-  def _evaluate(self, step: int, model):
-    self._measure(step, model, 'eval', f'{step:08d}')
-    if self.load is not None: self.tracker.image(step, 'expert_load', load_heatmap(self.load))
-    for name, array in measure.histogram_arrays(model): self.tracker.histogram(step, name, array)
-    self.progress.note(step, self.result)
+  def _perform_one(self, step: Step, model):
+    """What the stage makes of the model, committed."""
+    monitor = Monitor(self, step)
+    record.begin(self.workdir, step.planned, step.course)
+    if step.number == 0: model, notes = step.stage.load(self.mesh), (f'start: {step.stage.label}',)
+    else: model, notes = self._made(step, model, monitor)
+    at = self._own_steps(step)
+    monitor.evaluate(at, model, end=True)
+    self.row, self.sample = monitor.row(step.planned.name, model, [*notes, *self.remarks]), monitor.sample
+    commits.commit(self.workdir, step.planned, step.steps + at, model, self.row)
+    commits.write_ledger(self.workdir, self.record.plan)
+    console.stage(step, model, notes, monitor.result)
+    return model
 
-  def _measure(self, step: int, model, name: str, sample: str):
-    """Quality on held-out text, and a sample, under these names."""
-    self.result = train.evaluate(model, self.corpus.eval_batches(), self.mesh)
-    self.tracker.scalars(step, {f'{name}/{figure}': value for figure, value in self.result.items()})
-    self._sample(step, model, sample)
+  def _own_steps(self, step: Step) -> int:
+    return step.training.steps if isinstance(step.stage, Train) else 0
 
-  def _sample(self, step: int, model, name: str):
-    """Continues the beginning of the held-out text, and times it: one row a batch shard, so on one device this is the
-    latency of a single reader."""
-    tokenizer = self.corpus.tokenizer
-    prompt_BT = next(iter(self.corpus.eval_batches()))['inputs_BT'][:self.batch_shards, :32]
-    drawn, clock = [], None
-    for ids in decode.stream(model, prompt_BT, SAMPLE_TOKENS, sampling=decode.Sampling(0.8), seed=step,
-                             vocab_size=tokenizer.vocab_size):
-      drawn.append(ids)
-      clock = clock or time.perf_counter()   # the first burst compiles
-    self.latency = (time.perf_counter() - clock) / (SAMPLE_TOKENS - drawn[0].shape[1])
-    self.sample = tokenizer.decode(prompt_BT[0]), tokenizer.decode(np.concatenate(drawn, 1)[0])
-    if jax.process_index() == 0:
-      (self.workdir / 'samples' / f'{name}.txt').write_text(''.join(self.sample), encoding='utf-8')
-    self.tracker.text(step, 'sample', ''.join(self.sample))
+  def _made(self, step: Step, model, monitor: Monitor):
+    promised = invariants.read(self._before(step) if self._saved_step(step) else model)
+    context = Context(
+      key=jax.random.fold_in(self._keys[1], step.number), mesh=self.mesh, corpus=self.corpus, field=step.field,
+      folder=self._checkpoints(step), tokens_seen=step.tokens, training=step.training, monitor=monitor)
+    with contextlib.closing(context), in_field(step.field, step.stage):
+      model, notes = step.stage(model, context)
+      return model, (*notes, *invariants.check(promised, model, step.stage))
 
-  def _save(self, step: int, state, wait: bool):
-    self.checkpoints.save(step, state, wait=wait)
+  @functools.cached_property
+  def _keys(self):
+    """For the model, and for the stages."""
+    return jax.random.split(jax.random.key(self.experiment.seed))
 
-  def _measure_start(self):
-    """Of a run that trains no step: what it starts from is what its stages are compared with."""
-    self._evaluate(0, self.state.model)
-    self._save(0, self.state, True)
+  def _given(self, step: Step):
+    """The model that a stage is given; shapes will do for one that goes on from a state of its own."""
+    if step.number == 0: return None
+    if not self._saved_step(step): return self._before(step) or new_model(self.experiment.model, self._keys[0], self.mesh)
+    place = self.steps.index(step)
+    shapes = commits.abstract(self.workdir, self.steps[place - 1].planned) if place else derived.start_shapes(self.experiment)
+    return placed(shapes, self.mesh)
 
-  def _stages(self):
-    """What follows training: each stage maps the model to another, which is saved, measured and gets its own row."""
-    model, settled = self.state.model, self.learner.notes
-    for i, stage in enumerate(self.experiment.stages):
-      energy, clock, name = measure.Energy(), time.perf_counter(), f'{i + 1} {type(stage).__name__}'
-      folder = stage_folder(self.workdir, self.experiment, i)
-      with contextlib.closing(Checkpoints(folder)) as saved:
-        if saved.steps():   # of a run that was taken up again
-          model = saved.restore_model(placed(jax.eval_shape(stage.abstract, model), self.mesh))
-          continue
-        key = jax.random.fold_in(jax.random.key(self.experiment.seed), i)
-        with blaming(f'config.stages[{i}]', stage):
-          model, notes = stage(model, stages.Context(key, self._calibration, self.mesh))
-        seconds = time.perf_counter() - clock
-        saved.save(self.training.steps, {'model': model}, wait=True)
-      settled = (*settled, *notes)
-      table = rules.table(model)
-      if jax.process_index() == 0:
-        (folder / 'weights.json').write_text(json.dumps([dataclasses.asdict(line) for line in table], indent=2))
-      console.stage(name, notes, table)
-      self._measure(self.training.steps, model, f'stage/{i + 1}', f'stage_{i + 1}')
-      self._enter(name, model, 0, seconds, energy, folder, settled)
+  def _before(self, step: Step):
+    """The model that the stage before has left, None where there is none."""
+    place = self.steps.index(step)
+    return commits.load(self.workdir, self.steps[place - 1].planned, self.mesh) if place else None
 
-  def _calibration(self, count: int):
-    """Batches of training text that follow those trained on."""
-    for batch in itertools.islice(self.corpus.iterate(self.training.steps), count): yield train.place(batch, self.mesh)
+  # ---------------------------------------------------------------- what a stage has saved while it went
 
-  def _enter(self, stage: str, model, steps: int, seconds: float, energy, folder, notes):
-    """Adds the ledger's row of a stage, whose model lies in `folder`. A run resumed at its end keeps the row that it had."""
-    if jax.process_index() or not self.result: return
-    tokens = steps * console.tokens_per_step(self.training)
-    parameters, (peak, peak_source), joules = measure.parameters(model), measure.peak_memory(), energy.joules()
+  def _checkpoints(self, step: Step) -> Path:
+    first = step.number == 1 and isinstance(step.stage, Train)
+    return self.workdir / derived.CHECKPOINTS if first else record.stage_folder(self.workdir, step.planned) / 'checkpoints'
+
+  def _saved_step(self, step: Step) -> int:
+    """The newest step that a stage has saved of its own course, 0 if none."""
+    if not getattr(step.stage, 'resumes', False): return 0
+    return max(derived.saved_steps(self._checkpoints(step)), default=0)
+
+  def _set_aside(self, step: Step):
+    """Moves away what a stage has left or saved of another course: of other settings, or of another model given."""
+    if jax.process_index() or record.course(self.workdir, step.planned) in (None, step.course): return
+    # The stage's folder last: it holds the course, without which a kill in between would leave the states to be resumed.
+    for folder in (self._checkpoints(step), record.stage_folder(self.workdir, step.planned)):
+      if not folder.is_dir(): continue
+      aside = folder.with_name(folder.name + '.old')
+      shutil.rmtree(aside, ignore_errors=True)
+      folder.rename(aside)
+
+  # ---------------------------------------------------------------- what there is to say
+
+  @functools.cached_property
+  def baselines(self) -> dict[str, float]:
+    """What the quality is to be compared with: the entropy, where it is known, or compressors without a neural network."""
     floor = self.corpus.entropy_nats_per_token
-    known = {'entropy': floor / math.log(2)} if floor is not None else yardsticks(self.corpus)
-    row = ledger.Row(
-      stage=stage, notes=notes,
-      quality=ledger.Quality(bits_per_byte=self.result['bits_per_byte'], perplexity=self.result['perplexity'],
-                             yardsticks=known),
-      size=ledger.Size(parameters=parameters.total, active_parameters=parameters.active,
-                       bytes_on_disk=bytes_on_disk(folder), bytes_in_memory=tree.num_bytes(model),
-                       flops_per_token=self.flops.forward),
-      speed=ledger.Speed(tokens_per_second=float(np.median(self.speeds)) if steps and self.speeds else None,
-                         latency_seconds=self.latency, peak_memory_bytes=peak, memory_source=peak_source),
-      effort=ledger.Effort(steps=steps, tokens=tokens, wall_seconds=seconds, energy_source=energy.source,
-                           joules_per_token=joules / tokens if joules is not None and tokens else None),
-      origin=ledger.Origin(hardware=ledger.hardware(), versions=ledger.versions(), corpus_hash=self.corpus.hash,
-                           seed=self.experiment.seed))
-    ledger.Ledger(self.workdir).add(row)
-    self.row = row
-    best = {'bits_per_byte': self.result['bits_per_byte']}
-    settings = {path: value for path, value in fields.walk(self.experiment) if not fields.is_config(value)}
-    self.tracker.hparams(settings, best)
+    return {'entropy': floor / math.log(2)} if floor is not None else baselines(self.corpus)
+
+  @functools.cached_property
+  def remarks(self) -> list[str]:
+    """What a reader of the ledger has to know of the model and the text."""
+    found, now = experiments.caveats(self.experiment), self.corpus.describe()
+    if now['hash'] != self.record.text['hash']:
+      count = lambda text: f'{text["train_files"]} + {text["heldout_files"]} documents, sha256 {text["hash"][:12]}'
+      found.append(f'the text has changed since the run began: {count(self.record.text)} then, {count(now)} now')
+    if now['left_out']:
+      more = f' and {len(now["left_out"]) - 3} more' if len(now['left_out']) > 3 else ''
+      found.append(f'left out of the text: {", ".join(now["left_out"][:3])}{more}')
+    return found
 
 
 def run(experiment, default, workdir):
-  """Builds and trains; see `main`."""
-  Run(experiment, default, workdir).train()
+  """Builds and performs a run; see `main`."""
+  Run(experiment, default, workdir).run()

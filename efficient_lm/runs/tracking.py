@@ -1,6 +1,8 @@
 """What a run writes while it goes: `metrics.jsonl` for programs, TensorBoard for people.
 
-Both stay monotone across a kill and a resume: rows of steps that are about to be done again are cut off.
+Over all trainings of a run there is one axis: a step of the second training follows the last of the first. Each row of
+metrics.jsonl has its `stage` beside its `step`. Both files stay monotone across a kill and a resume: rows of what is about
+to be done again are cut off.
 """
 import json
 import logging
@@ -11,15 +13,17 @@ from pathlib import Path
 import numpy as np
 
 CURVES = 512   # of one array; TensorBoard's page has no room for more, and writing them takes a while
+END = 'stage_end'   # marks the row of what a stage has left, which is measured again if the stage was not committed
 
 
 class Tracker:
   """Writes under `workdir`. In a program of several processes only the first one writes; the others' calls do nothing.
 
-  resume_step: the step that the state was restored at; what was logged after it is cut. None starts anew.
+  stage, step: where the run goes on, the step over all trainings; what was logged of later ones is cut, and so is what was
+  measured of this stage's end, which is step `end`.
   """
 
-  def __init__(self, workdir, resume_step: int | None = None):
+  def __init__(self, workdir, stage: int = 1, step: int = 0, end: int = 0):
     import jax  # here, so that a report can read metrics without loading it
     self.file = self.board = None
     if jax.process_index(): return
@@ -27,20 +31,23 @@ class Tracker:
     logging.getLogger('tensorboardX.x2num').setLevel(logging.ERROR)   # NaN is logged on purpose here
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    start = 0 if resume_step is None else resume_step + 1
-    cut(workdir / 'metrics.jsonl', start)
+    cut(workdir / 'metrics.jsonl', stage, step, end)
     self.file = (workdir / 'metrics.jsonl').open('a', encoding='utf-8')
     # The suffix keeps two starts within a second from sharing, and emptying, one file.
-    self.board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=start, flush_secs=30,
-                                            filename_suffix=f'.{start:010d}')
+    self.board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else 0, flush_secs=30,
+                                            filename_suffix=f'.{stage:02d}.{step:010d}')
 
-  def scalars(self, step: int, values: dict):
-    """One row of metrics.jsonl: {'step': …, name: number …}. NaN and infinities become the strings 'nan', 'inf' and
-    '-inf', so that each line is JSON. An array (the expert load, say) becomes nested lists there, and in TensorBoard a
-    curve an element, 'load/2/5' for expert 5 of layer 2; beyond CURVES elements the picture alone has to do."""
+  def scalars(self, step: int, values: dict, stage: int = 1, end: bool = False):
+    """One row of metrics.jsonl: {'step': …, 'stage': …, name: number …}. NaN and infinities, which JSON cannot hold, are
+    null there, and the row's `not_finite` says what they were. An array (the expert load, say) becomes nested lists there,
+    and in TensorBoard a curve an element, 'load/2/5' for expert 5 of layer 2; beyond CURVES elements the picture alone has
+    to do. `end`: this is what the stage has left."""
     if self.file is None: return
     values = {name: np.asarray(value).tolist() for name, value in values.items()}
-    row = {'step': int(step), **{name: _json(value) for name, value in values.items()}}
+    plain = {name: _json(value) for name, value in values.items()}
+    bad = {name: _json(value, str) for name, value in values.items() if plain[name] != value}
+    marks = ({END: True} if end else {}) | ({'not_finite': bad} if bad else {})
+    row = {'step': int(step), 'stage': int(stage), **plain, **marks}
     self.file.write(json.dumps(row, allow_nan=False) + '\n')
     self.file.flush()
     for name, value in values.items():
@@ -72,34 +79,39 @@ class Tracker:
     self.board.close()
 
 
-def _json(value):
-  if isinstance(value, list): return [_json(item) for item in value]
-  return value if math.isfinite(value) else str(float(value))
+def _json(value, other=lambda number: None):
+  """The value with what JSON cannot hold as `other` has it."""
+  if isinstance(value, list): return [_json(item, other) for item in value]
+  return value if math.isfinite(value) else other(value)
 
 
-def _plain(value):
-  if isinstance(value, list): return [_plain(item) for item in value]
-  return float(value) if value in ('nan', 'inf', '-inf') else value
+def _number(value):
+  """The inverse of `_json` with `str`."""
+  return [_number(item) for item in value] if isinstance(value, list) else float(value)
 
 
 def read(path) -> list[dict]:
-  """Rows of a metrics.jsonl, numbers as numbers ('nan' too). A line that is no row, such as one torn by a kill, is left
-  out, and so is everything after it."""
+  """Rows of a metrics.jsonl, numbers as numbers (NaN too). A line that is no row, such as one torn by a kill, is left out,
+  and so is everything after it."""
   rows = []
   if not Path(path).is_file(): return rows
   for line in Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
     try: row = json.loads(line)
     except ValueError: break
     if not isinstance(row, dict) or not isinstance(row.get('step'), int): break
-    rows.append({name: _plain(value) for name, value in row.items()})
+    bad = row.pop('not_finite', None) or {name: value for name, value in row.items() if value in ('nan', 'inf', '-inf')}
+    rows.append(row | {name: _number(value) for name, value in bad.items()})
   return rows
 
 
-def cut(path: Path, step: int):
-  """Removes rows from `step` on, and a torn last line, from a metrics.jsonl: written beside it, then renamed over it."""
+def cut(path: Path, stage: int, step: int, end: int = 0):
+  """Removes from a metrics.jsonl what comes after `step` of `stage`, what was measured of this stage's end (step `end`), and
+  a torn last line: written beside it, then renamed over it."""
   if not path.is_file(): return
+  place = lambda row: (row.get('stage', 1), row['step'])
+  before = lambda row: place(row) <= (stage, step) and not (END in row and place(row) >= (stage, end))
   lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
-  kept = [line for line, row in zip(lines, read(path)) if row['step'] < step]
+  kept = [line for line, row in zip(lines, read(path)) if before(row)]
   beside = path.with_name(path.name + '.tmp')
   beside.write_text(''.join(line + '\n' for line in kept), encoding='utf-8')
   os.replace(beside, path)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from efficient_lm.errors import CheckpointError, ConfigError, NonFinite
 from efficient_lm.runs.checkpoint import Checkpoints, digest, lock
+from efficient_lm.runs.record import commit_record
 from efficient_lm.weights.weight import Dense, Frozen
 
 
@@ -184,3 +185,32 @@ def test_a_second_holder_of_a_workdir_is_told_who_has_it(tmp_path):
       with lock(tmp_path): pass
     assert '\n' not in str(refusal.value)
   with lock(tmp_path): pass   # free again, and the file left behind holds nothing
+
+
+@pytest.mark.parametrize('error', [
+  RuntimeError('a bug'), MemoryError(), NotImplementedError('not for this backend'),
+  ValueError('Received incompatible devices for jitted computation'), ValueError('RESOURCE_EXHAUSTED: Out of memory')],
+  ids=lambda error: str(error)[:20])
+def test_what_is_no_fault_of_the_files_is_never_called_corruption(checkpoints, monkeypatch, error):
+  """A user who is told of corruption moves good files away."""
+  checkpoints.save(1, state(1), wait=True)
+  def fails(*arguments, **words): raise error
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints._orbax, 'restore', fails)
+    with pytest.raises(type(error)): checkpoints.restore(abstract(state()))
+  checkpoints.save(2, state(2), wait=True)
+  assert checkpoints.steps() == [1, 2] and not list(checkpoints.folder.glob('*.corrupt'))
+  assert same(checkpoints.restore(abstract(state()), 1), state(1))
+
+
+def test_a_record_is_committed_with_the_arrays_also_where_those_have_not_changed(checkpoints):
+  checkpoints.save(1, state(1), wait=True, record={'name': 'first'})
+  assert commit_record(checkpoints.folder) == {'name': 'first'}
+  checkpoints.save(1, state(1), wait=True, record={'name': 'second'})
+  assert commit_record(checkpoints.folder) == {'name': 'second'} and same(checkpoints.restore(abstract(state())), state(1))
+
+
+def test_a_leaf_that_had_another_name_in_earlier_versions_is_found(checkpoints):
+  checkpoints.save(1, {'model': {'clock': jnp.int32(3), 'weight': jnp.ones(2)}}, wait=True)
+  found = checkpoints.restore(abstract({'model': {'counter': jnp.int32(0), 'weight': jnp.ones(2)}}))
+  assert int(found['model']['counter']) == 3

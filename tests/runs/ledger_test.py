@@ -2,15 +2,16 @@
 import dataclasses
 import io
 import json
+import math
 
 import pytest
 import rich.console
 
 from efficient_lm.runs import ledger
-from efficient_lm.runs.ledger import Effort, Ledger, Origin, Quality, Row, Size, Speed
+from efficient_lm.runs.ledger import Effort, Origin, Quality, Row, Size, Speed
 
 FULL = Row(
-  stage='train', quality=Quality(bits_per_byte=1.25, perplexity=5.5, yardsticks={'xz': 2.0}),
+  stage='train', quality=Quality(bits_per_byte=1.25, perplexity=5.5, baselines={'xz': 2.0}),
   size=Size(parameters=12_345_678, active_parameters=2_000_000, bytes_on_disk=2 ** 20, bytes_in_memory=3 * 2 ** 20,
             flops_per_token=4e6),
   speed=Speed(tokens_per_second=1234.0, latency_seconds=0.0031, peak_memory_bytes=2 ** 30, memory_source='device memory'),
@@ -25,37 +26,40 @@ def text_of(table, width=80) -> str:
 
 
 def test_reading_is_the_inverse_of_writing(tmp_path):
-  for row in (FULL, Row(stage='prune')): Ledger(tmp_path).add(row)
-  assert Ledger(tmp_path).rows == ledger.read(tmp_path / 'ledger.json') == [FULL, Row(stage='prune')]
-
-
-def test_a_stage_done_again_replaces_its_row_in_place(tmp_path):
-  book = Ledger(tmp_path)
-  for stage in ('train', 'prune'): book.add(Row(stage=stage))
-  book.add(FULL)
-  assert Ledger(tmp_path).rows == [FULL, Row(stage='prune')]
+  ledger.write(tmp_path, [FULL, Row(stage='prune')])
+  assert ledger.read(tmp_path / 'ledger.json') == [FULL, Row(stage='prune')]
 
 
 def test_a_failed_write_leaves_the_old_ledger(tmp_path, monkeypatch):
-  Ledger(tmp_path).add(FULL)
+  ledger.write(tmp_path, [FULL])
   monkeypatch.setattr('os.replace', lambda *paths: (_ for _ in ()).throw(OSError('killed')))
-  with pytest.raises(OSError): Ledger(tmp_path).add(Row(stage='prune'))
-  assert Ledger(tmp_path).rows == [FULL]
+  with pytest.raises(OSError): ledger.write(tmp_path, [Row(stage='prune')])
+  assert ledger.read(tmp_path / 'ledger.json') == [FULL]
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_null_and_a_note_says_what_it_was(tmp_path, value):
+  ledger.write(tmp_path, [dataclasses.replace(FULL, quality=Quality(perplexity=value, baselines={'xz': value}))])
+  entry, = json.loads((tmp_path / 'ledger.json').read_text(), parse_constant=pytest.fail)   # NaN, Infinity: no JSON
+  assert entry['quality']['perplexity'] is None and entry['quality']['baselines']['xz'] is None
+  assert entry['notes'] == ['2:4', f'quality.perplexity is not finite: {value}', f'quality.baselines.xz is not finite: {value}']
+  assert ledger.read(tmp_path / 'ledger.json')[0].quality.perplexity is None
 
 
 def test_a_ledger_of_another_version_is_read(tmp_path):
   entry = dataclasses.asdict(FULL)
   entry['size']['bits_per_weight'], entry['carbon'] = 4, {}
   del entry['speed'], entry['quality']['perplexity']
+  entry['quality']['yardsticks'] = entry['quality'].pop('baselines')
   (tmp_path / 'ledger.json').write_text(json.dumps([entry]))
-  row, = Ledger(tmp_path).rows
-  assert row.size == FULL.size and row.speed == Speed() and row.quality.perplexity is None
+  row, = ledger.read(tmp_path / 'ledger.json')
+  assert row.size == FULL.size and row.quality.baselines == {'xz': 2.0} and row.speed == Speed() and row.quality.perplexity is None
 
 
 @pytest.mark.parametrize('content', ['', '{"a": 1}', '[1]', '[{}]', 'null'])
 def test_what_is_no_ledger_is_named(tmp_path, content):
   (tmp_path / 'ledger.json').write_text(content)
-  with pytest.raises(ValueError, match=r'ledger\.json is no ledger'): Ledger(tmp_path)
+  with pytest.raises(ValueError, match=r'ledger\.json is no ledger'): ledger.read(tmp_path / 'ledger.json')
 
 
 def test_the_table_fits_a_terminal_and_names_hardware_and_energy_source():

@@ -8,31 +8,17 @@ import pytest
 
 from efficient_lm import evaluate, generate
 from efficient_lm.commands import exit_code
-from efficient_lm.compression import rules
-from efficient_lm.compression.rules import Rule
 from efficient_lm.config import experiment
 from efficient_lm.errors import CheckpointError, ConfigError
-from efficient_lm.formats import Group, Int
+from efficient_lm.formats import MXFP4, MXFP8, Int
 from efficient_lm.models import decode
-from efficient_lm.runs import ledger, run
-from efficient_lm.techniques.quantization.ptq import Quantize
-from efficient_lm.techniques.quantization.qat import QuantAware
-from efficient_lm.training import trainer as train
+from efficient_lm.runs import FromRun, ledger, loading, record, run
+from efficient_lm.techniques import QuantAware, Quantize, Rule
+from efficient_lm.training import evaluation
 from efficient_lm.tree import select
-from efficient_lm.weights.quantized import Quantized, quantized
+from efficient_lm.weights.quantized import Quantized
 
-
-@dataclasses.dataclass
-class Stored:
-  """A stage that stores the layers in 8 bits, and asks for a batch on the way."""
-
-  def __call__(self, model, context):
-    batch, = context.batches(1)
-    assert batch['inputs_BT'].shape == (8, 64)
-    return self.abstract(model), ('Stored: in 8 bits',)
-
-  def abstract(self, model):
-    return rules.apply(model, (Rule(weights=Int()),), lambda path, weight, rule: quantized(weight, rule.weights))
+STORED = Quantize(rules=(Rule(weights=Int()),))
 
 
 def rows(workdir, kind='loss'):
@@ -42,7 +28,7 @@ def rows(workdir, kind='loss'):
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  """A finished run of two steps more than its first half, taken up in the middle by the same call."""
+  """A finished run on eight devices, of two steps more than its first half, taken up in the middle by the same call."""
   folder = tmp_path_factory.mktemp('run')
   for steps in (12, 24):
     config, default = experiment.load('tests/minute.py', [f'--config.train.steps={steps}', '--config.mesh.data=1',
@@ -53,7 +39,8 @@ def workdir(tmp_path_factory):
 
 
 def test_a_run_writes_what_is_promised(workdir):
-  for name in ('config.json', 'metrics.jsonl', 'ledger.json', 'report.html', 'tokenizer.json', 'checkpoints/24'):
+  for name in ('config.json', 'run.json', 'metrics.jsonl', 'ledger.json', 'report.html', 'tokenizer.json', 'checkpoints/24',
+               'stages/1_train/24'):
     assert (workdir / name).exists(), name
   assert sorted(path.stem for path in (workdir / 'samples').iterdir()) == ['00000012', '00000024']
   assert list((workdir / 'tensorboard').rglob('events*'))
@@ -79,7 +66,8 @@ def test_no_loss_on_held_out_text_is_below_its_entropy(workdir):
 
 def test_the_ledger_has_one_row_with_the_quality_and_its_costs(workdir):
   row, = ledger.read(workdir / 'ledger.json')
-  assert row.stage == 'train'
+  assert row.stage == '1 train'
+  assert row.size.nonzero_parameters <= row.size.parameters and row.size.bits_per_parameter >= 32
   assert row.quality.bits_per_byte == rows(workdir, 'eval/bits_per_byte')[24]
   assert row.size.active_parameters < row.size.parameters
   assert row.size.bytes_on_disk > 0 and row.speed.latency_seconds > 0 and row.origin.hardware
@@ -134,18 +122,11 @@ def test_a_cache_in_eight_bits_changes_the_loss_by_next_to_nothing_and_one_in_fo
 
 def test_reading_through_a_float_cache_costs_nothing(workdir):
   """Documents are not kept apart there, so that is asked of a row that holds one."""
-  model, ids = run.load_model(workdir), np.random.default_rng(0).integers(0, 8, (2, 12)).astype(np.int32)
+  model, ids = loading.load_model(workdir), np.random.default_rng(0).integers(0, 8, (2, 12)).astype(np.int32)
   ones = np.ones((2, 11), np.int32)
   batch = {'inputs_BT': ids[:, :-1], 'targets_BT': ids[:, 1:], 'weights_BT': ones, 'bytes_BT': ones}
   whole = {**batch, 'positions_BT': np.cumsum(ones, 1) - 1, 'segments_BT': ones}
-  np.testing.assert_allclose(decode.cached_sums(model, batch), train.evaluation_sums(model, whole), rtol=1e-5)
-
-
-def test_show_prints_whole_characters_and_keeps_the_rest(capsys):
-  euro = '€'.encode()
-  assert generate.show(b'a' + euro[:2]) == euro[:2]
-  assert generate.show(euro) == b''
-  assert capsys.readouterr().out == 'a€'
+  np.testing.assert_allclose(decode.cached_sums(model, batch), evaluation.evaluation_sums(model, whole), rtol=1e-5)
 
 
 def test_evaluate_refuses_a_missing_text(workdir, capsys):
@@ -154,58 +135,58 @@ def test_evaluate_refuses_a_missing_text(workdir, capsys):
   evaluate.FLAGS['text'].value = None
 
 
-def test_a_run_without_checkpoint_says_so(workdir, tmp_path):
+def test_a_run_that_has_not_begun_or_not_come_so_far_says_so(workdir, tmp_path):
   (tmp_path / 'config.json').write_text((workdir / 'config.json').read_text())
-  with pytest.raises(CheckpointError, match='no checkpoint'): run.load_model(tmp_path)
+  with pytest.raises(CheckpointError, match='no checkpoint'): loading.load_model(tmp_path)
+  (tmp_path / 'run.json').write_text((workdir / 'run.json').read_text())
+  with pytest.raises(CheckpointError, match='has not come to its last stage, 1 train'): loading.load_model(tmp_path)
+  with pytest.raises(CheckpointError, match='has no stage 7: its stages are 1 train'): loading.load_model(workdir, stage=7)
 
 
 @pytest.fixture(scope='module')
 def stored(workdir, tmp_path_factory):
-  """A run of no step and one stage, from the model of another run."""
+  """A run that trains nothing, with one stage, from the model of another run."""
   folder = tmp_path_factory.mktemp('stored')
   config, default = experiment.load('tests/minute.py', ['--config.train.steps=0', '--config.mesh.fsdp=1'])
-  config.model, config.start, config.stages = None, experiment.FromRun(path=str(workdir)), (Stored(),)
+  config.model, config.start, config.stages = None, FromRun(path=str(workdir)), (STORED,)
   run.run(config, default, folder)
   return folder
 
 
-def test_a_stage_gets_its_own_row(workdir, stored):
+def test_what_a_run_starts_from_and_every_stage_get_rows_of_their_own(workdir, stored):
   trained, = ledger.read(workdir / 'ledger.json')
   start, stage = ledger.read(stored / 'ledger.json')
-  assert (start.stage, stage.stage) == ('train', '1 Stored')
+  assert (start.stage, stage.stage) == ('0 start', '1 quantize')
   assert start.quality.bits_per_byte == pytest.approx(trained.quality.bits_per_byte, rel=1e-5)   # another mesh
   assert stage.quality.bits_per_byte == pytest.approx(start.quality.bits_per_byte, rel=0.01)
-  assert stage.quality.bits_per_byte != start.quality.bits_per_byte and stage.notes == ('Stored: in 8 bits',)
+  assert stage.quality.bits_per_byte != start.quality.bits_per_byte and stage.notes[0].startswith('Quantize')
   assert stage.size.bytes_in_memory < 0.6 * start.size.bytes_in_memory and stage.size.parameters == start.size.parameters
+  assert stage.size.bits_per_parameter < 0.6 * start.size.bits_per_parameter
   assert (stored / 'samples' / 'stage_1.txt').is_file()
-  lines = json.loads((stored / 'stages' / '1_stored' / 'weights.json').read_text())
+  lines = record.committed(stored, record.read(stored).plan[1])['weights']
   assert {line['kind'] for line in lines} == {'float32', 'int8 per channel'}
 
 
-def test_what_a_run_leaves_is_the_model_of_its_last_stage(stored, capsys):
-  model = run.load_model(stored)
-  assert len(dict(select(model, Quantized))) == 7
-  assert exit_code(evaluate.main, ['evaluate', f'--run={stored}']) == 0
-  stage = ledger.read(stored / 'ledger.json')[1]
-  assert float(capsys.readouterr().out.split()[0]) == pytest.approx(stage.quality.bits_per_byte, abs=1e-4)
+def test_what_a_run_leaves_is_the_model_of_its_last_stage_and_others_can_be_asked_for(workdir, stored, capsys):
+  assert len(dict(select(loading.load_model(stored), Quantized))) == 7
+  start, stage = ledger.read(stored / 'ledger.json')
+  for words, row in (([], stage), (['--stage=1'], stage), (['--stage=0'], start)):
+    assert exit_code(evaluate.main, ['evaluate', f'--run={stored}', *words]) == 0
+    assert float(capsys.readouterr().out.split()[0]) == pytest.approx(row.quality.bits_per_byte, abs=1e-4)
+    evaluate.FLAGS['stage'].value = None
   assert exit_code(generate.main, ['generate', f'--run={stored}', '--prompt=abc', '--tokens=8']) == 0
 
 
-def test_a_run_taken_up_again_does_no_stage_twice(stored):
-  before = (stored / 'ledger.json').read_text()
+def test_a_run_taken_up_again_does_nothing_twice(stored):
+  before = {path: path.read_bytes() for path in stored.rglob('*') if path.is_file() and 'report' not in path.name}
   run.run(experiment.read(str(stored)), experiment.read(str(stored)), stored)
-  assert (stored / 'ledger.json').read_text() == before
-
-
-def test_a_run_that_has_not_come_to_its_stage_says_so(stored, tmp_path):
-  (tmp_path / 'config.json').write_text((stored / 'config.json').read_text())
-  with pytest.raises(CheckpointError, match='has not come to its last stage'): run.load_model(tmp_path)
+  assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize('rule, said', [
   (Rule(where='blcoks', weights=Int()), "rules[0] with where='blcoks' decides nothing: no weight matches; the paths are"),
-  (Rule(weights=Int(scales=Group(size=48))), 'stacks/0/blocks/attention/key: groups of 48 do not divide 16 inputs: choose'),
-  (Rule(weights=Int(), activations=Int(scales=Group(size=48))), 'groups of 48 do not divide 16 inputs'),
+  (Rule(weights=MXFP4()), 'stacks/0/blocks/attention/key: groups of 32 do not divide 16 inputs: choose'),
+  (Rule(weights=Int(), activations=MXFP8()), 'groups of 32 do not divide 16 inputs'),
 ], ids=['nothing matches', 'weights', 'activations'])
 @pytest.mark.parametrize('field', ['techniques', 'stages'])
 def test_what_does_not_suit_the_model_is_refused_in_one_line_before_anything_is_written(tmp_path, field, rule, said):

@@ -9,9 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from efficient_lm.runs.tracking import Tracker, load_heatmap, read
 
 
-def track(folder, steps, resume_step=None, value=0.0):
-  tracker = Tracker(folder, resume_step)
-  for step in steps: tracker.scalars(step, {'loss': value + step})
+def track(folder, steps, resume_step=0, value=0.0, stage=1):
+  tracker = Tracker(folder, stage, resume_step)
+  for step in steps: tracker.scalars(step, {'loss': value + step}, stage)
   return tracker
 
 
@@ -27,8 +27,9 @@ def test_every_line_is_json_even_when_numbers_are_not(tmp_path):
   tracker.close()
   strict = lambda constant: pytest.fail(f'{constant} is not JSON')
   first, second = [json.loads(line, parse_constant=strict) for line in (tmp_path / 'metrics.jsonl').open()]
-  assert first == {'step': 1, 'loss': 'nan', 'norm': 'inf', 'low': '-inf', 'tokens': 7}
-  assert second == {'step': 2, 'loss': 0.5, 'load': [[1.0, 'nan']]}
+  assert first == {'step': 1, 'stage': 1, 'loss': None, 'norm': None, 'low': None, 'tokens': 7,
+                   'not_finite': {'loss': 'nan', 'norm': 'inf', 'low': '-inf'}}
+  assert second == {'step': 2, 'stage': 1, 'loss': 0.5, 'load': [[1.0, None]], 'not_finite': {'load': [[1.0, 'nan']]}}
   rows = read(tmp_path / 'metrics.jsonl')
   assert np.isnan(rows[0]['loss']) and rows[0]['norm'] == np.inf and np.isnan(rows[1]['load'][0][1])
 
@@ -39,6 +40,32 @@ def test_a_resume_cuts_what_will_be_done_again(tmp_path):
   rows = read(tmp_path / 'metrics.jsonl')
   assert [row['step'] for row in rows] == list(range(1, 10))
   assert [row['loss'] for row in rows] == [1, 2, 3, 4, 105, 106, 107, 108, 109]
+
+
+def test_rows_of_an_earlier_version_are_read(tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": "nan", "low": "-inf", "ok": 2.5}\n')
+  row, = read(tmp_path / 'metrics.jsonl')
+  assert np.isnan(row['loss']) and row['low'] == -np.inf and row['ok'] == 2.5
+
+
+def test_a_resume_in_a_later_stage_keeps_what_earlier_ones_logged_and_measures_its_own_end_again(tmp_path):
+  """Stages 1 and 3 train for 4 and 3 steps, stage 2 is none: its step is that of the training before it."""
+  tracker = track(tmp_path, range(1, 5))
+  tracker.scalars(4, {'eval/bits': 1.0}, 1, end=True)
+  tracker.scalars(4, {'stage/2/bits': 1.1}, 2, end=True)
+  for step in range(5, 8): tracker.scalars(step, {'loss': 0.0}, 3)
+  tracker.scalars(7, {'eval/bits': 0.9}, 3, end=True)
+  tracker.close()
+  steps = lambda: [(row['stage'], row['step'], 'loss' in row) for row in read(tmp_path / 'metrics.jsonl')]
+  first = [(1, step, True) for step in range(1, 5)] + [(1, 4, False)]
+  Tracker(tmp_path, 3, 7, end=9).close()
+  assert steps()[-1] == (3, 7, False), 'a stage that goes on for longer than before keeps what it measured'
+  Tracker(tmp_path, 3, 7, end=7).close()
+  assert steps()[-1] == (3, 7, True)
+  Tracker(tmp_path, 3, 6, end=7).close()
+  assert steps() == [*first, (2, 4, False), (3, 5, True), (3, 6, True)]
+  Tracker(tmp_path, 2, 4, end=4).close()
+  assert steps() == first, 'the stage itself is made again'
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):

@@ -1,0 +1,113 @@
+"""What a run watches of a stage while it goes, and measures of what it leaves: for the log, the terminal and the ledger."""
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from efficient_lm.errors import IncompatibleError
+from efficient_lm.models import decode
+from efficient_lm.runs import console, ledger, measure
+from efficient_lm.runs.energy import Energy
+from efficient_lm.runs.tracking import load_heatmap
+from efficient_lm.training.evaluation import evaluate
+from efficient_lm.training.train import Train
+
+SAMPLE_TOKENS = 256
+
+
+class Monitor:
+  """Of one stage (`run.Step`) of a run. Evaluations of trainings are points of one curve, those of other stages have names
+  of their own."""
+
+  def __init__(self, run, step):
+    self.run, self.place, self.number, self.offset, self.training = run, step, step.number, step.steps, step.training
+    self.trains = isinstance(step.stage, Train)
+    self.energy, self.memory, self.clock = Energy(), measure.PeakMemory(), time.perf_counter()
+    self.first, self.step, self.speeds, self.load, self.flops, self.bar = 0, 0, [], None, None, None
+    self.result, self.latency, self.sample = {}, None, None
+
+  # ---------------------------------------------------------------- while it goes
+
+  def report(self, training, notes, state):
+    """At the start of a training, or where it goes on."""
+    self.first = self.step = int(state.step)
+    self.flops = measure.flops_per_token(state.model, training.sequence_length)
+    name = self.place.planned.name if len(self.run.steps) > 1 else ''
+    console.training(name, training, notes, state)
+    self.clock = time.perf_counter()
+
+  def progress(self, first: int, last: int):
+    """The progress bar of a training."""
+    self.bar = console.Progress(first, last)
+    return self.bar
+
+  def log(self, step: int, numbers: dict):
+    """Numbers of a step of the stage."""
+    self.step = step
+    peak = measure.peak_flops(jax.devices()[0])
+    if peak: numbers['mfu'] = numbers['tokens_per_second'] * self.flops.training / (peak * jax.device_count())
+    self.run.tracker.scalars(self.offset + step, numbers, self.number)
+    self.energy.joules()   # counters wrap around: they must be read now and then
+    if 'tokens_per_second' in numbers: self.speeds.append(numbers['tokens_per_second'])
+    if 'load' in numbers: self.load = np.array(numbers['load'])
+
+  def evaluate(self, step: int, model, end: bool = False):
+    """Quality on held-out text, and a sample; `end`: of what the stage leaves."""
+    tracker, at = self.run.tracker, self.offset + step
+    prefix = 'eval' if self.trains else f'stage/{self.number}'
+    self.result = evaluate(model, self._heldout(), self.run.mesh)
+    tracker.scalars(at, {f'{prefix}/{name}': value for name, value in self.result.items()}, self.number, end)
+    self._sample(at, model)
+    if not self.trains: return
+    if self.load is not None: tracker.image(at, 'expert_load', load_heatmap(self.load))
+    for name, array in measure.histogram_arrays(model): tracker.histogram(at, name, array)
+    if not end: self.bar.note(step, self.result)
+
+  def _heldout(self):
+    """Batches of held-out text, of as many rows as training reads at once, so that they take no more memory."""
+    rows = self.training.batch_size // self.training.accumulate
+    return self.run.corpus.eval_batches(rows=rows, sequence_length=self.training.sequence_length)
+
+  def _sample(self, at: int, model):
+    """Continues the beginning of the held-out text, and times it: one row a batch shard, so on one device this is the
+    latency of a single reader."""
+    corpus, shards = self.run.corpus, self.run.batch_shards
+    batch = next(iter(self._heldout()))
+    prompt_BT, drawn, clock = batch['inputs_BT'][:shards, :32], [], None
+    try:
+      for ids in decode.stream(model, prompt_BT, SAMPLE_TOKENS, sampling=decode.Sampling(0.8), seed=at,
+                               vocab_size=corpus.tokenizer.vocab_size):
+        drawn.append(ids)
+        clock = clock or time.perf_counter()   # the first burst compiles
+    except IncompatibleError: return   # a model that cannot be decoded, as its caveats say
+    self.latency = (time.perf_counter() - clock) / (SAMPLE_TOKENS - drawn[0].shape[1])
+    text = decode.until_stop(np.concatenate(drawn, 1)[0], corpus.tokenizer.stops)
+    self.sample = corpus.tokenizer.decode(prompt_BT[0]), corpus.tokenizer.decode(text)
+    name = f'{at:08d}.txt' if self.trains else f'stage_{self.number}.txt'
+    if jax.process_index() == 0:
+      Path(self.run.workdir, 'samples').mkdir(parents=True, exist_ok=True)
+      Path(self.run.workdir, 'samples', name).write_text(''.join(self.sample), encoding='utf-8')
+    self.run.tracker.text(at, 'sample', ''.join(self.sample))
+
+  # ---------------------------------------------------------------- what it leaves
+
+  def row(self, name: str, model, notes) -> ledger.Row:
+    """The ledger's row of the model that the stage leaves, after `evaluate`; without its bytes on disk."""
+    run, steps = self.run, self.step - self.first
+    seconds, (peak, source), joules = time.perf_counter() - self.clock, self.memory.read(), self.energy.joules()
+    tokens, parameters = steps * self.training.tokens_per_step, measure.parameters(model)
+    return ledger.Row(
+      stage=name, notes=tuple(notes),
+      quality=ledger.Quality(bits_per_byte=self.result['bits_per_byte'], perplexity=self.result['perplexity'],
+                             baselines=run.baselines),
+      size=ledger.Size(parameters=parameters.total, nonzero_parameters=measure.nonzero_parameters(model),
+                       active_parameters=parameters.active, bits_per_parameter=measure.bits_per_parameter(model),
+                       bytes_in_memory=measure.num_bytes(model),
+                       flops_per_token=measure.flops_per_token(model, self.training.sequence_length).forward),
+      speed=ledger.Speed(tokens_per_second=float(np.median(self.speeds)) if self.speeds else None,
+                         latency_seconds=self.latency, peak_memory_bytes=peak, memory_source=source),
+      effort=ledger.Effort(steps=steps, tokens=tokens, wall_seconds=seconds, energy_source=self.energy.source,
+                           joules_per_token=joules / tokens if joules is not None and tokens else None),
+      origin=ledger.Origin(hardware=ledger.hardware(), versions=ledger.versions(), corpus_hash=run.corpus.hash,
+                           seed=run.experiment.seed))

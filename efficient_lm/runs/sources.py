@@ -1,0 +1,56 @@
+"""Runs as sources (`config.sources`): models that others start from, learn from, or are compared with."""
+import dataclasses
+import os
+
+from efficient_lm.config import experiment, presets
+from efficient_lm.runs import record
+
+
+@dataclasses.dataclass(kw_only=True)
+class FromRun:
+  """The model that an earlier run left in its workdir `path`, after its last stage, or after stage number `stage`."""
+  path: str
+  stage: int | None = None
+
+  def check(self):
+    if not self.path: yield 'path', self.path, 'must name the workdir of a run'
+    if self.stage is not None and self.stage < 0: yield 'stage', self.stage, 'must be 0 or more'
+
+  @property
+  def label(self) -> str:
+    """What it is called in files and messages."""
+    return self.path if self.stage is None else f'{self.path}, stage {self.stage}'
+
+  @property
+  def here(self) -> bool:
+    """Whether it can be read."""
+    return os.path.isfile(os.path.join(self.path, 'config.json'))
+
+  def spec(self):
+    """Raises ConfigError where there is no such run."""
+    return experiment.model_of(experiment.read(self.path), self.path)
+
+  def abstract(self):
+    """Raises CheckpointError where the run has not come so far."""
+    from efficient_lm.runs import loading
+    return loading.abstract_model(self.path, self.stage)
+
+  def load(self, mesh=None):
+    """On `mesh` (default: on one device). Raises CheckpointError where the run has not come so far."""
+    from efficient_lm.runs import loading
+    return loading.load_model(self.path, mesh, self.stage)
+
+  def tokenizer(self):
+    """Raises CheckpointError where the run has not started."""
+    return record.tokenizer(self.path)
+
+  def key(self) -> str:
+    """That of the stage that left the model. Raises CheckpointError."""
+    return record.key(self.path, self.stage)
+
+
+def trained(variant: str = 'tiny') -> FromRun:
+  """The dense baseline of `config.presets`, where `make baseline` keeps its run. Raises ConfigError for a variant that there
+  is none of."""
+  experiment.choose(variant, presets.SIZES)
+  return FromRun(path='runs/baseline' if variant == 'tiny' else f'runs/baseline-{variant}')
