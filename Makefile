@@ -2,6 +2,7 @@
 #   make moe          trains configs/moe.py into runs/moe; run it again to resume. So for every file in configs/
 #   make test         the tests            make lint    ruff
 #   make test-next    the tests with the newest jax and flax that python3.12 gets
+#   make test-faults  programs killed, disks filled, files damaged: as in make test, and a recipe of stages killed 20 times
 #   make check-tpu-compile, make check-gpu-compile
 #                     every kernel and a train step compiled for TPUs and for NVIDIA GPUs, none of which has to be here
 #   make bench        training and decoding against PyTorch, on the device at hand
@@ -17,7 +18,7 @@ CUDA := .venv-cuda
 PIP := -m pip install --quiet --disable-pip-version-check
 CONFIGS := $(basename $(notdir $(wildcard configs/*.py)))
 
-.PHONY: $(CONFIGS) test test-next check-tpu-compile check-gpu-compile lint bench bench-ops notebooks clean
+.PHONY: $(CONFIGS) test test-next test-faults check-tpu-compile check-gpu-compile lint bench bench-ops notebooks clean
 
 $(VENV)/.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed: make PYTHON=python3.11")'
@@ -51,6 +52,9 @@ test: $(VENV)/.stamp
 
 test-next: $(NEXT)/.stamp
 	$(NEXT)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
+
+test-faults: $(VENV)/.stamp
+	$(VENV)/bin/python -m pytest -s tests/faults --kills=20 $(ARGS)
 
 check-tpu-compile: $(TPU)/.stamp
 	JAX_PLATFORMS=cpu $(TPU)/bin/python -m pytest -n 2 tests/compile $(ARGS)

@@ -1,25 +1,24 @@
-"""Times what matters against baselines that compute the same, in turns, and says how far both agree.
+"""Times models and operations against baselines that compute the same, in turns, and says how far both results agree.
 
   python -m efficient_lm.bench [--only=dense_train,decode] [--repeats=10] [--out=runs/bench] [--quick]
   python -m efficient_lm.bench --ops [--only=grouped_matmul,attention/*long*] [--budget=300] [--out=runs/bench]
   python -m efficient_lm.bench --autotune [--only=…] [--budget=300]
 
 Without --ops whole models are timed against PyTorch: CASES
-With --ops, each operation by all its implementations and by what one would use without it. With --autotune, tiles of its
-kernels are tried, and lines for the tables in ops/*/tiles.py printed.
+With --ops, each operation is timed by all its implementations and by what one would use without it. With --autotune, tiles
+of its kernels are tried, and lines for the tables in ops/*/tiles.py are printed.
 
   --only=NAME,…   some of the cases; of operations, OP or OP/CASE, where * stands for anything
-  --repeats=N     turns of each model, after one to warm up (10); most turns of an operation (15)
-  --budget=S      seconds for all operations; what finds no time is listed (400 on accelerators, 200 on CPU)
-  --out=FOLDER    where bench.txt and bench.json go, or ops.txt and ops.json, or tuned.json (runs/bench)
+  --repeats=N     turns of each model, after one to warm up (10); the most turns of an operation (15)
+  --budget=S      seconds for all operations (400 on accelerators, 200 on CPU); cases left when they are over are listed
+  --out=FOLDER    where bench.txt and bench.json are written, or ops.txt and ops.json, or tuned.json (runs/bench)
   --quick         small sizes, of operations the first case each: shows in a minute or two that everything runs
 
-Baselines of whole models need PyTorch and transformers: pip install efficient_lm[bench]. On a CPU all is
-float32. On a GPU the same cases run in bfloat16, with PyTorch on that GPU; that has not been tried. TPUs have
-no PyTorch baselines. Other programs falsify the figures: a thread without a core holds up its whole team.
+Baselines of whole models need PyTorch and transformers: pip install efficient_lm[bench]. On a CPU everything is computed in
+float32. On a GPU the same cases run in bfloat16, with PyTorch on that GPU; that has not been tried. TPUs have no PyTorch
+baselines. Other programs falsify the figures: a thread without a core of its own delays all threads that wait for it.
 """
 import datetime
-import fnmatch
 import importlib.metadata
 import importlib.util
 import os
@@ -29,19 +28,9 @@ from absl import flags
 from efficient_lm import commands
 from efficient_lm.benches import result
 from efficient_lm.errors import ConfigError
-from efficient_lm.lazy import lazy
+from efficient_lm.runs import ledger
 
-ceilings = lazy('efficient_lm.benches.ceilings')
-console = lazy('efficient_lm.runs.console')
-dispatch = lazy('efficient_lm.ops.dispatch')
-jax = lazy('jax')
-ledger = lazy('efficient_lm.runs.ledger')
-models = lazy('efficient_lm.benches.models')
-op_report = lazy('efficient_lm.benches.op_report')
-op_speed = lazy('efficient_lm.benches.op_speed')
-ops = lazy('efficient_lm.benches.ops')
-tuning = lazy('efficient_lm.benches.tuning')
-
+# The help text and errors must answer before JAX is loaded: what measures is imported where the measuring begins.
 FLAGS = flags.FLAGS
 flags.DEFINE_list('only', [], 'names of cases')
 flags.DEFINE_integer('repeats', None, 'turns of each case')
@@ -58,25 +47,29 @@ def batch_shape(quick: bool) -> tuple[int, int]:
 
 
 def dense_train(quick: bool, document: int | None = None) -> result.Case:
-  """The dense train step against PyTorch."""
+  """The train step of a dense model against PyTorch."""
+  from efficient_lm.benches import models
   spec = models.little() if quick else models.ten_million()
   return models.train_step(spec, models.random_batch(spec, *batch_shape(quick), document), target=1.0)
 
 
 def moe_train(quick: bool) -> result.Case:
-  """The mixture-of-experts train step against transformers."""
+  """The train step of a mixture of experts against transformers."""
+  from efficient_lm.benches import models
   spec = models.little(models.mixture(4, 64)) if quick else models.ten_million(models.mixture(8, 512), 2)
   return models.train_step(spec, models.random_batch(spec, *batch_shape(quick)), target=2.0)
 
 
 def decoding(quick: bool) -> result.Case:
   """Cached greedy decoding against transformers."""
+  from efficient_lm.benches import models
   if quick: return models.decoding(models.little(), 8, 16)
   return models.decoding(models.ten_million(), 32, 128, target=3.0)
 
 
 def prefill_int8(quick: bool) -> result.Case:
-  """Reading a prompt in 8 bits against floats."""
+  """Reading a prompt with weights and activations in 8 bits against the same model in floats."""
+  from efficient_lm.benches import models
   return models.prefill(models.wide(quick), 64 if quick else 512, target=1.0)
 
 
@@ -91,31 +84,34 @@ CASES = {
 
 
 def check(only: list[str], repeats: int | None, of_models: bool = True):
-  """Raises ConfigError before anything heavy is loaded."""
+  """Raises ConfigError for wrong flags, before JAX is loaded."""
   for name in only:
     if of_models and name not in CASES: raise ConfigError('--only', name, f'choose from {", ".join(CASES)}; or add --ops')
   if repeats is not None and repeats < 1: raise ConfigError('--repeats', repeats, 'must be at least 1')
 
 
 def versions() -> dict[str, str]:
-  """Those of the ledger, and of the baselines where they are installed."""
+  """Versions of the packages that the ledger names, and of the baselines that are installed."""
   baselines = {name for name in ('torch', 'transformers', 'tokamax') if importlib.util.find_spec(name)}
   return ledger.versions() | {name: importlib.metadata.version(name) for name in sorted(baselines)}
 
 
 def show(terminal, page, width: int):
-  """Prints a page. In a file or a pipe there is room for all its columns."""
+  """Prints a page; in a file or a pipe, `width` characters wide, so that all columns fit."""
   if not terminal.is_terminal: terminal.width = width
   terminal.print(page)
 
 
 def today() -> str:
-  """The date where all are on the same day."""
+  """The date in UTC: '2000-01-31'."""
   return datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d')
 
 
 def measure_all(names: list[str], repeats: int, quick: bool, terminal) -> result.Report:
-  """Runs the cases one after the other; a line each as they are done."""
+  """Runs the cases of models one after another and prints a line as each is done."""
+  import jax
+
+  from efficient_lm.benches import ceilings, models
   load, rows = os.getloadavg()[0], []
   precision = models.dtype()
   best = ceilings.measured({precision}, quick)
@@ -131,17 +127,10 @@ def measure_all(names: list[str], repeats: int, quick: bool, terminal) -> result
                        peak_flops=best.flops[precision], quick=quick, rows=rows)
 
 
-def select(only: list[str], quick: bool) -> list:
-  """Cases of operations, (operation, name, case), in the order in which they run. Raises ConfigError."""
-  every = ops.every()
-  patterns = [pattern if '/' in pattern else f'{pattern}/*' for pattern in only or ['*/*']]
-  work = op_speed.in_turn(every, lambda op, name: any(fnmatch.fnmatchcase(f'{op}/{name}', pattern) for pattern in patterns))
-  if not work: raise ConfigError('--only', ','.join(only), f'no case is named so: there are {", ".join(every)}, and OP/CASE')
-  return list({op.name: (op, name, case) for op, name, case in reversed(work)}.values())[::-1] if quick else work
-
-
-def measure_ops(work: list, repeats: int, budget: float, quick: bool, terminal) -> 'op_report.Report':
-  """Runs cases of operations; what is known so far is written after each."""
+def measure_ops(work: list, repeats: int, budget: float, quick: bool, terminal):
+  """Runs cases of operations and returns an `op_report.Report`; what is known so far is written after each case."""
+  from efficient_lm.benches import ceilings, op_report, op_speed, ops
+  from efficient_lm.ops import dispatch
   load, rows = os.getloadavg()[0], []
   precisions = {case.precision for _, _, case in work}
   best = ceilings.measured(precisions, quick)
@@ -160,9 +149,12 @@ def measure_ops(work: list, repeats: int, budget: float, quick: bool, terminal) 
 
 
 def operations(terminal):
-  """Times or tunes operations, prints and writes; ends with an error if an implementation failed or is wrong."""
+  """Times or tunes operations, prints and writes; exits with an error if an implementation failed or its result is wrong."""
+  import jax
+
+  from efficient_lm.benches import op_report, op_speed, tuning
   budget = FLAGS.budget or (200 if jax.default_backend() == 'cpu' else 400)
-  work = select(FLAGS.only, FLAGS.quick)
+  work = op_speed.select(FLAGS.only, FLAGS.quick)
   if FLAGS.autotune:
     found = tuning.run(work, budget, lambda line: terminal.print(line, soft_wrap=True, markup=False))
     return terminal.print(f'{tuning.write(found, FLAGS.out)}')
@@ -177,6 +169,7 @@ def main(overrides: list[str]):
   of_models = not (FLAGS.ops or FLAGS.autotune)
   check(FLAGS.only, FLAGS.repeats, of_models)
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')   # PyTorch needs memory of the same GPU
+  from efficient_lm.runs import console
   terminal = console.terminal()
   if not of_models: return operations(terminal)
   report = measure_all(FLAGS.only or list(CASES), FLAGS.repeats or 10, FLAGS.quick, terminal)

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from absl import flags
 
 from efficient_lm.config import experiment
-from efficient_lm.errors import CheckpointError, ConfigError, Misfit, NonFinite, Preempted
+from efficient_lm.errors import CheckpointError, ConfigError, IncompatibleError, NonFinite, Preempted
 from efficient_lm.models import spec
-from efficient_lm.runs.allocator import keep_freed_memory
+from efficient_lm.runs import FromRun
+from efficient_lm.runs.allocator import use_huge_pages
 
 FLAGS = flags.FLAGS
 INTERRUPTED = 130   # what a shell reports of a program that SIGINT ended
@@ -25,10 +26,10 @@ def define_config():
   flags.DEFINE_string('config', None, 'FILE.py or FILE.py:variant')
 
 
-def load_config(overrides: list[str]):
-  """The experiment that --config and `overrides` describe, and the file's own. Raises ConfigError."""
+def load_config(overrides: list[str], workdir: str | None = None):
+  """The experiment that --config and `overrides` describe, and the file's own; `workdir`: of the run. Raises ConfigError."""
   if not FLAGS.config: raise ConfigError('--config', FLAGS.config, 'is missing: write --config=configs/moe.py, say')
-  return experiment.load(FLAGS.config, overrides)
+  return experiment.load(FLAGS.config, overrides, workdir)
 
 
 def default_workdir() -> str:
@@ -39,14 +40,21 @@ def default_workdir() -> str:
 
 
 def define_run():
-  """Defines --run, for a command that reads a trained model."""
-  if 'run' not in FLAGS: flags.DEFINE_string('run', None, 'workdir of a training run')
+  """Defines --run, --stage and --config, for a command that reads a trained model."""
+  if 'run' in FLAGS: return
+  flags.DEFINE_string('run', None, 'workdir of a training run')
+  flags.DEFINE_integer('stage', None, 'number of a stage, for its model instead of that of the last')
+  if 'config' not in FLAGS: define_config()
 
 
-def require_run(folder: str | None):
-  """Refuses a --run that is no workdir before anything heavy is loaded. Raises ConfigError."""
-  if not folder: raise ConfigError('--run', folder, 'is missing: write --run=runs/moe, say')
-  experiment.read(folder)
+def run_source() -> FromRun:
+  """What --run and --stage name, refused before anything heavy is loaded if it is no workdir. Raises ConfigError."""
+  if FLAGS.config: experiment.execute(FLAGS.config)
+  if not FLAGS.run: raise ConfigError('--run', FLAGS.run, 'is missing: write --run=runs/moe, say')
+  source = FromRun(path=FLAGS.run, stage=FLAGS.stage)
+  for field, value, fix in source.check(): raise ConfigError(f'--{"run" if field == "path" else field}', value, fix)
+  experiment.read(FLAGS.run)
+  return source
 
 
 def define_cache():
@@ -74,7 +82,7 @@ def start(main: Callable[[list[str]], None], doc: str):
   if {'--help', '-h', '--helpfull', '--helpshort'} & set(sys.argv):
     print(doc.strip())
     sys.exit(0)
-  keep_freed_memory()   # now, before anything starts a thread
+  use_huge_pages()   # now, before anything heavy is loaded
   sys.exit(exit_code(main, sys.argv))
 
 
@@ -82,10 +90,14 @@ def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
   """Runs a command; what a user can mend is one line on stderr, any other exception a bug with its traceback."""
   try:
     main(_parse(argv))
+    sys.stdout.flush()
     return 0
-  except (ConfigError, Misfit, CheckpointError, NonFinite, Preempted) as error:
+  except (ConfigError, IncompatibleError, CheckpointError, NonFinite, Preempted) as error:
     print(' '.join(str(error).split()), file=sys.stderr)
     return error.exit_code
+  except BrokenPipeError:   # who was reading has seen enough, as `head` does
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python would complain once more at its end
+    return 0
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
     return INTERRUPTED

@@ -4,7 +4,7 @@ import numbers
 from collections.abc import Iterator
 from typing import Any
 
-Complaint = tuple[str, Any, str]  # (field, value, what to write instead), as the `check` methods yield them
+Problem = tuple[str, Any, str]  # (field, value, what to write instead), as the `check` methods yield them
 
 
 class ConfigError(ValueError):
@@ -21,17 +21,29 @@ class ConfigError(ValueError):
     return ' '.join(f'{self.field} = {value}: {self.fix}'.split())
 
 
-class Misfit(ValueError):
+class IncompatibleError(ValueError):
   """What a config asks of a model that the model cannot give, in ONE line: a rule that finds nothing, groups that do not
-  divide. Who knows which setting it was adds that, by `blaming`."""
+  divide. `in_part` and `in_field` add which setting it was."""
   exit_code = 2
+  part: tuple[str, Any] | None = None
 
 
 @contextlib.contextmanager
-def blaming(field: str, value: Any):
-  """A Misfit inside is the fault of this setting: ConfigError, with the name of what it holds."""
+def in_part(part: str, value: Any):
+  """An IncompatibleError inside is one of this part ('techniques[0]') of a setting that is named further out."""
   try: yield
-  except Misfit as error: raise ConfigError(field, type(value).__name__, str(error)) from error
+  except IncompatibleError as error:
+    error.part = error.part or (part, value)
+    raise
+
+
+@contextlib.contextmanager
+def in_field(field: str, value: Any):
+  """An IncompatibleError inside becomes a ConfigError of this setting, with the name of what it holds."""
+  try: yield
+  except IncompatibleError as error:
+    if error.part: field, value = f'{field}.{error.part[0]}', error.part[1]
+    raise ConfigError(field, type(value).__name__, str(error)) from error
 
 
 class CheckpointError(Exception):
@@ -49,8 +61,8 @@ class Preempted(Exception):
   exit_code = 42
 
 
-def too_small(config: Any, **least: float) -> Iterator[Complaint]:
-  """Complains of named fields of `config` below the given value or, where that is an int, not whole."""
+def at_least(config: Any, **least: float) -> Iterator[Problem]:
+  """Problems of named fields of `config` that are below the given value or, where that is an int, not whole."""
   for field, minimum in least.items():
     value = getattr(config, field)
     whole = isinstance(minimum, int)
@@ -60,8 +72,8 @@ def too_small(config: Any, **least: float) -> Iterator[Complaint]:
       yield field, value, f'a {"whole " * whole}number of at least {minimum} is needed'
 
 
-def not_fraction(config: Any, *fields: str) -> Iterator[Complaint]:
-  """Complains of named fields of `config` that are not strictly between 0 and 1."""
+def fraction(config: Any, *fields: str) -> Iterator[Problem]:
+  """Problems of named fields of `config` that are not strictly between 0 and 1."""
   for field in fields:
     value = getattr(config, field)
     if not isinstance(value, numbers.Real) or not 0 < value < 1:

@@ -1,4 +1,4 @@
-"""Trains what a config describes:
+"""Runs what a config describes: trains, then performs the stages that follow.
 
   python -m efficient_lm.main --config=configs/moe.py --workdir=runs/moe
   python -m efficient_lm.main --config=configs/moe.py:gpt2_124m --config.train.steps=500
@@ -13,9 +13,6 @@ from absl import flags
 
 from efficient_lm import commands
 from efficient_lm.config import experiment
-from efficient_lm.lazy import lazy
-
-run = lazy('efficient_lm.runs.run')
 
 FLAGS = flags.FLAGS
 commands.define_config()
@@ -23,10 +20,11 @@ flags.DEFINE_string('workdir', None, 'where the run is kept')
 
 
 def main(overrides: list[str]):
-  """Reads, checks, trains."""
-  config, default = commands.load_config(overrides)
-  workdir = FLAGS.workdir or commands.default_workdir()
+  """Reads, checks, runs."""
+  workdir = FLAGS.workdir or (commands.default_workdir() if FLAGS.config else None)
+  config, default = commands.load_config(overrides, workdir)
   experiment.refuse_other(workdir, config)
+  from efficient_lm.runs import run
   run.run(config, default, workdir)
 
 

@@ -1,4 +1,4 @@
-"""A baseline is one only if it computes the same; what was measured is shown, and kept, as it is."""
+"""A baseline must compute the same as the case; the page and the files show what was measured."""
 import dataclasses
 import json
 import subprocess
@@ -37,7 +37,7 @@ def timed(case, name='case'):
 
 @pytest.fixture(autouse=True, scope='module')
 def built_once():
-  """To compile how a model is drawn takes longer than all else here."""
+  """Models are initialised once for each spec, because compiling the initialisation takes longer than all else here."""
   with pytest.MonkeyPatch.context() as patch:
     drawn, new_model = {}, models.new_model
     patch.setattr(models, 'new_model', lambda spec, key: drawn.get(repr(spec)) or drawn.setdefault(
@@ -48,7 +48,7 @@ def built_once():
 @pytest.fixture
 def baselines():
   pytest.importorskip('transformers')
-  pytest.importorskip('torch').set_num_threads(1)   # no work for two, who would wait for each other
+  pytest.importorskip('torch').set_num_threads(1)   # two threads would wait for each other: there is too little work
 
 
 @pytest.mark.parametrize('document', [None, 8])
@@ -135,7 +135,7 @@ def test_files_hold_what_was_measured(tmp_path):
 
 @pytest.fixture
 def command(pytestconfig):
-  """Runs the command in a process of its own, from the root of the repository."""
+  """Runs the command in a separate process, from the root of the repository."""
   def run(*words):
     words = [sys.executable, '-m', 'efficient_lm.bench', *words]
     return subprocess.run(words, capture_output=True, text=True, cwd=pytestconfig.rootpath)
@@ -152,6 +152,15 @@ def test_the_command(command, tmp_path):
 def test_a_mistake_is_one_line(command, word, said):
   run = command(word)
   assert run.returncode == 2 and said in run.stderr and len(run.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('words', [['--only=dense'], ['--ops', '--repeats=0'], ['--unknown']], ids=str)
+def test_a_mistake_is_answered_before_jax_is_loaded(pytestconfig, words):
+  code = ('import sys\nfrom efficient_lm import bench, commands\nsys.argv = ["bench", *sys.argv[1:]]\n'
+          'code = commands.exit_code(bench.main, sys.argv)\n'
+          'print(code, sorted({"jax", "jaxlib", "flax", "optax", "orbax", "torch"} & set(sys.modules)))')
+  run = subprocess.run([sys.executable, '-c', code, *words], capture_output=True, text=True, cwd=pytestconfig.rootpath)
+  assert run.stdout == '2 []\n', run.stdout + run.stderr
 
 
 def test_help_names_the_cases(command):

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 from absl import flags
 
@@ -58,3 +61,15 @@ def test_a_word_that_is_neither_is_refused(argv, said, capsys):
 def test_the_default_workdir_is_named_for_the_config(words, config, workdir):
   words(['command', f'--config={config}'])
   assert commands.default_workdir() == workdir
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+  """As `head -c 3` is."""
+  code = ("import sys; from efficient_lm import commands\n"
+          "def main(overrides):\n"
+          "  for _ in range(100_000): print('text', flush=True)\n"
+          "sys.exit(commands.exit_code(main, ['command']))")
+  writer = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  assert writer.stdout.read(3) == b'tex'
+  writer.stdout.close()
+  assert writer.wait() == 0 and writer.stderr.read() == b''

@@ -7,6 +7,10 @@ os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_p
 import pytest
 
 
+def pytest_addoption(parser):
+  parser.addoption('--kills', type=int, default=3, help='how many times tests/faults kills a recipe of stages')
+
+
 @pytest.fixture(scope='module', autouse=True)
 def forgotten():
   """Programs of one file are of no use to the next. Each compiled one maps some memory, of which a process may have 65530

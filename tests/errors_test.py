@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted, not_fraction, too_small
+from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted, at_least, fraction
 
 
 def test_a_config_error_is_one_line_whatever_it_quotes():
@@ -23,10 +23,10 @@ class Config:
 @pytest.mark.parametrize('size, refused', [
   (1, False), (10 ** 9, False), (0, True), (-1, True), (1.0, True), (True, True), (math.nan, True), ('1', True)])
 def test_too_small_wants_a_whole_number_of_at_least_the_bound(size, refused):
-  assert bool(list(too_small(Config(size), size=1))) == refused
+  assert bool(list(at_least(Config(size), size=1))) == refused
 
 
 @pytest.mark.parametrize('size, refused', [
   (0.5, False), (0, True), (1, True), (-0.1, True), (math.nan, True), ('x', True)])
 def test_not_fraction_wants_a_number_strictly_between_0_and_1(size, refused):
-  assert bool(list(not_fraction(Config(size), 'size'))) == refused
+  assert bool(list(fraction(Config(size), 'size'))) == refused

@@ -76,7 +76,7 @@ def test_neither_help_nor_a_mistake_loads_jax(tmp_path):
 
 def test_a_workdir_of_another_run_is_refused_and_left_alone(tmp_path):
   (tmp_path / 'run').mkdir()
-  code = ('import json, sys\nfrom efficient_lm import experiment\nloaded, _ = experiment.load(sys.argv[1])\n'
+  code = ('import json, sys\nfrom efficient_lm.config import experiment\nloaded, _ = experiment.load(sys.argv[1])\n'
           'json.dump(experiment.to_json(loaded), open("run/config.json", "w"))')
   subprocess.run([sys.executable, '-c', code, f'{ROOT}/configs/baseline.py'], cwd=tmp_path, check=True,
                  env={**os.environ, 'PYTHONPATH': str(ROOT)})

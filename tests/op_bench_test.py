@@ -1,4 +1,4 @@
-"""What `bench --ops` says of an operation is what was measured: its speed, its errors, and what could not be had."""
+"""`bench --ops` reports what was measured of an operation: its speed, its errors, and what could not be measured."""
 import dataclasses
 import functools
 import importlib
@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import rich.console
 
-from efficient_lm.benches import ceilings, clock, libraries, op_report, op_speed, ops, tuning
+from efficient_lm.benches import ceilings, libraries, op_report, op_speed, ops, timer, tuning
+from efficient_lm.errors import ConfigError
 from efficient_lm.ops import dispatch
 
 SIZE = 16
@@ -21,7 +22,7 @@ SIZE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """y = x @ x, as a case of an operation that is made up here."""
+  """y = x @ x, as a case of an operation that is defined here."""
   name: str = 'square'
   flops: float = 2. * SIZE ** 3
   bytes: float = 8. * SIZE ** 2
@@ -84,7 +85,7 @@ def test_each_way_is_timed_and_compared(row):
 
 
 def test_what_auto_takes_is_what_dispatch_takes(row):
-  """The first that may be taken and does not refuse; 'broken' would be, and is noted instead."""
+  """It is the first implementation that suits the device and does not refuse. 'broken' would be chosen, and is noted."""
   with pytest.raises(RuntimeError, match='fell over'): Case().call('auto')(*Case().arguments())
   assert [one.name for one in row.timings if one.auto] == ['wrong']
   ways = {name: None for name in ('kernel', 'xla')}
@@ -118,7 +119,7 @@ def test_ratios_are_those_of_the_medians():
   row = op_report.Row(op='square', case='one', work=work, timings=[
     timed('fast', [0.02, 0.02, 9.], True), timed('xla', [0.05] * 3, True), timed('library', [0.03] * 3, False)])
   line = next(line.split() for line in printed(report(row)).splitlines() if line.strip().startswith('fast'))
-  # 1 GFLOP and 1 GB in 20 ms; the roofline is 1 GB at 100 GB/s, 10 ms.
+  # The case has 1 GFLOP and 1 GB in 20 ms; its roofline is 1 GB at 100 GB/s, which is 10 ms.
   assert line[1:] == ['20', 'ms', '0.05', '50', '50%', '2.50', '1.50', '0e+00']
   assert 'Errors against the XLA path' in printed(report(row))
 
@@ -147,25 +148,25 @@ def test_a_case_that_fails_does_not_stop_the_others():
 
 def test_short_calls_are_put_into_one_program_and_none_of_them_is_dropped(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  monkeypatch.setattr(clock, 'COLD', 3 * 4 * SIZE ** 2)
+  monkeypatch.setattr(timer, 'COLD', 3 * 4 * SIZE ** 2)
   arguments = (jax.random.normal(jax.random.key(0), (SIZE, SIZE)),)
-  sets = clock.copies(arguments)
+  sets = timer.copies(arguments)
   assert len(sets) == 4 and len({one[0].unsafe_buffer_pointer() for one in sets}) == 4
   function = lambda x: jnp.sin(x) @ x
-  calls = clock.of_function(jax.jit(function).lower(*arguments).compile(), function, sets)
+  calls = timer.of_function(jax.jit(function).lower(*arguments).compile(), function, sets)
   assert calls.size == 8
   np.testing.assert_allclose(calls.start(0)[1:], [function(*arguments)[0, 0]] * 8, rtol=1e-5)   # sums of sixteen
-  program = jax.jit(clock._one_after_the_other(function)).lower(sets * 2).compile().as_text()
+  program = jax.jit(timer._one_after_the_other(function)).lower(sets * 2).compile().as_text()
   assert len([line for line in program.splitlines() if ' dot(' in line or '__onednn$matmul' in line]) == 8
   assert calls.seconds(1) > 0
 
 
 def test_calls_take_turns_and_stop_when_time_is_up():
   order = []
-  calls = {name: clock.Calls(lambda i, name=name: order.append(name), 1, lambda _: None) for name in 'AB'}
-  assert [len(times) for times in clock.take_turns(calls, 0.0, 9).values()] == [3, 3]
+  calls = {name: timer.Calls(lambda i, name=name: order.append(name), 1, lambda _: None) for name in 'AB'}
+  assert [len(times) for times in timer.take_turns(calls, 0.0, 9).values()] == [3, 3]
   assert order[2:] == ['A', 'B'] * 3
-  assert [len(times) for times in clock.take_turns(calls, 60.0, 9).values()] == [9, 9]
+  assert [len(times) for times in timer.take_turns(calls, 60.0, 9).values()] == [9, 9]
 
 
 def test_ceilings_are_the_best_that_was_seen():
@@ -215,8 +216,8 @@ def every():
 
 @pytest.mark.parametrize('name', tuning.SPACES)
 def test_candidate_tiles_are_found_for_the_cases_that_are_timed(name):
-  """And are what the operation's own table holds."""
-  if name not in every(): pytest.skip(f'there is no {name} yet')
+  """Their type is that of the operation's own table."""
+  assert name in every(), f'{name} is no operation with cases to bench: {list(every())}'
   for platform in ('gpu', 'tpu'):
     small = sorted(every()[name].bench(platform).values(), key=lambda case: case.bytes)[0]
     table, key, candidates = tuning.SPACES[name](small, platform)
@@ -224,7 +225,7 @@ def test_candidate_tiles_are_found_for_the_cases_that_are_timed(name):
     assert candidates and all(dataclasses.is_dataclass(tiles) for tiles in candidates)
 
 
-def test_operations_are_what_their_cases_promise():
+def test_every_case_to_time_states_its_work_and_tolerance():
   for op in every().values():
     for platform in ('cpu', 'gpu', 'tpu'):
       for name, case in op.bench(platform).items():
@@ -232,8 +233,19 @@ def test_operations_are_what_their_cases_promise():
         assert case.precision in ceilings.RESULT, (op.name, name)
 
 
+@pytest.mark.parametrize('only', [['grouped'], ['grouped_matmul', 'grouped'], ['attention/no such case']], ids=str)
+def test_a_word_that_names_no_case_is_refused(only):
+  """Also beside one that does: a typo must not leave a case out."""
+  with pytest.raises(ConfigError, match=rf'--only = {only[-1]!r}: no case is named so'): op_speed.select(only)
+
+
+def test_words_name_operations_and_cases():
+  names = lambda *only: {op.name for op, _, _ in op_speed.select(list(only))}
+  assert names('grouped_matmul', 'attention/*all') == {'grouped_matmul', 'attention'} and names() == set(every())
+  assert len(op_speed.select([], quick=True)) == len(every())
+
+
 def test_the_command(pytestconfig, tmp_path):
-  if not every(): pytest.skip('no operation has cases to bench yet')
   name = next(iter(every()))
   run = subprocess.run([sys.executable, '-m', 'efficient_lm.bench', '--ops', '--quick', '--repeats=3', f'--only={name}',
                         f'--out={tmp_path}'], capture_output=True, text=True, cwd=pytestconfig.rootpath)

@@ -1,5 +1,6 @@
 """A report comes out of whatever a run has written, loads nothing from elsewhere, and treats text as text."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,8 +10,8 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from efficient_lm import report
-from efficient_lm.runs.ledger import Ledger, Origin, Quality, Row, Size
+from efficient_lm.runs import ledger, report_page, results
+from efficient_lm.runs.ledger import Origin, Quality, Row, Size
 from efficient_lm.runs.tracking import Tracker
 
 
@@ -21,11 +22,10 @@ def make_run(folder, bits=1.5, nbytes=100):
                            'load': np.ones((2, 4)).tolist()})
     if step % 100 == 0: tracker.scalars(step, {'eval/bits_per_byte': bits + 1 / step})
   tracker.close()
-  for stage, share in (('train', 1), ('quantize', 4)):
-    Ledger(folder).add(Row(
-      stage=stage, quality=Quality(bits_per_byte=bits + share / 100, yardsticks={'xz': 2.0, 'order-3': 1.75}),
-      size=Size(parameters=100, active_parameters=50, bytes_in_memory=nbytes // share, flops_per_token=2.0 * nbytes),
-      origin=Origin(hardware='a <fast> machine', seed=0)))
+  ledger.write(folder, [Row(
+    stage=stage, quality=Quality(bits_per_byte=bits + share / 100, baselines={'xz': 2.0, 'order-3': 1.75}),
+    size=Size(parameters=100, active_parameters=50, bytes_in_memory=nbytes // share, flops_per_token=2.0 * nbytes),
+    origin=Origin(hardware='a <fast> machine', seed=0)) for stage, share in (('train', 1), ('quantize', 4))])
   (folder / 'samples').mkdir()
   (folder / 'samples' / '00000299.txt').write_text('if a < b: <script>alert(1)</script>')
   (folder / 'stages' / '1_quantize').mkdir(parents=True)
@@ -43,12 +43,12 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def page(runs):
-  return report.write_report(runs[0]).read_text()
+  return report_page.write_report(runs[0]).read_text()
 
 
-def test_the_page_shows_quality_yardsticks_cost_load_sample_and_config(page, runs):
+def test_the_page_shows_quality_baselines_cost_load_sample_and_config(page, runs):
   for part in ('bits per byte', 'xz 2.000', 'order-3 1.750', 'training loss', 'held-out text', 'quantize', 'Expert load',
-               'Sample', 'Configuration', 'a &lt;fast&gt; machine', 'not finite', 'Weights after quantize',
+               'Sample', 'Configuration', 'a &lt;fast&gt; machine', 'not finite', 'Weights after 1 quantize',
                '<th>mlp/up</th>', 'int4 per &lt;group&gt;', '2 KiB', '0.125'):
     assert part in page, part
   assert (runs[0] / 'report.png').read_bytes().startswith(b'\x89PNG')
@@ -69,8 +69,25 @@ def test_the_pictures_are_well_formed(page):
 
 
 def test_several_runs_share_their_pictures_and_name_their_rows(runs, tmp_path):
-  page = report.write([report.load(run) for run in runs], tmp_path / 'out').read_text()
+  page = report_page.write(results.load_all(runs), tmp_path / 'out').read_text()
   for part in ('moe / quantize', 'dense / train', 'quality against bytes in memory', 'Sample: dense'): assert part in page
+
+
+def test_runs_of_one_name_are_told_apart_by_as_much_of_their_paths_as_that_takes(tmp_path):
+  folders = [make_run(tmp_path / name) for name in ('exp1/moe', 'exp2/moe', 'exp2/dense', 'exp1/deep/moe')]
+  assert [found.name for found in results.load_all(folders)] == ['exp1/moe', 'exp2/moe', 'dense', 'deep/moe']
+  assert len(results.labelled(results.load_all(folders))) == 8, 'a row of each stage of each run'
+  done, _ = command(*folders[:2], '--out', tmp_path)
+  assert 'exp1/moe' in done.stdout and 'exp2/moe' in done.stdout
+
+
+def test_brackets_in_a_name_are_shown_as_they_are(tmp_path):
+  """They are markup where text is not kept apart from it, and eaten, or an error."""
+  folders = [make_run(tmp_path / name) for name in ('moe[lr=1e-2]', 'x[b]')]
+  done, _ = command(*folders, '--out', tmp_path / 'out[/b]')
+  assert done.returncode == 0, done.stderr
+  for name in ('moe[lr=1e-2]', 'x[b]', 'out[/b]'): assert name in done.stdout
+  assert 'moe[lr=1e-2]' in (tmp_path / 'out[/b]' / 'report.html').read_text()
 
 
 @pytest.mark.parametrize('left', [['config.json'], ['metrics.jsonl'], ['ledger.json'], ['samples', 'config.json']])
@@ -78,7 +95,7 @@ def test_a_report_makes_do_with_what_there_is(tmp_path, left):
   run = make_run(tmp_path / 'run')
   for name in ('config.json', 'metrics.jsonl', 'ledger.json', 'samples'):
     if name not in left: (run / name).rename(tmp_path / name)
-  assert '<h1>run</h1>' in report.write_report(run).read_text()
+  assert '<h1>run</h1>' in report_page.write_report(run).read_text()
 
 
 @pytest.mark.parametrize('values', [[], [np.nan], [1.0], [np.nan] * 60, [2.0] * 60, [np.inf, 1.0, 2.0]])
@@ -87,12 +104,13 @@ def test_no_curve_is_too_odd_to_draw(tmp_path, values):
   for step, value in enumerate(values):
     tracker.scalars(step, {'loss': value, 'eval/bits_per_byte': value, 'grad_norm': value})
   tracker.close()
-  assert '<h1>' in report.write_report(tmp_path).read_text()
+  assert '<h1>' in report_page.write_report(tmp_path).read_text()
 
 
 def command(*arguments):
   start = time.perf_counter()
-  done = subprocess.run([sys.executable, '-m', 'efficient_lm.report', *map(str, arguments)], capture_output=True, text=True)
+  done = subprocess.run([sys.executable, '-m', 'efficient_lm.report', *map(str, arguments)], capture_output=True, text=True,
+                        env={**os.environ, 'COLUMNS': '160'})
   return done, time.perf_counter() - start
 
 

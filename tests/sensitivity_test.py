@@ -6,10 +6,11 @@ import pytest
 
 from efficient_lm import sensitivity
 from efficient_lm.commands import exit_code
-from efficient_lm.compression.rules import Rule, assign
+from efficient_lm.compression.rewriting import assign
+from efficient_lm.compression.rules import Rule
 from efficient_lm.config import experiment
 from efficient_lm.formats import Group, Int
-from efficient_lm.runs import run
+from efficient_lm.runs import loading, run
 
 
 @pytest.fixture(scope='module')
@@ -40,7 +41,7 @@ def test_it_prints_every_weight_in_every_format_and_a_plan_within_the_budget(wor
   said = printed(capsys, workdir, '--formats=int2,int8', '--group=16', '--where=(up|gate)$', '--budget=1500')
   assert len(re.findall(r'int2 with zero point per group of 16 +\d', said)) == len(re.findall('(up|gate) .*int2', said)) + 1
   plan = plan_of(said)
-  decided = assign(run.abstract_result(experiment.read(str(workdir))), plan)
+  decided = assign(loading.abstract_model(workdir), plan)
   assert len(decided) == len(plan) == len(re.findall('(up|gate) .*int2', said))
   size, = re.findall(r'this plan +([\d,]+)', said)
   assert int(size.replace(',', '')) <= 1500

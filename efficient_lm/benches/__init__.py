@@ -1,1 +1,1 @@
-"""What `efficient_lm.bench` times: each case is ours and its baselines, on the same numbers."""
+"""The cases that `efficient_lm.bench` times: each computes the same, by this package and by its baselines."""

@@ -1,4 +1,4 @@
-"""What came of timing operations: rows, a table, files."""
+"""The results of timing operations: rows, tables and files."""
 import dataclasses
 import json
 import statistics
@@ -7,8 +7,8 @@ from pathlib import Path
 from efficient_lm.benches.ceilings import Ceilings
 from efficient_lm.benches.result import BUSY
 from efficient_lm.lazy import lazy
+from efficient_lm.runs import ledger
 
-ledger = lazy('efficient_lm.runs.ledger')
 rich_box = lazy('rich.box')
 rich_console = lazy('rich.console')
 rich_table = lazy('rich.table')
@@ -19,7 +19,7 @@ WIDTH = 120   # characters of a line in a file
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-  """What a case asks for; see `ops`. checked: the implementation whose result errors are relative to."""
+  """The work of a case; see `ops`. checked: the implementation with whose result the others are compared."""
   flops: float
   bytes: float
   precision: str
@@ -29,8 +29,8 @@ class Work:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timing:
-  """Seconds of one call in each round, and the result's error, None where it cannot be compared. ours: an implementation of
-  the operation, not a baseline; auto: the one that 'auto' takes."""
+  """Seconds of one call in each round, and the error of the result, None where it cannot be compared. ours: whether it is an
+  implementation of the operation, not a baseline. auto: whether it is the one that 'auto' chooses."""
   name: str
   seconds: list[float]
   error: float | None
@@ -44,7 +44,8 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-  """A case. notes: by name, why an implementation or a baseline was not timed; work: None if the case itself failed."""
+  """The results of a case. notes: by name, why an implementation or a baseline was not timed. work: None if the case itself
+  failed."""
   op: str
   case: str
   work: Work | None
@@ -53,21 +54,21 @@ class Row:
 
   @classmethod
   def failed(cls, op: str, case: str, why: str) -> 'Row':
-    """A case of which nothing could be timed."""
+    """The row of a case of which nothing could be timed."""
     return cls(op=op, case=case, work=None, timings=[], notes={'all': f'FAILED: {why}'})
 
   def median(self, name: str) -> float | None:
-    """Seconds of the implementation or baseline of that name, None if it was not timed."""
+    """Median seconds of the implementation or baseline of that name, None if it was not timed."""
     return next((timing.median for timing in self.timings if timing.name == name), None)
 
   @property
   def baseline(self) -> Timing | None:
-    """The fastest of what is not ours."""
+    """The fastest baseline."""
     return min((timing for timing in self.timings if not timing.ours), key=lambda timing: timing.median, default=None)
 
   @property
   def wrong(self) -> list[str]:
-    """What is not as it should be: implementations that failed, or that are further off than the case allows."""
+    """Implementations that failed, or whose errors exceed the tolerance of the case, one line each."""
     failed = [f'{self.op}, {self.case}, {name}: {note}' for name, note in self.notes.items() if note.startswith('FAILED')]
     return failed + [f'{self.op}, {self.case}, {one.name}: error {one.error:.1e}, rounding is {self.work.tolerance:.1e}'
                      for one in self.timings if one.ours and not one.error <= self.work.tolerance]
@@ -75,8 +76,8 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-  """One run of `bench --ops`. elsewhere: kernels for other devices, and what is known of each; left_out: cases that there
-  was no time for."""
+  """The results of one run of `bench --ops`. elsewhere: a line for each kernel for other devices. left_out: cases for which
+  there was no time."""
   hardware: str
   load: float
   versions: dict[str, str]
@@ -92,7 +93,7 @@ class Report:
 
 
 def write(report: Report, folder) -> Path:
-  """Writes ops.json and ops.txt into `folder`, making it if need be; returns the former's path."""
+  """Writes ops.json and ops.txt into `folder`, which is made if it is missing; returns the path of ops.json."""
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'ops.json').write_text(json.dumps(dataclasses.asdict(report), indent=2) + '\n', encoding='utf-8')
@@ -110,7 +111,8 @@ def read(path) -> Report:
 
 
 def page(report: Report):
-  """What to print: a table an operation, a line a way to compute a case; then what was not timed, and on what all was."""
+  """The page to print: a table for each operation, with a line for each way to compute a case; below, what was not timed,
+  and the hardware and versions."""
   names = list(dict.fromkeys(row.op for row in report.rows))
   tables = [_table(name, [row for row in report.rows if row.op == name], report.ceilings) for name in names]
   notes = [f'{row.op}, {row.case}, {name}: {note}' for row in report.rows for name, note in row.notes.items()]

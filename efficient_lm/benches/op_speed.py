@@ -1,13 +1,15 @@
-"""Times the cases of an operation: every implementation that runs here, in turns with what one would use without it."""
+"""Times the cases of an operation: every implementation that runs on this device, in turns with the baselines."""
 import dataclasses
+import fnmatch
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from efficient_lm.benches import clock, libraries, ops
+from efficient_lm.benches import libraries, ops, timer
 from efficient_lm.benches.op_report import Row, Timing, Work
+from efficient_lm.errors import ConfigError
 from efficient_lm.ops import dispatch
 
 ROUNDS = 15
@@ -16,14 +18,15 @@ REFUSALS = ('cannot take this: ', ' has no implementation ')
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-  """One way to compute a case. result: of the case's arguments, None where it cannot be compared; calls: to be timed."""
+  """One way to compute a case. result: computes it, or None where the result cannot be compared. calls: returns the calls to
+  be timed."""
   result: Callable[[], object] | None
-  calls: Callable[[], clock.Calls]
+  calls: Callable[[], timer.Calls]
 
 
 @jax.jit
 def apart(got, wanted):
-  """The largest difference of two trees of arrays, each array's relative to the largest number in `wanted`."""
+  """The largest difference of two trees of arrays; that of each array is relative to its largest number in `wanted`."""
   def one(got, wanted):
     got, wanted = got.astype(jnp.float32), wanted.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wanted), initial=0)
@@ -38,47 +41,48 @@ def brief(error: Exception) -> str:
 
 
 def fits(compiled) -> bool:
-  """Whether a program finds room on the device beside what is there; where devices do not say, it does."""
+  """Whether the program fits into the free memory of the device; True where devices do not report it."""
   stats, memory = jax.devices()[0].memory_stats() or {}, compiled.memory_analysis()
   if 'bytes_limit' not in stats or memory is None: return True
   return memory.temp_size_in_bytes + memory.output_size_in_bytes < 0.9 * (stats['bytes_limit'] - stats['bytes_in_use'])
 
 
 def expected(case, arguments) -> tuple[object, str]:
-  """What is right and whose it is: the definition's result in float32 arithmetic, that of 'xla' where it finds no room."""
+  """The expected result and the implementation that computed it: the reference in float32 arithmetic, or 'xla' where the
+  reference needs too much memory."""
   with jax.default_matmul_precision('highest'):
     for name in (ops.REFERENCE, 'xla'):
       compiled = jax.jit(case.call(name)).lower(*arguments).compile()
       if fits(compiled): return jax.block_until_ready(compiled(*arguments)), name
-  raise MemoryError('neither the reference nor the XLA path finds room on this device')
+  raise MemoryError('neither the reference nor the XLA path fits into the memory of this device')
 
 
 def way(function: Callable, arguments: tuple, sets: list, comparable: bool = True) -> Way:
-  """A function of arrays, compiled."""
+  """A function of arrays, compiled for `arguments`."""
   compiled = jax.jit(function).lower(*arguments).compile()
-  return Way((lambda: compiled(*arguments)) if comparable else None, lambda: clock.of_function(compiled, function, sets))
+  return Way((lambda: compiled(*arguments)) if comparable else None, lambda: timer.of_function(compiled, function, sets))
 
 
 def implementations(op: ops.Op, case, arguments, sets) -> tuple[dict[str, Way], dict[str, str]]:
-  """Those that run here and take the case; and why others do not: a refusal, or what went wrong."""
+  """The implementations that run here and take the case, and notes why others do not: a refusal or an error."""
   ways, notes, here = {}, {}, dispatch.device()
   for name, one in op.implementations.items():
     if name == ops.REFERENCE or not ops.suits(one, here): continue
     try: ways[name] = way(case.call(name), arguments, sets)
-    except Exception as error:   # whatever a compiler raises: the others are measured all the same
+    except Exception as error:   # Compilers raise many kinds of errors; the other implementations are measured nevertheless.
       refused = isinstance(error, ValueError) and any(words in str(error) for words in REFUSALS)
       notes[name] = f'refused: {str(error).rpartition(REFUSALS[0])[2]}' if refused else f'FAILED: {brief(error)}'
   return ways, notes
 
 
 def chosen(op: ops.Op, ways) -> str | None:
-  """Which of them 'auto' takes."""
+  """The name of the implementation that 'auto' chooses among `ways`."""
   here = dispatch.device()
   return next((name for name, one in op.implementations.items() if name in ways and ops.suits(one, here, auto=True)), None)
 
 
 def baselines(op: ops.Op, case, arguments, sets) -> tuple[dict[str, Way], dict[str, str]]:
-  """The case's own and those of libraries that are installed; and what went wrong."""
+  """The baselines of the case and of installed libraries, and notes of errors."""
   ways, notes = {}, {}
   makers = {name: lambda function=function: way(function, arguments, sets) for name, function in case.baselines().items()}
   if hasattr(case, 'unquantized'): makers['unquantized'] = lambda: _unquantized(case)
@@ -88,21 +92,23 @@ def baselines(op: ops.Op, case, arguments, sets) -> tuple[dict[str, Way], dict[s
     makers[name] = lambda rival=rival: Way(*libraries.torch_way(rival, sets))
   for name, make in makers.items():
     if name in op.implementations: name = f'{name}, baseline'
+    # A failing baseline is no failure of the operation.
     try: ways[name] = make()
-    except Exception as error: notes[name] = f'not timed: {brief(error)}'   # a baseline's trouble is not ours
+    except Exception as error: notes[name] = f'not timed: {brief(error)}'
   return ways, notes
 
 
 def _unquantized(case) -> Way:
   arguments, function = case.unquantized()
-  return way(function, arguments, clock.copies(arguments), comparable=False)   # quantization's own error is no matter here
+  # The results differ by the error of quantization, so that they are not compared.
+  return way(function, arguments, timer.copies(arguments), comparable=False)
 
 
 def measured(op: ops.Op, name: str, case, budget: float, rounds: int = ROUNDS) -> Row:
-  """The case timed in about `budget` seconds, compilation not counted."""
+  """Times the case in about `budget` seconds, without compilation."""
   arguments = jax.block_until_ready(case.arguments())
   wanted, checked = expected(case, arguments)
-  sets = clock.copies(arguments)
+  sets = timer.copies(arguments)
   ours, notes = implementations(op, case, arguments, sets)
   others, trouble = baselines(op, case, arguments, sets)
   errors, calls = {}, {}
@@ -112,7 +118,7 @@ def measured(op: ops.Op, name: str, case, budget: float, rounds: int = ROUNDS) -
       calls[label] = one.calls()
     except Exception as error: (notes if label in ours else trouble)[label] = f'FAILED: {brief(error)}'
   del wanted
-  seconds = clock.take_turns(calls, budget, rounds)
+  seconds = timer.take_turns(calls, budget, rounds)
   taken = chosen(op, ours)
   timings = [Timing(name=label, seconds=times, error=errors[label], ours=label in ours, auto=label == taken)
              for label, times in seconds.items()]
@@ -121,22 +127,39 @@ def measured(op: ops.Op, name: str, case, budget: float, rounds: int = ROUNDS) -
 
 
 def alive() -> bool:
-  """Whether the device still computes: after a fault in a kernel it does not."""
+  """Whether the device still computes; after a fault in a kernel it may not."""
   try: return float(jax.jit(lambda x: x + 1)(jnp.ones(()))) == 2
   except Exception: return False
 
 
 def in_turn(operations: dict[str, ops.Op], selected: Callable[[str, str], bool]) -> list[tuple[ops.Op, str, object]]:
-  """(operation, name, case), the first of each operation, then the second …: when time runs out, each had some."""
+  """(operation, name, case): the first case of each operation, then the second of each …, so that every operation has some
+  results when time runs out."""
   platform = jax.default_backend()
   lists = [[(op, name, case) for name, case in op.bench(platform).items() if selected(op.name, name)]
            for op in operations.values()]
   return [some[i] for i in range(max(map(len, lists), default=0)) for some in lists if i < len(some)]
 
 
+def select(only: list[str], quick: bool = False) -> list[tuple[ops.Op, str, object]]:
+  """The cases that `only` names, as `in_turn` orders them; of each operation the first one where `quick`.
+
+  only: 'OP' or 'OP/CASE', where * stands for anything; without words, all cases. Raises ConfigError for a word that names
+    none.
+  """
+  patterns = {word: word if '/' in word else f'{word}/*' for word in only or ['*']}
+  operations = ops.every()
+  work = in_turn(operations, lambda op, name: any(fnmatch.fnmatchcase(f'{op}/{name}', one) for one in patterns.values()))
+  for word, pattern in patterns.items():
+    if not any(fnmatch.fnmatchcase(f'{op.name}/{name}', pattern) for op, name, _ in work):
+      raise ConfigError('--only', word, f'no case is named so: there are {", ".join(operations)}, and OP/CASE')
+  return list({op.name: (op, name, case) for op, name, case in reversed(work)}.values())[::-1] if quick else work
+
+
 def run(work: list, budget: float, done: Callable[[Row], None], rounds: int = ROUNDS) -> list[str]:
-  """Measures cases one after the other and calls done(row) after each. Returns those that were left out: of time, or
-  because the device stopped computing. A case has its share of the time left, at most a third of it for compiling."""
+  """Measures cases one after another and calls done(row) after each. Returns a line for each case that was left out, because
+  time ran out or the device stopped computing. A case is timed for a third of its share of the remaining time; the rest is
+  left for compilation."""
   end = time.monotonic() + budget
   for i, (op, name, case) in enumerate(work):
     left = end - time.monotonic()

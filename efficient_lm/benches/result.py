@@ -1,4 +1,4 @@
-"""A case to time, the turns in which it is timed, and what came of it: rows, tables, a file."""
+"""A case to time, the turns in which it is timed, and the results: rows, tables, a file."""
 import dataclasses
 import json
 import statistics
@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from efficient_lm.lazy import lazy
+from efficient_lm.runs import ledger
 
-ledger = lazy('efficient_lm.runs.ledger')
 np = lazy('numpy')
 rich_box = lazy('rich.box')
 rich_console = lazy('rich.console')
@@ -17,23 +17,23 @@ rich_text = lazy('rich.text')
 
 OURS = 'ours'
 MISSING = 'baseline not installed (pip install efficient_lm[bench])'
-# PyTorch's idle OpenMP threads spin for some 8 ms after a call (processor time, read while asleep), and slow
-# down whoever runs next. JAX's threads sleep at once. So every call starts after a rest, in seconds.
+# PyTorch's idle OpenMP threads spin for some 8 ms after a call (measured as processor time during a sleep) and slow down the
+# next call. JAX's threads sleep at once. Therefore every call starts after a rest, in seconds.
 REST = 0.05
-BUSY = 0.3    # load from which figures are not to be trusted
+BUSY = 0.3    # load of other programs, in cores, above which figures are unreliable
 WIDTH = 110   # characters of a table in a file
 
 
 class Disagreement(RuntimeError):
-  """Ours and a baseline compute different things, so that comparing their times would say nothing."""
+  """A baseline computes something else, so that a comparison of times would be meaningless."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-  """Calls that do the same work: OURS and each baseline by name; a call returns when it is done.
+  """Functions that do the same work, OURS and the baselines by name; each returns when it is done.
 
-  tokens, flops: of one call; flops are analytic (see measure.Flops). agreement: how close the results are, in
-  words. target: how many times as fast as the fastest baseline ours is meant to be.
+  tokens, flops: those of one call; flops are analytic (see measure.Flops). agreement: how close the results are, in words.
+  target: how many times as fast as the fastest baseline OURS should be.
   """
   candidates: dict[str, Callable[[], object]]
   flops: float
@@ -44,7 +44,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-  """Seconds of every call of a case by candidate, in turns: wall clock, and processor time of all threads."""
+  """Seconds of every call of a case, by candidate: `seconds` of wall-clock time, and `processor` time of all threads."""
   name: str
   seconds: dict[str, list[float]]
   processor: dict[str, list[float]]
@@ -55,18 +55,19 @@ class Row:
 
   @property
   def ours(self) -> float:
-    """Median seconds."""
+    """Median seconds of OURS."""
     return statistics.median(self.seconds[OURS])
 
   @property
   def baseline(self) -> str | None:
-    """The fastest baseline by median; None where none was timed."""
+    """The fastest baseline by median; None if none was timed."""
     others = {name: statistics.median(times) for name, times in self.seconds.items() if name != OURS}
     return min(others, key=others.get) if others else None
 
   @property
   def ratio(self) -> float | None:
-    """How many times as fast as the baseline: the median over turns, as single ones may be disturbed."""
+    """How many times as fast as the fastest baseline OURS is: the median over turns, because other programs may disturb
+    single turns."""
     if self.baseline is None: return None
     turns = zip(self.seconds[OURS], self.seconds[self.baseline], strict=True)
     return statistics.median(theirs / ours for ours, theirs in turns)
@@ -74,8 +75,8 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-  """Rows of one run of the command on one machine. peak_flops: FLOP/s that a large matrix product reached;
-  load: of other programs, in processor cores kept busy over the minute before."""
+  """The rows of one run of the command on one machine. peak_flops: FLOP/s of a large product of matrices. load: processor
+  cores that other programs kept busy over the minute before."""
   hardware: str
   load: float
   versions: dict[str, str]
@@ -86,7 +87,8 @@ class Report:
 
 
 def take_turns(case: Case, repeats: int, watch: Callable[[str], None] = lambda text: None):
-  """Wall and processor seconds of each candidate's calls, A B A B …, after one call each to warm up."""
+  """Wall-clock and processor seconds of each candidate's calls. Candidates take turns, A B A B …, after one call each to
+  warm up. watch: is told what runs."""
   wall, processor = ({name: [] for name in case.candidates} for _ in range(2))
   for turn in range(repeats + 1):
     for name, call in case.candidates.items():
@@ -101,30 +103,30 @@ def take_turns(case: Case, repeats: int, watch: Callable[[str], None] = lambda t
 
 
 def measured(name: str, case: Case, repeats: int, watch: Callable[[str], None] = lambda text: None) -> Row:
-  """The case timed `repeats` times."""
+  """Times the case `repeats` times."""
   wall, processor = take_turns(case, repeats, watch)
   return Row(name=name, seconds=wall, processor=processor, flops=case.flops, tokens=case.tokens,
              agreement=case.agreement, target=case.target)
 
 
 def difference(what: str, ours, theirs, tolerance: float) -> float:
-  """The largest difference of two equally shaped arrays, relative to the largest number of the second.
+  """The largest difference of two arrays of equal shape, relative to the largest number of the second.
 
-  Raises Disagreement above `tolerance`, and where a number is not finite."""
+  Raises Disagreement if it exceeds `tolerance`, or if a number is not finite."""
   ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
   apart = float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
   if not apart <= tolerance:
-    raise Disagreement(f'{what}: {apart:.1e} off the baseline; up to {tolerance} is rounding')
+    raise Disagreement(f'{what}: they differ by {apart:.1e} from the baseline; up to {tolerance} is rounding')
   return apart
 
 
 def within(what: str, apart: float) -> str:
-  """How far apart two results are, in words."""
+  """The difference of two results, in words."""
   return f'{what} within {apart:.0e}' if apart else f'{what} equal'
 
 
 def write(report: Report, folder) -> Path:
-  """Writes bench.json and bench.txt into `folder`, making it if need be; returns the former's path."""
+  """Writes bench.json and bench.txt into `folder`, which is made if it is missing; returns the path of bench.json."""
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   text = json.dumps(dataclasses.asdict(report), indent=2)
@@ -141,7 +143,7 @@ def read(path) -> Report:
 
 
 def page(report: Report):
-  """What to print: figures, a row a case; below, what each was compared with and how far both agree."""
+  """The page to print: a row of figures for each case; below, what each was compared with, and how far both agree."""
   figures = rich_table.Table(box=rich_box.SIMPLE_HEAD)
   figures.add_column('case', no_wrap=True)
   for heading in ('ours', 'least', 'baseline', 'times as fast', 'target', 'a second', 'of peak'):
@@ -160,7 +162,7 @@ def _figures(row: Row, report: Report) -> list:
   if row.tokens: rate = f'{ledger.quantity(row.tokens / row.ours)} tokens'
   else: rate = ledger.quantity(row.flops / row.ours, 'FLOP')
   theirs = statistics.median(row.seconds[row.baseline]) if row.baseline else None
-  target = None if report.quick else row.target   # small sizes have none
+  target = None if report.quick else row.target   # targets are for full sizes
   reached = target is None or row.ratio is None or row.ratio >= target
   ratio = '–' if row.ratio is None else rich_text.Text(f'{row.ratio:.2f}', style='' if reached else 'red')
   return [ledger.duration(row.ours), ledger.duration(min(row.seconds[OURS])), ledger.duration(theirs), ratio,

@@ -1,21 +1,19 @@
-"""For each operation with kernels: where the tiles for a case stand in its `tiles.py`, and which are worth trying.
+"""For each operation with tunable kernels: the entry of a case in the tables of its `tiles.py`, and the tiles to try.
 
-A space is (table, key, candidates of the kernel for the platform); None for a case whose kernel has no tiles.
+A space is (table, key, candidates for the platform's kernel); None for a case whose kernel has no tiles.
 """
 import jax.numpy as jnp
 
-from efficient_lm.lazy import lazy
-
-attention = lazy('efficient_lm.ops.decode_attention.tiles')
-cross_entropy = lazy('efficient_lm.ops.linear_cross_entropy.tiles')
-divergence = lazy('efficient_lm.ops.linear_divergence.tiles')
-grouped = lazy('efficient_lm.ops.grouped_matmul.tiles')
-quantized = lazy('efficient_lm.ops.quantized_matmul.tiles')
-sparse = lazy('efficient_lm.ops.block_sparse_matmul.tiles')
+from efficient_lm.ops.block_sparse_matmul import tiles as sparse
+from efficient_lm.ops.decode_attention import tiles as attention
+from efficient_lm.ops.grouped_matmul import tiles as grouped
+from efficient_lm.ops.linear_cross_entropy import tiles as cross_entropy
+from efficient_lm.ops.linear_divergence import tiles as divergence
+from efficient_lm.ops.quantized_matmul import tiles as quantized
 
 
 def grouped_matmul(case, platform: str):
-  """By pass, sizes and dtypes."""
+  """The key is the pass, sizes and dtypes."""
   if case.of == 'all': return None
   x, w = jnp.dtype(case.dtype), jnp.dtype(case.weight or case.dtype)
   key = case.of, case.rows, *case.shape, len(case.sizes), x.name, w.name
@@ -24,30 +22,30 @@ def grouped_matmul(case, platform: str):
 
 
 def linear_cross_entropy(case, platform: str):
-  """By family, pass and sizes of the head."""
+  """The key is the device family, the pass and the sizes of the head."""
   key = 'hopper' if platform == 'gpu' else platform, case.of, case.dim, case.vocab
   return 'TUNED', key, cross_entropy.candidates(platform, case.dim, jnp.dtype(case.dtype).itemsize)
 
 
 def linear_divergence(case, platform: str):
-  """By family, pass and sizes of the student's head. Both passes take the same tiles where they are given: those found for
-  both stand for the backward one, which has most of the products."""
+  """The key is the device family, the pass and the sizes of the student's head. A case of both passes runs both with the
+  same tiles; the best ones are kept for the backward pass, which has most of the products."""
   of = 'backward' if case.of == 'both' else case.of
   key = 'hopper' if platform == 'gpu' else platform, of, case.dims[0], case.vocab
   return 'TUNED', key, divergence.candidates(platform, case.dims[0], jnp.dtype(case.dtype).itemsize)
 
 
 def quantized_matmul(case, platform: str):
-  """By sizes, bits, number of groups and what activations are rounded to; gradients have no kernel."""
+  """The key is the sizes, bits, number of groups and the dtype of activations. Gradients have no kernel."""
   if case.of != 'forward': return None
   matrix, activations = case.matrix(*case.arguments()[1:]), case.scheme.activations
-  key = case.rows, *matrix.shape, matrix.bits, matrix.scale_QN.shape[0], activations
+  key = case.rows, *matrix.shape, matrix.bits, matrix.scale_QO.shape[0], activations
   if platform == 'gpu': return 'TUNED_GPU', key, quantized.gpu_candidates(case.rows, matrix, activations)
   return 'TUNED_TPU', key, quantized.tpu_candidates(case.rows, matrix, activations)
 
 
 def decode_attention(case, platform: str):
-  """By heads of all sequences, slots, head dim and bits."""
+  """The key is the heads of all sequences, slots, head dim and bits."""
   H, heads = case.heads[2], case.batch * case.heads[1]
   bits = jnp.finfo(case.storage).bits if 'float' in case.storage else int(case.storage.removeprefix('int'))
   key = platform, heads, case.slots, H, bits
@@ -55,7 +53,7 @@ def decode_attention(case, platform: str):
 
 
 def block_sparse_matmul(case, platform: str):
-  """By sizes of the product and of its blocks."""
+  """The key is the sizes of the product and of its blocks."""
   (R, C), (height, width) = case.grid, case.block
   key = case.M, R * height, C * width, height, width
   if platform == 'gpu': return 'TUNED_GPU', key, sparse.gpu_candidates(height, width)

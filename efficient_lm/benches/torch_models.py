@@ -1,6 +1,7 @@
-"""Baselines in PyTorch, with our weights: a plain decoder-only model, and Llama and Mixtral of transformers.
+"""Baselines in PyTorch with the weights of a model of this package: a plain decoder-only model, and Llama and Mixtral of
+transformers.
 
-On a CPU they compute in float32; on a GPU under autocast to bfloat16 (decoding: in bfloat16), as ours does.
+On a CPU they compute in float32; on a GPU they train under autocast to bfloat16, and decode in bfloat16.
 """
 from collections.abc import Callable
 
@@ -13,12 +14,12 @@ from efficient_lm.models import spec as specs
 
 
 def device() -> torch.device:
-  """Where PyTorch runs."""
+  """The device on which PyTorch runs."""
   return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
 def hugging_face_names(model) -> dict[str, torch.Tensor]:
-  """Parameters of a model of one stack, named as in Llama or Mixtral; matrices are (outputs, inputs)."""
+  """The parameters of a model of one stack, with the names of Llama or Mixtral; matrices are (outputs, inputs)."""
   value = lambda weight: np.asarray(weight.materialize())
   linear = lambda array, inputs: array.reshape(inputs, -1).T
   named = {'model.embed_tokens.weight': value(model.embed), 'lm_head.weight': value(model.own_head).T,
@@ -37,7 +38,7 @@ def hugging_face_names(model) -> dict[str, torch.Tensor]:
 
 
 def _mlp(mlp, value):
-  """What is in a feed-forward layer: three matrices, or a router and the experts' matrices in two arrays."""
+  """The parameters of a feed-forward layer: three matrices, or a router and the experts' matrices in two arrays."""
   if not hasattr(mlp, 'experts'):
     yield from ((f'{name}_proj.weight', value(getattr(mlp, name)).T) for name in ('gate', 'up', 'down'))
     return
@@ -48,7 +49,7 @@ def _mlp(mlp, value):
 
 
 class Layer(nn.Module):
-  """Pre-norm attention and SwiGLU, from PyTorch's own fused functions."""
+  """Pre-norm attention and SwiGLU, with PyTorch's fused functions."""
 
   def __init__(self, attention: specs.GroupedQuery, hidden: int, dim: int, eps: float):
     super().__init__()
@@ -61,12 +62,12 @@ class Layer(nn.Module):
     self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
     self.head_dim = attention.head_dim
 
-  def forward(self, x, turns, mask):
+  def forward(self, x, rotation, mask):
     batch, length, _ = x.shape
     h = self.input_layernorm(x)
     heads = lambda projected: projected.view(batch, length, -1, self.head_dim).transpose(1, 2)
     q, k, v = heads(self.q_proj(h)), heads(self.k_proj(h)), heads(self.v_proj(h))
-    q, k = rotated(q, *turns), rotated(k, *turns)
+    q, k = rotated(q, *rotation), rotated(k, *rotation)
     o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
                                        enable_gqa=q.shape[1] != k.shape[1])
     x = x + self.o_proj(o.transpose(1, 2).reshape(batch, length, -1))
@@ -75,13 +76,14 @@ class Layer(nn.Module):
 
 
 def rotated(x, cos, sin):
-  """Rotary embedding, dimension i with i + H/2; cos and sin hold each angle twice."""
+  """x with rotary embedding (RoPE) applied: dimension i is paired with i + H/2; cos and sin hold each angle twice."""
   a, b = x.chunk(2, -1)
   return x * cos + torch.cat([-b, a], -1) * sin
 
 
 class Decoder(nn.Module):
-  """logits = Decoder(spec, batch)(tokens). The batch's rotations and mask are made once, not in each step."""
+  """logits = Decoder(spec, batch)(tokens). The rotary angles and the mask of the batch are computed once, not in each
+  step."""
 
   def __init__(self, spec: specs.Transformer, batch: dict[str, np.ndarray]):
     super().__init__()
@@ -94,8 +96,8 @@ class Decoder(nn.Module):
     head_dim = stack.attention.head_dim
     frequency = stack.attention.rope.theta ** (-torch.arange(0, head_dim, 2) / head_dim)
     angle = torch.from_numpy(batch['positions_BT'])[..., None] * frequency
-    for name, turn in (('cos', angle.cos()), ('sin', angle.sin())):
-      self.register_buffer(name, torch.cat([turn, turn], -1)[:, None], persistent=False)
+    for name, part in (('cos', angle.cos()), ('sin', angle.sin())):
+      self.register_buffer(name, torch.cat([part, part], -1)[:, None], persistent=False)
     segments = torch.from_numpy(batch['segments_BT'])
     inside = (segments[:, None, :, None] == segments[:, None, None, :]).tril()
     self.register_buffer('mask', None if (segments == 1).all() else inside, persistent=False)
@@ -107,7 +109,7 @@ class Decoder(nn.Module):
 
 
 def decoder(model, spec: specs.Transformer, batch: dict[str, np.ndarray]) -> Decoder:
-  """The plain model with the parameters of ours."""
+  """The plain model with the parameters of `model`."""
   short = {name.replace('model.', '').replace('self_attn.', '').replace('mlp.', ''): tensor
            for name, tensor in hugging_face_names(model).items()}
   theirs = Decoder(spec, batch)
@@ -116,7 +118,8 @@ def decoder(model, spec: specs.Transformer, batch: dict[str, np.ndarray]) -> Dec
 
 
 def hugging_face(model, spec: specs.Transformer, experts: str | None = None):
-  """LlamaForCausalLM with our parameters; with `experts`, MixtralForCausalLM that runs them that way."""
+  """LlamaForCausalLM with the parameters of `model`; or MixtralForCausalLM, if `experts` names how it computes its
+  experts."""
   import transformers
   stack = spec.stacks[0]
   attention = stack.attention
@@ -137,9 +140,10 @@ def hugging_face(model, spec: specs.Transformer, experts: str | None = None):
 
 def trainer(model, logits: Callable, batch: dict[str, np.ndarray], optimizer, rates: list[float], *,
             fused: bool) -> Callable[[], float]:
-  """A call that trains on `batch` once more and returns the loss before: what our step does, the guard apart.
+  """A function that takes one training step on `batch` and returns the loss before it, as the trainer of this package does,
+  without its non-finite guard.
 
-  optimizer: our `optim.AdamW`; rates: its learning rate at each step.
+  optimizer: an `optimizers.AdamW`, whose settings are used. rates: its learning rate at each step.
   """
   matrices = [p for p in model.parameters() if p.ndim > 1]
   vectors = [p for p in model.parameters() if p.ndim == 1]
@@ -165,7 +169,7 @@ def trainer(model, logits: Callable, batch: dict[str, np.ndarray], optimizer, ra
 
 
 def generator(model, prompt_BT: np.ndarray, num_tokens: int) -> Callable[[], np.ndarray]:
-  """A call that decodes greedily with a cache: the new ids, (B, num_tokens)."""
+  """A function that decodes greedily with a cache and returns the new ids, (B, num_tokens)."""
   if device().type == 'cuda': model = model.to(torch.bfloat16)
   prompt = torch.from_numpy(prompt_BT).long().to(device())
   model.eval()

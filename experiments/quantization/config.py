@@ -11,9 +11,10 @@ import dataclasses
 
 from configs import baseline
 from efficient_lm.compression.rules import Rule
-from efficient_lm.config.experiment import Experiment, FromRun
+from efficient_lm.config.experiment import Experiment
 from efficient_lm.errors import ConfigError
 from efficient_lm.formats import Group, Int, MidRise
+from efficient_lm.runs import FromRun
 from efficient_lm.techniques.quantization.awq import Awq
 from efficient_lm.techniques.quantization.convert import Convert
 from efficient_lm.techniques.quantization.gptq import Gptq

@@ -16,7 +16,7 @@ from efficient_lm.compression.rules import Rule
 from efficient_lm.formats import Group, Int
 from efficient_lm.models import zoo
 from efficient_lm.runs import ledger, stages
-from efficient_lm.runs.allocator import keep_freed_memory
+from efficient_lm.runs.allocator import use_huge_pages
 from efficient_lm.techniques.quantization.gptq import Gptq
 from efficient_lm.techniques.quantization.ptq import Quantize
 from efficient_lm.training.learner import new_model
@@ -34,7 +34,7 @@ def batches(vocab_size: int, count: int):
 
 
 if __name__ == '__main__':
-  keep_freed_memory()
+  use_huge_pages()
   spec = dataclasses.replace(zoo.gpt2_124m(), dtype='float32')
   model = new_model(spec, jax.random.key(0))
   context = stages.Context(jax.random.key(1), lambda count: batches(spec.vocab_size, count))

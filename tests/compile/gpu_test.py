@@ -1,5 +1,5 @@
-"""Every operation compiles for NVIDIA GPUs: its kernels keep all in registers and shared memory, and what 'auto' takes
-compiles too, also on a GPU that no kernel is for."""
+"""Every operation compiles for NVIDIA GPUs: its kernels fit registers and shared memory, and the implementation of 'auto'
+compiles, also for a GPU that no kernel is for."""
 import os
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def test_compiles_and_fits(target, name, case, capfd):
     if kernel or implementation == 'auto': programs.check_memory(program, jax.eval_shape(case.arguments), target)
     found = programs.assembled(programs.said(capfd))
     called = set(programs.kernel_names(program, 'gpu'))
-    # A gradient may be left to XLA's dense products.
+    # Gradients may be dense products of XLA.
     if kernel and getattr(case, 'of', 'forward') == 'forward': assert called, f'{implementation} calls no kernel'
     if called: assert found.spills, 'nothing was heard of ptxas'
     assert not any(found.spills.values()), f'{implementation} spills bytes: {found.spills}'
@@ -42,12 +42,12 @@ def test_each_kernel_takes_some_case(target):
   assert not {name: unused for name, op in ops.every().items() if (unused := programs.unused_kernels(target, op))}
 
 
-# A launch takes two or three microseconds, and what these read about ten.
+# A launch takes two or three microseconds, and reading the operands of these cases about ten.
 LAUNCHES = {
   ('quantized_matmul', 'W4A16 up M=1'): 1, ('quantized_matmul', 'W4A16 up M=16'): 1, ('quantized_matmul', 'W8A16 up M=1'): 1,
-  ('quantized_matmul', 'W4A16 down M=1'): 2, ('quantized_matmul', 'W4A16 down M=16'): 2,   # parts of the inputs, added up
+  ('quantized_matmul', 'W4A16 down M=1'): 2, ('quantized_matmul', 'W4A16 down M=16'): 2,   # XLA adds parts of the inputs
   ('decode_attention', 'Llama-3.1-8B, 64 x 8k, bfloat16'): 1, ('decode_attention', 'Llama-3.1-8B, 64 x 8k, int8'): 1,
-  ('decode_attention', 'Llama-3.1-8B, 1 x 128k, int8'): 2,   # splits of the tokens, joined
+  ('decode_attention', 'Llama-3.1-8B, 1 x 128k, int8'): 2,   # a kernel joins splits of the tokens
   ('quantize', 'normalised, rotated, to float8, 16384 x 4096'): 1,
 }
 
@@ -62,8 +62,8 @@ def test_a_short_operation_is_few_launches(name, case):
 
 
 @needs_plugin
-@pytest.mark.skipif(targets.GPU != 'H200', reason='this is that process')
-def test_all_of_this_holds_for_another_gpu_in_a_process_of_its_own():
+@pytest.mark.skipif(targets.GPU != 'H200', reason='this is the process for another GPU')
+def test_the_same_holds_for_another_gpu_in_a_process_of_its_own():
   again = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-n', '0', __file__], capture_output=True, text=True,
                          env=os.environ | {'COMPILE_FOR_GPU': 'B200'})
   assert again.returncode == 0, again.stdout[-4000:]

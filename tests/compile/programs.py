@@ -1,4 +1,4 @@
-"""Programs compiled for a target, and what is read off them."""
+"""Programs compiled for a target, and the properties that tests read from them."""
 import ctypes
 import dataclasses
 import re
@@ -12,14 +12,14 @@ from efficient_lm.benches import ops
 from efficient_lm.ops import dispatch
 from tests.compile import targets
 
-# What XLA calls a kernel of ours, by platform.
+# The custom call of a Mosaic kernel in XLA's programs, by platform.
 CUSTOM_CALLS = {'tpu': 'tpu_custom_call', 'gpu': 'mosaic_gpu'}
-# Without a GPU nothing can be timed: XLA must not try which of its own kernels is the fastest.
+# XLA must not autotune its own kernels: without a GPU nothing can be timed.
 OPTIONS = {'tpu': {}, 'gpu': {'xla_gpu_autotune_level': 0}}
 
 
 def parameters(platform: str) -> list:
-  """A pytest parameter for each target of the platform, operation and case; one that is skipped where nothing compiles."""
+  """A pytest parameter for each target of the platform, operation and case; a single skipped one where nothing compiles."""
   reason = targets.missing(platform)
   if reason: return [pytest.param(None, None, None, id='none', marks=pytest.mark.skip(reason=reason))]
   return [pytest.param(target, name, case, id=f'{target}, {name}, {case}') for target in targets.of(platform)
@@ -27,14 +27,14 @@ def parameters(platform: str) -> list:
 
 
 def whole(tree, mesh):
-  """Shapes of a tree, each array whole on every device of the mesh."""
+  """The shapes of a tree of arrays that are replicated over the mesh."""
   sharding = NamedSharding(mesh, PartitionSpec())
   return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
 def lower(case, name: str, mesh):
   """The case lowered for the mesh, or None where the named implementation refuses its arguments."""
-  # Outside of the mesh: what is not traced would be run, on devices that are not here.
+  # Arguments are evaluated outside of the mesh: operations that are not traced would run on its devices, which are not here.
   arguments = whole(jax.eval_shape(case.arguments), mesh)
   with jax.set_mesh(mesh):
     try: return jax.jit(case.call(name), keep_unused=True).lower(*arguments)
@@ -43,7 +43,7 @@ def lower(case, name: str, mesh):
 
 
 def running(op: ops.Op, mesh) -> dict[str, dispatch.Implementation]:
-  """Implementations that run on the mesh's devices; not the definition, which is not meant for such sizes."""
+  """The implementations that run on the mesh's devices, without the reference, which is not meant for such sizes."""
   with jax.set_mesh(mesh): here = dispatch.device()
   return {name: one for name, one in op.implementations.items() if ops.suits(one, here) and name != ops.REFERENCE}
 
@@ -54,9 +54,9 @@ def finish(lowered, target: str):
 
 
 def compiled(target: str, op: ops.Op, case) -> Iterator:
-  """(implementation, program) by each kernel that runs on the target and takes the case, by 'auto', and, on the first target
-  of a platform, by each other that runs there; a program that is one of those before is left out. The others may want more
-  memory than there is."""
+  """(implementation, program) for each kernel that runs on the target and takes the case, for 'auto', and on the first
+  target of a platform for each other implementation; programs that equal a previous one are left out. Implementations that
+  are no kernels may need more memory than the target has, and are left out then."""
   seen, mesh = set(), targets.mesh(target)
   kernels = {name: ops.is_kernel(one) for name, one in running(op, mesh).items()}
   others = [name for name in kernels if not kernels[name]] if target in ('v5e', 'H200') else []
@@ -70,29 +70,31 @@ def compiled(target: str, op: ops.Op, case) -> Iterator:
 
 
 def unused_kernels(target: str, op: ops.Op) -> set[str]:
-  """Kernels for the target that refuse every case: nothing would be known of them. Not cuDNN, which needs a GPU to ask."""
+  """The kernels for the target that refuse every case, so that none of their programs is compiled. cuDNN is left out,
+  because JAX asks it on a GPU only."""
   mesh, cases = targets.mesh(target), op.bench(targets.TARGETS[target].platform).values()
   return {name for name, one in running(op, mesh).items()
           if ops.is_kernel(one) and name != 'cudnn' and all(lower(case, name, mesh) is None for case in cases)}
 
 
 def kernel_names(program, platform: str) -> list[str]:
-  """The name of each kernel that a compiled program calls, from XLA's record of where an operation is from; '' where it has
-  none, as for what XLA put in and for some that are mapped over a batch."""
+  """The name of each kernel that a compiled program calls, from the metadata of operations; '' where these have none, as for
+  operations that XLA inserted, and for some that are mapped over a batch."""
   calls = [line for line in program.as_text().splitlines() if f'custom_call_target="{CUSTOM_CALLS[platform]}' in line]
   names = [re.search(r'op_name="([^"]*)"|$', line)[1] or '' for line in calls]
   return [name.removesuffix('/pallas_call').removesuffix('/mpmd_map').rpartition('/')[2] for name in names]
 
 
 def launches(program) -> list[str]:
-  """What a compiled program for a GPU launches, one after another: the operations of its entry that are no views."""
+  """The operations that a compiled program for a GPU launches, in order: those of its entry computation that are no
+  views."""
   entry = re.sub(r'/\*.*?\*/', '', program.as_text().partition('\nENTRY ')[2].partition('\n}')[0])
   operations = re.findall(r'^ *(?:ROOT )?%\S+ = (?:\([^)]*\)|\S+) ([a-z-]+)\(', entry, re.MULTILINE)
   return [name for name in operations if name not in ('parameter', 'constant', 'bitcast', 'tuple', 'get-tuple-element')]
 
 
 def check_memory(program, arguments, target: str):
-  """Arguments take their size, and what tiles pad; all that is alive at once fits the device."""
+  """Checks that arguments take at least their size, and that arguments, results and temporaries fit the device together."""
   memory, needed = program.memory_analysis(), sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments))
   assert memory.argument_size_in_bytes >= needed, f'arguments of {needed} bytes: {memory}'
   alive = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
@@ -101,15 +103,15 @@ def check_memory(program, arguments, target: str):
 
 @dataclasses.dataclass(frozen=True)
 class Assembled:
-  """What the compiler of NVIDIA's machine code said. spills: bytes by kernel. shared_memory: bytes that each kernel asks
-  for. complaints: sentences about lost performance."""
+  """The output of ptxas, NVIDIA's assembler. spills: bytes by kernel. shared_memory: bytes that each kernel asks for.
+  complaints: its warnings about performance."""
   spills: dict[str, int]
   shared_memory: list[int]
   complaints: list[str]
 
 
 def assembled(text: str) -> Assembled:
-  """Reads the output of ptxas, and that of Mosaic about resources."""
+  """Reads the output of ptxas, and Mosaic's output about resources."""
   kernels = {re.search(r"'(\S+)'", block)[1]: sum(map(int, re.findall(r'(\d+) bytes spill', block)))
              for block in text.split('Compiling entry function')[1:]}
   return Assembled(kernels, [int(size) for size in re.findall(r'smem_scratch_bytes=(\d+)', text)],
@@ -117,6 +119,6 @@ def assembled(text: str) -> Assembled:
 
 
 def said(capfd) -> str:
-  """What was written to the file descriptors of output and errors since the last call; also by C, through its buffers."""
+  """The text written to the file descriptors of stdout and stderr since the last call, including the buffers of C."""
   ctypes.CDLL(None).fflush(None)
   return ''.join(capfd.readouterr())

@@ -1,17 +1,17 @@
-"""Machines that are not here, for which their compilers compile all the same: TPUs with libtpu, GPUs with the CUDA plug-in.
+"""Machines that are not here, for which their compilers compile nevertheless: TPUs with libtpu, GPUs with the CUDA plug-in.
 
-Such a compilation proves that the compiler takes a program and what memory it needs; it proves no numbers and no speed.
+A compilation proves that the compiler accepts a program, and how much memory it needs. It proves no results and no speed.
 """
 import dataclasses
 import importlib.util
 import os
 
-# Read by libtpu when it starts: there is no TPU virtual machine around, and several processes may compile at once.
+# libtpu reads these when it starts: it must not look for a TPU virtual machine, and several processes may compile at once.
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-8')
 os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', 'true')
-# Read when a kernel is compiled: print what ptxas says of it, and the memory that it asks for.
+# Mosaic reads these when it compiles a kernel: it prints the output of ptxas, and the memory that the kernel asks for.
 os.environ.setdefault('MOSAIC_GPU_DUMP_PTXAS', '1')
 os.environ.setdefault('MOSAIC_GPU_DUMP_RESOURCES', '1')
 
@@ -22,7 +22,7 @@ from jax.experimental import topologies
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-  """topology: as libtpu names it. memory: bytes of one device (a core of tpu7x, a chip of the others)."""
+  """topology: its name in libtpu. memory: bytes of one device, which is a core of tpu7x or a chip of the others."""
   topology: str
   memory: float
   platform = 'tpu'
@@ -33,7 +33,7 @@ class Tpu:
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """Figures of NVIDIA's data sheets and of the compute capability's table in the CUDA programming guide."""
+  """The figures of NVIDIA's data sheets, and of the table of compute capabilities in the CUDA programming guide."""
   kind: str
   capability: int      # major; minor is 0
   num_cores: int       # multiprocessors
@@ -42,7 +42,7 @@ class Gpu:
   cache: int           # bytes, level 2
   clock: float         # GHz
   platform = 'gpu'
-  shared_memory = 227 * 1024   # bytes that one block may ask for; a multiprocessor has one KiB more, for the system
+  shared_memory = 227 * 1024   # bytes that one block may ask for; a multiprocessor has 1 KiB more for the system
 
   def devices(self) -> list:
     description = f'''
@@ -68,12 +68,12 @@ TARGETS = {
 PACKAGES = {'tpu': ('libtpu', 'make check-tpu-compile'), 'gpu': ('jax_cuda13_plugin', 'make check-gpu-compile')}
 
 
-# Mosaic GPU assembles all kernels of a process for the compute capability of the first: a process is for one kind of GPU.
+# Mosaic GPU assembles all kernels of a process for the compute capability of the first one: a process has one kind of GPU.
 GPU = os.environ.get('COMPILE_FOR_GPU', 'H200')
 
 
 def of(platform: str) -> list[str]:
-  """Names of the targets of that platform for which this process compiles."""
+  """The names of the targets of that platform for which this process compiles."""
   return [name for name, target in TARGETS.items() if target.platform == platform and (platform != 'gpu' or name == GPU)]
 
 

@@ -1,4 +1,4 @@
-"""Every operation compiles for every kind of TPU: its kernels fit VMEM, and what 'auto' takes compiles too."""
+"""Every operation compiles for every kind of TPU: its kernels fit VMEM, and the implementation of 'auto' compiles."""
 import jax
 import jax.numpy as jnp
 import pytest
@@ -17,7 +17,7 @@ def test_compiles_and_fits(target, name, case):
   for implementation, program in programs.compiled(target, op, case):
     kernel = implementation != 'auto' and ops.is_kernel(op.implementations[implementation])
     if kernel or implementation == 'auto': programs.check_memory(program, jax.eval_shape(case.arguments), target)
-    # A gradient may be left to XLA's dense products.
+    # Gradients may be dense products of XLA.
     if kernel and getattr(case, 'of', 'forward') == 'forward':
       assert programs.kernel_names(program, 'tpu'), f'{implementation} calls no kernel'
 
@@ -29,7 +29,7 @@ def test_each_kernel_takes_some_case(target):
 
 @pytest.mark.parametrize('target', targets.of('tpu'))
 def test_the_gradient_of_the_loss_takes_a_quarter_of_its_logits(target):
-  """Of logits in bfloat16, which an unfused loss has at least twice, once of them in float32."""
+  """A quarter of the logits in bfloat16. An unfused loss has them at least twice, once of these in float32."""
   case = ops.every()['linear_cross_entropy'].bench('tpu')['16k x 4096 x 128k, backward']
   program = programs.finish(programs.lower(case, 'pallas_tpu', targets.mesh(target)), target)
   logits = case.batch * case.length * case.vocab * 2

@@ -1,8 +1,8 @@
-"""Seconds of one call on an accelerator, where a call may take less time than it takes to start one.
+"""Times one call on an accelerator, where a call may take less time than starting it.
 
-A `Calls` starts many calls and waits once, for the last. Each call reads arguments of its own, so that caches hold what they
-would hold in a program that has other things to do between two calls; and calls that are too short to start one by one are
-put into one program.
+A `Calls` starts many calls and waits once, for the last one. Each call reads its own copy of the arguments, so that caches
+do not hold them already, as in a program that computes other things between two calls. Calls that are too short to be
+started one by one are compiled into one program.
 """
 import dataclasses
 import math
@@ -13,22 +13,22 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-COLD = 2 ** 28         # bytes between two uses of the same arguments: several times any level 2 cache
-SHORT = 3e-4           # seconds; starting a program takes some 3e-5
+COLD = 2 ** 28         # bytes that are read between two uses of the same arguments: several times any level 2 cache
+SHORT = 3e-4           # seconds of a call that is compiled into a program with others; starting a program takes some 3e-5
 ROOM = 2 ** 34         # bytes that copies of arguments may take
-ROUND = {'cpu': 0.0}   # seconds of work that are waited for at once; elsewhere:
+ROUND = {'cpu': 0.0}   # platform -> seconds of work that are started before waiting; ACCELERATOR_ROUND elsewhere
 ACCELERATOR_ROUND = 2e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class Calls:
-  """start(i): starts `size` calls and returns something to wait for; wait: waits for that."""
+  """start(i): starts `size` calls and returns an object to wait for. wait: waits for that object."""
   start: Callable[[int], object]
   size: int
   wait: Callable[[object], object] = jax.block_until_ready
 
   def seconds(self, count: int) -> float:
-    """Of one call, when about `count` of them are started at once."""
+    """Seconds of one call, if about `count` calls are started before waiting."""
     programs = math.ceil(count / self.size)
     start = time.perf_counter()
     for i in range(programs): last = self.start(i)
@@ -37,7 +37,7 @@ class Calls:
 
 
 def copies(arguments: tuple) -> list[tuple]:
-  """`arguments` and equal arrays in other places, as many as keep caches from holding any."""
+  """`arguments`, and copies of them in other places of memory, so many that caches hold none of them between two uses."""
   if jax.default_backend() == 'cpu': return [arguments]
   size = max(sum(leaf.nbytes for leaf in jax.tree.leaves(arguments)), 1)
   count = max(1, min(math.ceil(COLD / size) + 1, ROOM // size, 16))
@@ -45,7 +45,7 @@ def copies(arguments: tuple) -> list[tuple]:
 
 
 def of_function(compiled, function: Callable, sets: list[tuple]) -> Calls:
-  """Calls of a function of arrays, `compiled` for the first of `sets`."""
+  """Calls of a function of arrays with each of `sets`. compiled: the function, compiled for the first of `sets`."""
   one = Calls(lambda i: compiled(*sets[i % len(sets)]), 1)
   one.seconds(1)   # warms up
   if jax.default_backend() == 'cpu' or min(one.seconds(8) for _ in range(2)) > SHORT: return one
@@ -55,8 +55,8 @@ def of_function(compiled, function: Callable, sets: list[tuple]) -> Calls:
 
 
 def _one_after_the_other(function: Callable) -> Callable:
-  """One program that calls `function` on each of many arguments. Barriers order the calls, and keep XLA from computing only
-  that number of each result that is returned."""
+  """One program that calls `function` on each of many arguments. Barriers order the calls, and make XLA compute the whole
+  result of each, of which the program returns only one number."""
   def program(sets):
     ends = [jnp.zeros(())]
     for arguments in sets:
@@ -69,7 +69,8 @@ def _one_after_the_other(function: Callable) -> Callable:
 
 
 def take_turns(candidates: dict[str, Calls], budget: float, rounds: int) -> dict[str, list[float]]:
-  """Seconds of one call by candidate, A B A B …, at most `rounds` times and at least three, within `budget` seconds."""
+  """Seconds of one call, by candidate. The candidates take turns, A B A B …, at most `rounds` times, and at least three
+  times, also if that exceeds `budget` seconds."""
   length = ROUND.get(jax.default_backend(), ACCELERATOR_ROUND)
   counts = {name: max(1, round(length / max(calls.seconds(1), 1e-6))) for name, calls in candidates.items()}
   seconds, start = {name: [] for name in candidates}, time.perf_counter()
@@ -80,7 +81,7 @@ def take_turns(candidates: dict[str, Calls], budget: float, rounds: int) -> dict
 
 
 def median(function: Callable, *arguments, rounds: int = 5) -> float:
-  """Seconds of one call, the median of `rounds`."""
+  """Seconds of one call: the median of `rounds`."""
   compiled = jax.jit(function).lower(*arguments).compile()
   calls = of_function(compiled, function, copies(arguments))
   return statistics.median(take_turns({'it': calls}, 0.5, rounds)['it'])
