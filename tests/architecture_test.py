@@ -1,5 +1,6 @@
 """The laws of the code base that a program can check. See the module's name in a message: that is the file to mend."""
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -29,8 +30,10 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.spl
 # Tested through others, because they only hold, draw or combine: a reason each.
 WITHOUT_OWN_TEST = {
   'efficient_lm/runs/console.py': 'prints; seen in run_test',
-  'efficient_lm/generate.py': 'run_test, which has a trained model to generate with',
   'efficient_lm/evaluate.py': 'run_test, which has a trained model to evaluate',
+  'efficient_lm/runs/monitor.py': 'what a run shows while it trains; run_test and resume_test',
+  'efficient_lm/runs/report_page.py': 'draws; report_test',
+  'efficient_lm/runs/results.py': 'report_test, which reads many folders',
   'efficient_lm/runs/charts.py': 'draws; report_test',
   'efficient_lm/benches/ceilings.py': 'op_bench_test',
   'efficient_lm/benches/libraries.py': 'op_bench_test',
@@ -67,6 +70,29 @@ def floor(module: str) -> int:
 def test_imports_go_down_only(name):
   up = [found for found in inner_imports(name) if floor(found) > floor(name)]
   assert not up, f'{name} (floor {floor(name)}) imports {up}'
+
+
+def module_of(found: str) -> str:
+  """'efficient_lm.models.spec.Transformer' -> 'efficient_lm/models/spec.py', the file in which an import is answered."""
+  path = pathlib.Path(*found.split('.'))
+  candidates = (str(known) for part in (path, *path.parents) for known in (part.with_suffix('.py'), part / '__init__.py'))
+  return next(known for known in candidates if known in FILES)
+
+
+@pytest.mark.parametrize('place', [str, lambda name: name.split('/')[1]], ids=['modules', 'rooms'])
+def test_no_import_leads_back(place):
+  """Neither from module to module nor from room to room, and an import inside a function is one too."""
+  graph = graphlib.TopologicalSorter()
+  for name in PACKAGE:
+    graph.add(place(name), *({place(module_of(found)) for found in inner_imports(name)} - {place(name)}))
+  graph.prepare()   # CycleError names the cycle
+
+
+@pytest.mark.parametrize('name', PACKAGE)
+def test_only_libraries_are_lazy(name):
+  """Of our own a reader can go to the definition: what computes is imported in the function that begins to compute."""
+  calls = [node for node in ast.walk(FILES[name]) if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'lazy']
+  assert not [call for call in calls if call.args[0].value.startswith('efficient_lm')]
 
 
 @pytest.mark.parametrize('name', PACKAGE)
@@ -150,16 +176,6 @@ def test_nothing_that_is_read_is_executed(name):
   assert len(loaders) == (name == 'efficient_lm/config/experiment.py')
 
 
-def test_every_technique_has_a_config_and_a_test():
-  used = {found for name in FILES if name.startswith('configs/') for found in imports(FILES[name])}
-  for name in TECHNIQUES:
-    module = name.removesuffix('.py').replace('/', '.')
-    assigned = {ast.unparse(node.targets[0]) for node in ast.walk(FILES[name]) if isinstance(node, ast.Assign)}
-    if 'touches' not in assigned: continue   # not a technique but what several share
-    assert any(found.startswith(module + '.') for found in used), f'no config uses {module}'
-    assert own_test(name).is_file(), f'{own_test(name)} is missing'
-
-
 def own_test(name: str) -> pathlib.Path:
   """efficient_lm/a/b.py -> tests/a/b_test.py; an op is tested as one: ops/<op>/*.py -> tests/ops/<op>_test.py."""
   path = pathlib.Path(name).relative_to('efficient_lm').with_suffix('')
@@ -176,7 +192,8 @@ def test_tests_mirror_sources(name):
 
 LIGHT = [name.removesuffix('.py').replace('/', '.') for name in (
   'efficient_lm', 'efficient_lm/config/experiment', 'efficient_lm/commands', 'efficient_lm/main', 'efficient_lm/models/zoo',
-  'efficient_lm/data', 'efficient_lm/training/optimizers', *TECHNIQUES, *(name for name in FILES if name.startswith('configs/')))]
+  'efficient_lm/data', 'efficient_lm/training/optimizers', 'efficient_lm/techniques', *TECHNIQUES,
+  *(name for name in FILES if name.startswith('configs/')))]
 
 
 def test_reading_a_config_loads_neither_jax_nor_flax():

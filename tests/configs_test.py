@@ -1,5 +1,6 @@
 """Every config, in every variant: short, documented, valid, exact through JSON, and of a model that can be built."""
 import ast
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -7,6 +8,7 @@ import pathlib
 import pytest
 from ml_collections.config_flags import config_flags
 
+from efficient_lm import techniques
 from efficient_lm.config import experiment as experiments
 from efficient_lm.errors import ConfigError
 
@@ -87,3 +89,24 @@ def test_two_reads_share_nothing_that_an_override_could_change():
   first, _ = experiments.load(str(ROOT / 'configs' / 'moe.py'), ['--config.model.stacks[0].mlp.balance[0].weight=7'])
   second, _ = experiments.load(str(ROOT / 'configs' / 'moe.py'))
   assert first.model.stacks[0].mlp.balance[0].weight == 7 != second.model.stacks[0].mlp.balance[0].weight
+
+
+# A reason for each that no config has.
+WITHOUT_CONFIG = {'GivingUp': 'for a stage that loses what an earlier one promised; none of ours does'}
+
+
+def values(value):
+  """Every dataclass in a config, however deep."""
+  if dataclasses.is_dataclass(value):
+    yield value
+    for field in dataclasses.fields(value): yield from values(getattr(value, field.name))
+  elif isinstance(value, (tuple, list)):
+    for item in value: yield from values(item)
+
+
+def test_every_technique_and_every_stage_is_in_a_config():
+  used = {type(value).__name__ for file, variant in ALL for value in values(module(file).get_config(variant))}
+  classes = [value for name in techniques.__all__ if isinstance(value := getattr(techniques, name), type)]
+  ours = {found.__name__ for found in classes if '__call__' in vars(found)}
+  assert ours > {'Prune', 'Distill', 'Upcycle', 'Convert', 'Rotate'}
+  assert ours - used == set(WITHOUT_CONFIG)

@@ -37,7 +37,8 @@ def workdir(tmp_path_factory):
 def said(workdir, capsys):
   """said(code, **words): what generate prints, on standard output if it succeeds, else on standard error."""
   def call(code=0, **words):
-    try: assert exit_code(generate.main, ['generate', f'--run={workdir}', *(f'--{name}={value}' for name, value in (DEFAULTS | words).items() if value is not None)]) == code
+    given = [f'--{name}={value}' for name, value in (DEFAULTS | words).items() if value is not None]
+    try: assert exit_code(generate.main, ['generate', f'--run={workdir}', *given]) == code
     finally:
       for name in DEFAULTS: generate.FLAGS[name].unparse()
     out, err = capsys.readouterr()

@@ -7,8 +7,8 @@ from efficient_lm.training.optimizers import AdamW, WarmupCosine
 
 
 def get_config(variant: str = 'moe') -> Experiment:
-  mlp = {'dense': SwiGLU(hidden=32), 'quick': SwiGLU(hidden=32), 'moe': MoE(num_experts=4, hidden=16, router=SoftmaxTopK(top_k=2),
-                                                balance=(LoadBalance(), LossFreeBias()))}[variant]
+  mixture = MoE(num_experts=4, hidden=16, router=SoftmaxTopK(top_k=2), balance=(LoadBalance(), LossFreeBias()))
+  mlp = {'dense': SwiGLU(hidden=32), 'quick': SwiGLU(hidden=32), 'moe': mixture}[variant]
   attention = GroupedQuery(num_heads=2, num_kv_heads=1, head_dim=8)
   if variant == 'quick': return _quick(mlp)
   language = Markov(alphabet=8, order=1, document_length=64, train_documents=256, heldout_documents=32)

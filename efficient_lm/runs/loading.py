@@ -18,3 +18,8 @@ def abstract_model(workdir, stage: int | None = None):
   known = record.read(workdir)
   if known is None or derived.under_way(workdir, known, stage): return derived.abstract_model(workdir)
   return commits.abstract(workdir, record.chosen(workdir, stage))
+
+
+def key(workdir, stage: int | None = None) -> str:
+  """That of the stage that left it. Raises CheckpointError where none did."""
+  return derived.key(workdir) if record.read(workdir) is None else record.chosen(workdir, stage).key

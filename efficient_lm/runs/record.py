@@ -152,14 +152,6 @@ def chosen(workdir, stage: int | None = None) -> Planned:
   return planned
 
 
-def key(workdir, stage: int | None = None) -> str:
-  """A name of the model that a run has left. Raises CheckpointError where there is none."""
-  if read(workdir) is None:
-    from efficient_lm.runs import derived
-    return derived.key(workdir)
-  return chosen(workdir, stage).key
-
-
 def tokenizer(workdir):
   """The tokenizer that a run was trained with. Raises CheckpointError."""
   from efficient_lm.data import tokenizers

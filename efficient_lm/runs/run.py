@@ -193,7 +193,8 @@ class Run:
     if step.number == 0: return None
     if not self._saved_step(step): return self._before(step) or new_model(self.experiment.model, self._keys[0], self.mesh)
     place = self.steps.index(step)
-    shapes = commits.abstract(self.workdir, self.steps[place - 1].planned) if place else derived.start_shapes(self.experiment)
+    if place: shapes = commits.abstract(self.workdir, self.steps[place - 1].planned)
+    else: shapes = derived.start_shapes(self.experiment)
     return placed(shapes, self.mesh)
 
   def _before(self, step: Step):

@@ -46,7 +46,8 @@ class FromRun:
 
   def key(self) -> str:
     """That of the stage that left the model. Raises CheckpointError."""
-    return record.key(self.path, self.stage)
+    from efficient_lm.runs import loading
+    return loading.key(self.path, self.stage)
 
 
 def trained(variant: str = 'tiny') -> FromRun:

@@ -12,7 +12,8 @@ def test_the_mixture_of_a_size_has_the_dense_models_active_parameters_and_its_tr
   dense, mixture = presets.dense(size), presets.mixture(size)
   counts = [measure.parameters(jax.eval_shape(lambda key, made=made: new_model(made.model, key), jax.random.key(0)))
             for made in (dense, mixture)]
-  routers = sum(stack.num_layers for stack in mixture.model.stacks) * mixture.model.dim * mixture.model.stacks[0].mlp.num_experts
+  num_layers = sum(stack.num_layers for stack in mixture.model.stacks)
+  routers = num_layers * mixture.model.dim * mixture.model.stacks[0].mlp.num_experts
   assert counts[1].active == counts[0].active + routers and counts[1].total > 2 * counts[0].total
   assert dense.train == mixture.train and dense.data == mixture.data
 

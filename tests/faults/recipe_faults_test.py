@@ -29,11 +29,12 @@ def start(tmp_path_factory):
   """start(config, workdir, words) -> the running program, in a folder in which runs/baseline is. Compiled programs are
   shared between the starts, to save time only."""
   folder = tmp_path_factory.mktemp('recipe')
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '', 'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
-                 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '',
+                 'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   def call(config, workdir, words):
-    command = [sys.executable, '-m', 'efficient_lm.main', f'--config={ROOT}/configs/{config}.py', f'--workdir={workdir}', *words]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    words = [f'--config={ROOT}/configs/{config}.py', f'--workdir={workdir}', *words]
+    return subprocess.Popen([sys.executable, '-m', 'efficient_lm.main', *words], cwd=folder, env=environment,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
   call.folder = folder
   finish(call('baseline', 'runs/baseline', [*SMALL, '--config.train.steps=2']))
   return call

@@ -91,7 +91,8 @@ def test_groups_of_a_standard_are_never_changed(format):
 
 
 def test_a_prime_is_refused_in_one_line_that_names_a_size():
-  with pytest.raises(IncompatibleError, match=r'^1021 inputs have no divisor from 32 to 128, for size=128: choose size=1021$'):
+  refused = r'^1021 inputs have no divisor from 32 to 128, for size=128: choose size=1021$'
+  with pytest.raises(IncompatibleError, match=refused):
     Int(bits=4, scales=Group(size=128)).fitted(64, 1021)
 
 

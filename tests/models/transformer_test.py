@@ -111,7 +111,9 @@ def test_reading_with_a_cache_equals_reading_at_once(name):
 def test_what_is_read_through_a_cache_is_never_dropped_however_it_is_cut():
   """A model with a capacity then computes what the same model without one does."""
   limited, free = drawn('experts with a capacity'), drawn('experts')
-  at_once = jax.jit(lambda model, tokens: model(tokens, cache=model.init_cache(B, T, spec.FloatCache())).logits_BTV)(limited, tokens_of())
+  @jax.jit
+  def run(model, tokens): return model(tokens, cache=model.init_cache(B, T, spec.FloatCache())).logits_BTV
+  at_once = run(limited, tokens_of())
   np.testing.assert_allclose(cached_logits(limited, tokens_of()), at_once, **ROUNDING)
   np.testing.assert_allclose(at_once, logits_of(free, tokens_of()), **ROUNDING)
   assert np.abs(logits_of(limited, tokens_of()) - at_once).max() > 1e-2, 'without a cache it drops tokens'

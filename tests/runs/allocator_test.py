@@ -28,8 +28,8 @@ needs_huge_pages = pytest.mark.skipif(not allocator._has_setting(), reason='need
 
 def said(how: str, **environment) -> list[str]:
   plain = {name: value for name, value in os.environ.items() if name != 'GLIBC_TUNABLES'}
-  ran = subprocess.run([sys.executable, '-O', '-c', PROGRAM, how, 'a b'], capture_output=True, text=True, check=True, cwd=ROOT,
-                       env={**plain, **environment})
+  ran = subprocess.run([sys.executable, '-O', '-c', PROGRAM, how, 'a b'], capture_output=True, text=True, check=True,
+                       cwd=ROOT, env={**plain, **environment})
   return ran.stdout.splitlines()
 
 

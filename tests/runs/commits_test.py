@@ -1,4 +1,5 @@
 """What a stage leaves is there as a whole or not at all."""
+import contextlib
 import dataclasses
 import os
 
@@ -69,8 +70,8 @@ def test_a_kill_at_any_rename_leaves_the_old_or_the_new(tmp_path, model, monkeyp
       return original(*arguments, **words)
     with monkeypatch.context() as patch:
       patch.setattr(os, call, counted)
-      try: commits.commit(tmp_path, other, 7, model, ROW)
-      except Exception: pass   # Orbax wraps what its threads raise
+      with contextlib.suppress(Exception):   # Orbax wraps what its threads raise
+        commits.commit(tmp_path, other, 7, model, ROW)
     left = record.committed(tmp_path, PLANNED) or record.committed(tmp_path, other)
     commits.commit(tmp_path, PLANNED, 7, model, ROW)
     assert record.committed(tmp_path, PLANNED)
@@ -96,4 +97,4 @@ def test_what_is_not_there_is_one_line(tmp_path, model):
   content = bytearray(array.read_bytes())
   content[len(content) // 2] ^= 255
   array.write_bytes(content)
-  with pytest.raises(CheckpointError, match='none of the checkpoints in .* is intact'): commits.load(tmp_path, PLANNED)
+  with pytest.raises(CheckpointError, match=r'none of the checkpoints in .* is intact'): commits.load(tmp_path, PLANNED)

@@ -42,7 +42,8 @@ def test_a_number_that_is_not_finite_is_null_and_a_note_says_what_it_was(tmp_pat
   ledger.write(tmp_path, [dataclasses.replace(FULL, quality=Quality(perplexity=value, baselines={'xz': value}))])
   entry, = json.loads((tmp_path / 'ledger.json').read_text(), parse_constant=pytest.fail)   # NaN, Infinity: no JSON
   assert entry['quality']['perplexity'] is None and entry['quality']['baselines']['xz'] is None
-  assert entry['notes'] == ['2:4', f'quality.perplexity is not finite: {value}', f'quality.baselines.xz is not finite: {value}']
+  assert entry['notes'] == [
+    '2:4', f'quality.perplexity is not finite: {value}', f'quality.baselines.xz is not finite: {value}']
   assert ledger.read(tmp_path / 'ledger.json')[0].quality.perplexity is None
 
 
@@ -53,7 +54,8 @@ def test_a_ledger_of_another_version_is_read(tmp_path):
   entry['quality']['yardsticks'] = entry['quality'].pop('baselines')
   (tmp_path / 'ledger.json').write_text(json.dumps([entry]))
   row, = ledger.read(tmp_path / 'ledger.json')
-  assert row.size == FULL.size and row.quality.baselines == {'xz': 2.0} and row.speed == Speed() and row.quality.perplexity is None
+  assert row.size == FULL.size and row.quality.baselines == {'xz': 2.0}
+  assert row.speed == Speed() and row.quality.perplexity is None
 
 
 @pytest.mark.parametrize('content', ['', '{"a": 1}', '[1]', '[{}]', 'null'])

@@ -27,12 +27,18 @@ def workdir(tmp_path_factory):
 
 
 def same(a, b) -> bool:
-  return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+  leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in leaves)
 
 
 def test_each_stage_has_its_model_and_the_last_is_the_default(workdir):
   kinds = [loading.load_model(workdir, stage=stage).stacks[0].blocks.mlp.up.kind for stage in (1, 2, None)]
   assert kinds[0] == 'float32' and kinds[1] == kinds[2] != 'float32'
+
+
+def test_a_model_is_known_by_the_key_of_its_stage(workdir):
+  first, last = (planned.key for planned in record.read(workdir).plan)
+  assert first != last and [loading.key(workdir, stage) for stage in (1, 2, None)] == [first, last, last]
 
 
 @pytest.mark.parametrize('stage', [1, 2])

@@ -78,7 +78,7 @@ def test_a_commit_counts_under_its_present_key_only_and_if_it_is_whole(tmp_path)
   commit(tmp_path / 'stages' / '2_quantize', 4, 'of other settings')
   assert record.committed(tmp_path, PLAN[0])['step'] == 4 and record.committed(tmp_path, PLAN[1]) is None
   with pytest.raises(CheckpointError, match='not come to its last stage, 2 quantize'): record.chosen(tmp_path)
-  assert record.chosen(tmp_path, 1) == PLAN[0] and record.key(tmp_path, 1) == 'k1'
+  assert record.chosen(tmp_path, 1) == PLAN[0]
   commit(tmp_path / 'stages' / '1_train', 6, 'k1', record_crc32=0)
   assert record.committed(tmp_path, PLAN[0])['step'] == 4, 'a damaged one is passed over'
 

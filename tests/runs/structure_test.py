@@ -77,10 +77,11 @@ def test_what_is_rebuilt_computes_the_same_with_the_same_arrays():
   np.testing.assert_array_equal(again(tokens).logits_BTV, model(tokens).logits_BTV)
 
 
-@pytest.mark.parametrize('damage', [{'module': 'Nothing'}, {'module': 'os.system'}, {'variable': 'Param2', 'shape': [], 'dtype': 'int8'},
-                                    {'module': 'mine.py:Own'}])
+@pytest.mark.parametrize('damage', [
+  {'module': 'Nothing'}, {'module': 'os.system'}, {'variable': 'Param2', 'shape': [], 'dtype': 'int8'},
+  {'module': 'mine.py:Own'}])
 def test_a_class_that_is_not_at_hand_is_named(damage):
-  with pytest.raises(CheckpointError, match='give --config=FILE.py'): structure.rebuilt(damage)
+  with pytest.raises(CheckpointError, match=r'give --config=FILE\.py'): structure.rebuilt(damage)
 
 
 def test_what_cannot_be_described_is_refused_when_it_is_saved():
