@@ -1,6 +1,8 @@
 # Every target works on a fresh clone: it builds .venv (python >= 3.11 with the venv module is all it needs) and goes on.
 #   make moe          trains configs/moe.py into runs/moe; run it again to resume. So for every file in configs/
 #   make test         the tests            make lint    ruff
+#   make test-changed the tests that the changes since its last run concern; the first time, all. Programs that a test starts
+#                     are not followed: make test has the last word
 #   make test-next    the tests with the newest jax and flax that python3.12 gets
 #   make test-faults  programs killed, disks filled, files damaged: as in make test, and a recipe of stages killed 20 times
 #   make check-tpu-compile, make check-gpu-compile
@@ -18,7 +20,7 @@ CUDA := .venv-cuda
 PIP := -m pip install --quiet --disable-pip-version-check
 CONFIGS := $(basename $(notdir $(wildcard configs/*.py)))
 
-.PHONY: $(CONFIGS) test test-next test-faults check-tpu-compile check-gpu-compile lint bench bench-ops notebooks clean
+.PHONY: $(CONFIGS) test test-changed test-next test-faults check-tpu-compile check-gpu-compile lint bench bench-ops notebooks clean
 
 $(VENV)/.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed: make PYTHON=python3.11")'
@@ -50,6 +52,9 @@ $(CONFIGS): %: $(VENV)/.stamp
 test: $(VENV)/.stamp
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
+test-changed: $(VENV)/.stamp
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --testmon $(ARGS)
+
 test-next: $(NEXT)/.stamp
 	$(NEXT)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
@@ -76,4 +81,4 @@ notebooks: $(VENV)/.stamp
 	$(VENV)/bin/jupyter-execute --inplace experiments/*/notebook.ipynb
 
 clean:
-	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) .testmondata* .pytest_cache .ruff_cache .hypothesis
