@@ -48,11 +48,12 @@ def table(results: dict) -> str:
     row, seeds = first(results, name), [row['bits_per_byte'] for row in results['rows'] if row['name'] == name]
     sizes = [quantity(row[size], unit, 1024 if unit else 1000) for size, unit in SIZES.items()]
     lines.append([NAMES[name], str(row['steps']), ', '.join(f'{bits:.4f}' for bits in seeds), *sizes])
-  return collecting.markdown(['', 'steps', 'bits per byte, by seed', *HEADINGS], lines)
+  return collecting.markdown(['run', 'steps', 'bits per byte, by seed', *HEADINGS], lines)
 
 
 if __name__ == '__main__':
   results, here = collect(sys.argv[1]), Path(__file__).parent
   collecting.write(results, here)
-  readme = (here / 'README.md').read_text(encoding='utf-8')
-  (here / 'README.md').write_text(re.sub(r'(^\|.*\n)+', table(results) + '\n', readme, count=1, flags=re.M), encoding='utf-8')
+  readme = here / 'README.md'
+  text = re.sub(r'(^\|.*\n)+', table(results) + '\n', readme.read_text(encoding='utf-8'), count=1, flags=re.M)
+  readme.write_text(text, encoding='utf-8')

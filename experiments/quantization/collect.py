@@ -29,7 +29,7 @@ def collect(folder) -> dict:
 
 
 def table(results: dict) -> str:
-  """A line for each method and number of bits: the bits per byte of every seed and of their mean, and the bytes of seed 0."""
+  """A line for each method and number of bits: the bits per byte of every seed and of their mean, and seed 0's bytes."""
   seeds, lines = sorted({row['seed'] for row in results['rows']}), []
   kinds = {(row['method'], row['bits']) for row in results['rows'] if row['method'] in NAMES}
   order = lambda kind: (kind[0] in LONGER, -float(kind[1]), list(NAMES).index(kind[0]))
@@ -38,7 +38,7 @@ def table(results: dict) -> str:
     found = [rows[seed]['bits_per_byte'] for seed in seeds]
     lines.append([NAMES[method], bits, *(f'{value:.4f}' for value in (*found, statistics.mean(found))),
                   quantity(rows[seeds[0]]['bytes_on_disk'], 'B', 1024)])
-  return collecting.markdown(['', 'bits', *(f'seed {seed}' for seed in seeds), 'mean', 'bytes on disk'], lines)
+  return collecting.markdown(['method', 'bits', *(f'seed {seed}' for seed in seeds), 'mean', 'bytes on disk'], lines)
 
 
 if __name__ == '__main__':

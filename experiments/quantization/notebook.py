@@ -14,8 +14,8 @@
 # # What does quantization cost, and by which method?
 #
 # `results.json` holds a float model of 0.73M parameters in three seeds, the same trained for 200 steps more, and both in few
-# bits: by PTQ, which is round-to-nearest (RTN), AWQ or GPTQ, or by QAT for those 200 steps. 32 inputs share a scale; embedding,
-# head and activations are floats.
+# bits: by PTQ, which is round-to-nearest (RTN), AWQ or GPTQ, or by QAT for those 200 steps. 32 inputs share a scale;
+# embedding, head and activations are floats.
 
 # %%
 import json
