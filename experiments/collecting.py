@@ -23,11 +23,10 @@ def finished(folder) -> list[results.Result]:
 def in_common(runs: list[results.Result]) -> dict:
   """Hardware, versions and text of all rows, and the date. Raises ConfigError where rows differ in these: figures of
   several machines do not make one table."""
-  origins = {run.name: dataclasses.asdict(row.origin) | {'seed': None} for run in runs for row in run.rows}
-  first = next(iter(origins))
-  for name, origin in origins.items():
-    if origin != origins[first]: raise ConfigError('run', name, f'has another machine, versions or text than {first}')
-  shared = origins[first]
+  origins = [(run.name, dataclasses.asdict(row.origin) | {'seed': None}) for run in runs for row in run.rows]
+  first, shared = origins[0]
+  for name, origin in origins:
+    if origin != shared: raise ConfigError('run', name, f'has another machine, versions or text than {first}')
   return {'date': datetime.date.today().isoformat(), 'hardware': shared['hardware'], 'versions': shared['versions'],
           'corpus': shared['corpus_hash'], 'baselines': runs[0].baselines}
 
