@@ -41,7 +41,7 @@ for (model, rows), color in zip(runs.items(), ('tab:gray', 'tab:red')):
   for row in rows:
     steps, bits = zip(*row['curve'])
     plot.plot(steps, bits, color=color, label=model if row is rows[0] else None)
-for (name, bits), style in zip(results['yardsticks'].items(), ('--', ':')):
+for (name, bits), style in zip(results['baselines'].items(), ('--', ':')):
   plot.axhline(bits, color='black', linewidth=0.8, linestyle=style, label=name)
 plot.set(xlabel='step', ylabel='held-out bits per byte')
 plot.legend()

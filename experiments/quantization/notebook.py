@@ -11,11 +11,11 @@
 # ---
 
 # %% [markdown]
-# # Which rounding costs what?
+# # What does quantization cost, and by which method?
 #
 # `results.json` holds a float model of 0.73M parameters in three seeds, the same trained for 200 steps more, and both in few
-# bits: rounded to nearest, by AWQ and by GPTQ afterwards, or trained as rounded for those 200 steps. 32 inputs share a
-# scale; embedding, head and activations are floats.
+# bits: by PTQ, which is round-to-nearest (RTN), AWQ or GPTQ, or by QAT for those 200 steps. 32 inputs share a scale;
+# embedding, head and activations are floats.
 
 # %%
 import json
@@ -42,11 +42,10 @@ for method, bits in dict.fromkeys((row['method'], row['bits']) for row in result
 
 # %% [markdown]
 # Held-out bits per byte against the bits of a weight. A point is the mean of the seeds, a bar spans them; the two lines are
-# the float models that the others start from and are to be compared with.
+# the float models that the others start from: their baselines.
 
 # %%
-NAMES = {'rtn': 'to nearest', 'awq': 'AWQ', 'gptq': 'GPTQ', 'gptq_more': 'GPTQ, trained longer before',
-         'qat': 'trained as rounded, as long'}
+NAMES = {'rtn': 'RTN', 'awq': 'AWQ', 'gptq': 'GPTQ', 'gptq_more': 'GPTQ, 200 more steps', 'qat': 'QAT, 200 more steps'}
 figure, plot = plt.subplots(figsize=(7.5, 4.5))
 for (method, name), color in zip(NAMES.items(), ('tab:gray', 'tab:olive', 'tab:blue', 'tab:cyan', 'tab:red')):
   widths = [width for width in ('1.58', '2', '3', '4', '8') if bits_per_byte(method, width)]
@@ -56,18 +55,18 @@ for (method, name), color in zip(NAMES.items(), ('tab:gray', 'tab:olive', 'tab:b
   plot.errorbar(list(map(float, widths)), means, spread, label=name, color=color, marker='o', capsize=3)
 for method, style in (('float', '--'), ('more', ':')):
   plot.axhline(statistics.mean(bits_per_byte(method, '32')), color='black', linewidth=0.8, linestyle=style,
-               label={'float': 'float, 500 steps', 'more': 'float, 200 steps more'}[method])
-plot.set(xlabel='bits of a weight, scales apart', ylabel='held-out bits per byte', xscale='log')
+               label={'float': 'float, 500 steps', 'more': 'float, 200 more steps'}[method])
+plot.set(xlabel='bits of a weight, without scales', ylabel='held-out bits per byte', xscale='log')
 plot.set_xticks([1.58, 2, 3, 4, 8], ['1.58', '2', '3', '4', '8'])
 plot.minorticks_off()
 plot.legend()
 plt.show()
 
 # %% [markdown]
-# Is the order the same on every seed? What AWQ and GPTQ save of the loss of rounding to nearest, seed by seed:
+# Is the order the same on every seed? The bits per byte that RTN, AWQ and GPTQ lose, seed by seed:
 
 # %%
 for bits in ('8', '4', '3', '2'):
-  for seed, whole, near, scaled, solved in zip(seeds, *(bits_per_byte(method, width) for method, width in (
+  for seed, full, rtn, awq, gptq in zip(seeds, *(bits_per_byte(method, width) for method, width in (
       ('float', '32'), ('rtn', bits), ('awq', bits), ('gptq', bits)))):
-    print(f'{bits} bits, seed {seed}: to nearest {near - whole:+.4f}, AWQ {scaled - whole:+.4f}, GPTQ {solved - whole:+.4f}')
+    print(f'{bits} bits, seed {seed}: RTN {rtn - full:+.4f}, AWQ {awq - full:+.4f}, GPTQ {gptq - full:+.4f}')

@@ -1,0 +1,41 @@
+"""What the experiments collect alike: the finished runs of a folder, what these have in common, and a file of results."""
+import dataclasses
+import datetime
+import json
+from pathlib import Path
+
+from efficient_lm.errors import ConfigError
+from efficient_lm.runs import record, results
+
+
+def finished(folder) -> list[results.Result]:
+  """Every run below `folder`, by name. Raises ConfigError for one that has not come to its last stage, as its last row is
+  not of the model that it is to make."""
+  workdirs = sorted(path.parent for path in Path(folder).glob('*/run.json'))
+  if not workdirs: raise ConfigError('folder', str(folder), 'holds no runs')
+  for workdir in workdirs:
+    for planned in record.read(workdir).plan:
+      if record.committed(workdir, planned) is None:
+        raise ConfigError('run', str(workdir), f'has not come to its stage {planned.name}: run it again')
+  return results.load_all(workdirs)
+
+
+def in_common(runs: list[results.Result]) -> dict:
+  """Hardware, versions and text of all rows, and the date. Raises ConfigError where rows differ in these: figures of
+  several machines do not make one table."""
+  origins = [(run.name, dataclasses.asdict(row.origin) | {'seed': None}) for run in runs for row in run.rows]
+  first, shared = origins[0]
+  for name, origin in origins:
+    if origin != shared: raise ConfigError('run', name, f'has another machine, versions or text than {first}')
+  return {'date': datetime.date.today().isoformat(), 'hardware': shared['hardware'], 'versions': shared['versions'],
+          'corpus': shared['corpus_hash'], 'baselines': runs[0].baselines}
+
+
+def write(found: dict, folder):
+  """results.json in `folder`."""
+  (Path(folder) / 'results.json').write_text(json.dumps(found, indent=1, allow_nan=False) + '\n', encoding='utf-8')
+
+
+def markdown(headings: list[str], lines: list[list[str]]) -> str:
+  """A table."""
+  return '\n'.join(f'| {" | ".join(cells)} |' for cells in (headings, ['---'] * len(headings), *lines))

@@ -1,0 +1,59 @@
+"""Collects the results of this experiment's runs in results.json, and writes them into the table of the README:
+
+  python -m experiments.pillars.collect runs/pillars
+"""
+import re
+import statistics
+import sys
+from pathlib import Path
+
+from efficient_lm.runs.ledger import quantity
+from experiments import collecting
+
+# Name of a run -> what the table says it is; in the table's order.
+NAMES = {
+  'baseline': 'dense baseline', 'moe': 'mixture of experts', 'low_precision': 'trained in int8', 'pruned': 'half pruned',
+  'labels_alone': 'half the width and depth', 'distilled': 'the same, distilled', 'upcycled': 'upcycled',
+  'stacked': 'mixture, distilled, half pruned, W8A8', 'recipe': 'half pruned, distilled, QAT in 4 bits'}
+SIZES = {'parameters': '', 'nonzero_parameters': '', 'active_parameters': '', 'bytes_in_memory': 'B', 'bytes_on_disk': 'B',
+         'flops_per_token': ''}
+HEADINGS = ('parameters', 'not zero', 'active', 'in memory', 'on disk', 'FLOPs a token')
+
+
+def collect(folder) -> dict:
+  """The last row of every run below `folder`, named NAME-SEED; what all of them share, once."""
+  runs, rows = collecting.finished(folder), []
+  for run in runs:
+    row = run.rows[-1]
+    rows.append({'name': run.name.rpartition('-')[0], 'seed': row.origin.seed, 'bits_per_byte': row.quality.bits_per_byte,
+                 'steps': max(entry['step'] for entry in run.metrics),
+                 **{size: getattr(row.size, size) for size in SIZES}, 'notes': row.notes})
+  return collecting.in_common(runs) | {'rows': rows}
+
+
+def mean(results: dict, name: str) -> float:
+  """Bits per byte, over the seeds."""
+  return statistics.mean(row['bits_per_byte'] for row in results['rows'] if row['name'] == name)
+
+
+def first(results: dict, name: str) -> dict:
+  """The row of the first seed, for what is the same in all, or nearly so."""
+  return next(row for row in results['rows'] if row['name'] == name)
+
+
+def table(results: dict) -> str:
+  """A line for each run."""
+  lines = []
+  for name in NAMES:
+    row, seeds = first(results, name), [row['bits_per_byte'] for row in results['rows'] if row['name'] == name]
+    sizes = [quantity(row[size], unit, 1024 if unit else 1000) for size, unit in SIZES.items()]
+    lines.append([NAMES[name], str(row['steps']), ', '.join(f'{bits:.4f}' for bits in seeds), *sizes])
+  return collecting.markdown(['run', 'steps', 'bits per byte, by seed', *HEADINGS], lines)
+
+
+if __name__ == '__main__':
+  results, here = collect(sys.argv[1]), Path(__file__).parent
+  collecting.write(results, here)
+  readme = here / 'README.md'
+  text = re.sub(r'(^\|.*\n)+', table(results) + '\n', readme.read_text(encoding='utf-8'), count=1, flags=re.M)
+  readme.write_text(text, encoding='utf-8')

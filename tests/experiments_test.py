@@ -1,0 +1,174 @@
+"""The experiments: what their scripts run is valid, their notebooks are stored as they are written and run from the results
+beside them, and the tables of their READMEs are those of their results."""
+import importlib
+import json
+import pathlib
+import re
+import runpy
+import subprocess
+
+import jax
+import jupytext
+import pytest
+
+from efficient_lm.config import experiment as configs
+from efficient_lm.errors import ConfigError
+from efficient_lm.models import spec
+from efficient_lm.runs import ledger, record
+from efficient_lm.training.learner import new_model
+from experiments import collecting
+
+ROOT = pathlib.Path(__file__).parent.parent
+FOLDERS = sorted(file.parent for file in (ROOT / 'experiments').glob('*/collect.py'))
+MEASURED = [folder for folder in FOLDERS if (folder / 'results.json').is_file()]
+name_of = lambda folder: folder.name
+
+
+def script(folder, name='collect'):
+  return importlib.import_module(f'experiments.{folder.name}.{name}')
+
+
+def results_of(folder):
+  return json.loads((folder / 'results.json').read_text())
+
+
+def commands(folder, tmp_path, monkeypatch, **environment) -> dict[str, list[str]]:
+  """The words of every command that run.sh gives, by the name of its run, in a folder of its own."""
+  program, said = tmp_path / 'bin' / 'python', tmp_path / 'said'
+  program.parent.mkdir()
+  program.write_text(f'#!/bin/sh\n(printf "%s\\t" "$@"; echo) >> {said}\n')
+  program.chmod(0o755)
+  path = f'{program.parent}:/usr/bin:/bin'
+  subprocess.run(['bash', folder / 'run.sh'], cwd=tmp_path, env={'PATH': path, **environment}, check=True)
+  monkeypatch.chdir(tmp_path)
+  lines = [line.split('\t')[:-1] for line in said.read_text().splitlines()]
+  assert all(line[:2] == ['-m', 'efficient_lm.main'] for line in lines)
+  return {word.rpartition('/')[2]: line[2:] for line in lines for word in line if word.startswith('--workdir=')}
+
+
+def load(words: list[str]) -> configs.Experiment:
+  """The experiment of a command, kept as far as those that start from it, or learn from it, can see."""
+  flags = dict(word.removeprefix('--').split('=', 1) for word in words)
+  overrides = [word for word in words if word.startswith('--config.')]
+  experiment, _ = configs.load(str(ROOT / flags['config']), overrides)
+  workdir = pathlib.Path(flags['workdir'])
+  workdir.mkdir(parents=True)
+  configs.write(str(workdir), experiment)
+  return experiment
+
+
+def leave(workdir, rows, stages=('train',)):
+  """The files of a run that has come to the end of `rows`, of the stages planned."""
+  workdir.mkdir()
+  plan = tuple(record.Planned(f'{i}_{name}', f'{i} {name}', f'key {i}') for i, name in enumerate(stages, 1))
+  for planned, _ in zip(plan, rows):
+    manifest = record.stage_folder(workdir, planned) / '10' / record.MANIFEST
+    manifest.parent.mkdir(parents=True)
+    left = {'key': planned.key, 'weights': []}
+    manifest.write_text(json.dumps({'record': left, 'record_crc32': record.crc32(left)}))
+  record.write(workdir, record.Record({}, 'bytes', None, {}, plan))
+  ledger.write(workdir, rows)
+  steps = [{'step': step, 'eval/bits_per_byte': 9 - step} for step in (5, 10)]
+  (workdir / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in steps))
+  (workdir / 'config.json').write_text(json.dumps({'train': {'steps': 10, 'batch_size': 2, 'sequence_length': 8}}))
+
+
+def row(bits: float, seed: int = 0, hardware: str = 'a laptop') -> ledger.Row:
+  size = ledger.Size(parameters=1000, nonzero_parameters=500, active_parameters=1000, bytes_on_disk=1024,
+                     bytes_in_memory=2048, flops_per_token=2000)
+  return ledger.Row(stage='train', quality=ledger.Quality(bits_per_byte=bits, baselines={'xz': 1.8}), size=size,
+                    origin=ledger.Origin(hardware=hardware, versions={'jax': '1'}, corpus_hash='text', seed=seed))
+
+
+@pytest.mark.parametrize('folder', MEASURED, ids=name_of)
+def test_the_table_of_a_readme_is_that_of_the_results(folder):
+  assert script(folder).table(results_of(folder)) in (folder / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('folder', MEASURED, ids=name_of)
+def test_a_stored_notebook_is_the_written_one_and_has_been_run(folder):
+  written, stored = (jupytext.read(folder / f'notebook.{suffix}') for suffix in ('py', 'ipynb'))
+  cells = lambda notebook: [(cell.cell_type, cell.source) for cell in notebook.cells]
+  assert cells(stored) == cells(written)
+  assert all(cell.execution_count for cell in stored.cells if cell.cell_type == 'code')
+
+
+@pytest.mark.filterwarnings('ignore:FigureCanvasAgg is non-interactive')
+@pytest.mark.parametrize('folder', MEASURED, ids=name_of)
+def test_a_notebook_runs_from_the_results_beside_it(folder, monkeypatch, capsys):
+  monkeypatch.setenv('MPLBACKEND', 'agg')
+  monkeypatch.chdir(folder)
+  runpy.run_path('notebook.py')
+  assert results_of(folder)['hardware'] in capsys.readouterr().out
+
+
+def test_every_run_of_the_quantization_table_is_valid_and_has_a_row(tmp_path, monkeypatch):
+  folder = ROOT / 'experiments' / 'quantization'
+  found = commands(folder, tmp_path, monkeypatch)
+  named = lambda row: '-'.join([row['method'], *([] if row['bits'] == '32' else [row['bits']]), str(row['seed'])])
+  assert sorted(found) == sorted(named(row) for row in results_of(folder)['rows'])
+  assert f'{len(found)} runs' in (folder / 'README.md').read_text()
+  for name, words in found.items():
+    experiment = load(words)
+    assert experiment.seed == int(name.rpartition('-')[2])
+    assert (experiment.train.steps == 0) == (not name.startswith(('float', 'more', 'qat')))
+
+
+def test_every_run_of_the_pillars_table_is_valid_and_starts_from_its_own_baseline(tmp_path, monkeypatch):
+  folder = ROOT / 'experiments' / 'pillars'
+  found = commands(folder, tmp_path, monkeypatch, SEEDS='0 3')
+  assert set(found) == {f'{name}-{seed}' for name in script(folder).NAMES for seed in (0, 3)}
+  for name, words in found.items():
+    experiment, seed = load(words), int(name.rpartition('-')[2])
+    assert experiment.seed == seed
+    assert {source.path for _, source in configs.sources(experiment)} <= {f'runs/pillars/baseline-{seed}'}
+
+
+@pytest.mark.filterwarnings('ignore:FigureCanvasAgg is non-interactive')
+def test_pillars_are_collected_tabled_and_drawn(tmp_path, monkeypatch, capsys):
+  """Of the rows of two seeds; of several stages the last."""
+  folder = ROOT / 'experiments' / 'pillars'
+  collect = script(folder)
+  for name in collect.NAMES:
+    for seed in (0, 1):
+      leave(tmp_path / f'{name}-{seed}', [row(3, seed), row(1.5 + seed / 8, seed)], ('train', 'convert'))
+  found = collect.collect(tmp_path)
+  assert len(found['rows']) == 2 * len(collect.NAMES) and found['hardware'] == 'a laptop'
+  line = '| dense baseline | 10 | 1.5000, 1.6250 | 1 k | 500 | 1 k | 2 KiB | 1 KiB | 2 k |'
+  assert line in collect.table(found).splitlines()
+  readme = (folder / 'README.md').read_text()
+  assert len(re.findall(r'(?:^\|.*\n)+', readme, re.M)) == 1, 'one table, which collect.py replaces'
+  assert collect.table(found).splitlines()[0] in readme
+  collecting.write(found, tmp_path)
+  monkeypatch.setenv('MPLBACKEND', 'agg')
+  monkeypatch.chdir(tmp_path)
+  runpy.run_path(str(folder / 'notebook.py'))
+  assert 'recipe' in capsys.readouterr().out
+
+
+def test_the_curve_of_a_run_is_collected(tmp_path):
+  for name in ('baseline-0', 'moe-0'):
+    leave(tmp_path / name, [row(1.5)])
+  rows = script(ROOT / 'experiments' / 'dense_or_mixture').collect(tmp_path)['rows']
+  assert [(one['model'], one['tokens'], one['curve']) for one in rows] == [
+    (name, 160, [[5, 4.0], [10, -1.0]]) for name in ('baseline', 'moe')]
+
+
+def test_a_run_that_has_not_come_to_its_end_is_refused(tmp_path):
+  leave(tmp_path / 'one', [row(1.5)], ('train', 'convert'))
+  with pytest.raises(ConfigError, match='has not come to its stage 2 convert'): collecting.finished(tmp_path)
+
+
+def test_runs_of_two_machines_make_no_table(tmp_path):
+  for name, hardware in (('one', 'a laptop'), ('two', 'a desktop')):
+    leave(tmp_path / name, [row(1.5, hardware=hardware)])
+  with pytest.raises(ConfigError, match=r'two.*another machine'): collecting.in_common(collecting.finished(tmp_path))
+
+
+def test_the_timing_of_gptq_runs_on_a_small_model(capsys):
+  timing = script(ROOT / 'experiments' / 'quantization', 'gptq_124m')
+  stack = spec.Stack(num_layers=1, attention=spec.GroupedQuery(num_heads=2, num_kv_heads=1, head_dim=64),
+                     mlp=spec.SwiGLU(hidden=128))
+  small = spec.Transformer(vocab_size=32, dim=128, stacks=(stack,))
+  timing.timed(new_model(small, jax.random.key(0)), timing.RandomText(32, length=8), rows=8)
+  assert 'of the bytes of float32' in capsys.readouterr().out
