@@ -3,7 +3,6 @@
   python -m experiments.pillars.collect runs/pillars
 """
 import re
-import statistics
 import sys
 from pathlib import Path
 
@@ -31,23 +30,13 @@ def collect(folder) -> dict:
   return collecting.in_common(runs) | {'rows': rows}
 
 
-def mean(results: dict, name: str) -> float:
-  """Bits per byte, over the seeds."""
-  return statistics.mean(row['bits_per_byte'] for row in results['rows'] if row['name'] == name)
-
-
-def first(results: dict, name: str) -> dict:
-  """The row of the first seed, for what is the same in all, or nearly so."""
-  return next(row for row in results['rows'] if row['name'] == name)
-
-
 def table(results: dict) -> str:
-  """A line for each run."""
+  """A line for each run: the bits per byte of every seed, and the sizes of the first."""
   lines = []
-  for name in NAMES:
-    row, seeds = first(results, name), [row['bits_per_byte'] for row in results['rows'] if row['name'] == name]
-    sizes = [quantity(row[size], unit, 1024 if unit else 1000) for size, unit in SIZES.items()]
-    lines.append([NAMES[name], str(row['steps']), ', '.join(f'{bits:.4f}' for bits in seeds), *sizes])
+  for name, what in NAMES.items():
+    rows = [row for row in results['rows'] if row['name'] == name]
+    sizes = [quantity(rows[0][size], unit, 1024 if unit else 1000) for size, unit in SIZES.items()]
+    lines.append([what, str(rows[0]['steps']), ', '.join(f'{row["bits_per_byte"]:.4f}' for row in rows), *sizes])
   return collecting.markdown(['run', 'steps', 'bits per byte, by seed', *HEADINGS], lines)
 
 

@@ -31,11 +31,15 @@ for row in sorted(results['rows'], key=lambda row: row['bits_per_byte']):
 # Held-out bits per byte against the bytes of the model in memory, one point a run: better is below, smaller is on the left.
 
 # %%
+LEFT = ('baseline', 'labels_alone')   # labels of points that lie close to another
 figure, plot = plt.subplots(figsize=(7.5, 4.5))
 for row in results['rows']:
-  place = row['bytes_in_memory'] / 2 ** 20, row['bits_per_byte']
-  plot.plot(*place, 'o', color='tab:red' if row['name'] == 'baseline' else 'tab:blue')
-  plot.annotate(row['name'], place, xytext=(5, 4), textcoords='offset points', fontsize=9)
+  name, place = row['name'], (row['bytes_in_memory'] / 2 ** 20, row['bits_per_byte'])
+  plot.plot(*place, 'o', color='tab:red' if name == 'baseline' else 'tab:blue')
+  plot.annotate(name, place, xytext=(-6 if name in LEFT else 6, -3), textcoords='offset points', fontsize=9,
+                ha='right' if name in LEFT else 'left')
 plot.set(xlabel='MiB in memory', ylabel='held-out bits per byte', xscale='log')
-plot.margins(x=0.15)
+plot.set_xticks([0.5, 1, 2, 4, 8, 16], ['0.5', '1', '2', '4', '8', '16'])
+plot.minorticks_off()
+plot.margins(x=0.2)
 plt.show()
