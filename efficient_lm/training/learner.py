@@ -1,5 +1,7 @@
 """Learner: what computes, what is minimised, how it moves. A technique maps a Learner to a Learner."""
 import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,8 +13,9 @@ from efficient_lm.errors import in_field, in_part
 from efficient_lm.parallel.sharding import shardings
 from efficient_lm.training.losses import NextToken
 from efficient_lm.training.transforms import descend_rated, guarded
-from efficient_lm.tree import rewrite, select
+from efficient_lm.tree import rewrite, select, size
 from efficient_lm.weights.masked import Masked
+from efficient_lm.weights.weight import Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,7 @@ def assemble(model, optimizer, techniques, key, steps: int = 0, field: str = 'co
   for i, technique in enumerate(techniques):
     with in_field(f'{field}[{i}]', technique): learner = _applied(technique, learner, jax.random.fold_in(key, i))
   # The guard goes around all that a technique may have wrapped: a refused step changes nothing.
-  return learner.replace(optimizer=guarded(learner.optimizer))
+  return learner.replace(optimizer=guarded(learner.optimizer), notes=(*learner.notes, *_frozen(learner.model)))
 
 
 def _applied(technique, learner: Learner, key) -> Learner:
@@ -80,6 +83,15 @@ def finished(model, opt_state, techniques):
     if hasattr(technique, 'finish'): model = technique.finish(model, opt_state)
   if not dict(select(model, Masked)): return model
   return rewrite(model, Masked, lambda _, weight: weight.cleaned())
+
+
+def _frozen(model) -> Iterator[str]:
+  """What a training cannot change, as the codes of weights that are stored in few bits."""
+  frozen = {path: weight for path, weight in select(model, Weight) if not jax.tree.leaves(nnx.state(weight, nnx.Param))}
+  if not frozen: return
+  count = sum(math.prod(weight.shape) for weight in frozen.values())
+  total = count + size(nnx.state(model, nnx.Param))
+  yield f'{len(frozen)} weights are stored and not trained, {count / total:.1%} of parameters: {", ".join(frozen)}'
 
 
 def _rewritten(model, training, techniques) -> Learner:

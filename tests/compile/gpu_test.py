@@ -32,7 +32,7 @@ def test_compiles_and_fits(target, name, case, capfd):
     if kernel and getattr(case, 'of', 'forward') == 'forward': assert called, f'{implementation} calls no kernel'
     if called: assert found.spills, 'nothing was heard of ptxas'
     assert not any(found.spills.values()), f'{implementation} spills bytes: {found.spills}'
-    assert not found.complaints, f'{implementation}: {found.complaints}'
+    assert not found.warnings, f'{implementation}: {found.warnings}'
     assert max(found.shared_memory, default=0) <= targets.Gpu.shared_memory
 
 
@@ -97,4 +97,4 @@ def test_what_ptxas_says_is_read():
     ptxas info    : Compiling entry function 'other' for 'sm_90a'
         0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads'''
   found = programs.assembled(text)
-  assert found.spills == {'some_kernel': 32, 'other': 0} and found.shared_memory == [196608] and len(found.complaints) == 1
+  assert found.spills == {'some_kernel': 32, 'other': 0} and found.shared_memory == [196608] and len(found.warnings) == 1

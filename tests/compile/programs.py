@@ -104,10 +104,10 @@ def check_memory(program, arguments, target: str):
 @dataclasses.dataclass(frozen=True)
 class Assembled:
   """The output of ptxas, NVIDIA's assembler. spills: bytes by kernel. shared_memory: bytes that each kernel asks for.
-  complaints: its warnings about performance."""
+  warnings: its warnings about performance."""
   spills: dict[str, int]
   shared_memory: list[int]
-  complaints: list[str]
+  warnings: list[str]
 
 
 def assembled(text: str) -> Assembled:

@@ -32,5 +32,5 @@ def test_a_product_that_is_not_the_device_count_is_refused(mesh, devices, messag
 
 def test_checks():
   assert not list(Mesh().check())
-  assert [complaint[0] for complaint in Mesh(fsdp=0).check()] == ['fsdp']
-  assert [complaint[0] for complaint in Mesh(tensor=-1).check()] == ['tensor']
+  assert [problem[0] for problem in Mesh(fsdp=0).check()] == ['fsdp']
+  assert [problem[0] for problem in Mesh(tensor=-1).check()] == ['tensor']

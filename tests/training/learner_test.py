@@ -8,12 +8,14 @@ import optax
 import pytest
 from flax import nnx
 
+from efficient_lm.formats import Int
 from efficient_lm.models import spec
 from efficient_lm.training.learner import TrainState, assemble, finished, initial_state, new_model
 from efficient_lm.training.optimizers import AdamW
 from efficient_lm.training.transforms import GuardState
 from efficient_lm.tree import num_bytes, path_name, rewrite, size
 from efficient_lm.weights.masked import Masked
+from efficient_lm.weights.quantized import round_to_nearest
 from efficient_lm.weights.weight import Weight
 
 
@@ -74,6 +76,15 @@ def test_techniques_are_applied_in_order_with_a_key_each(model):
   assert len({key for _, key in notes}) == 3
   again = assemble(model, AdamW().build(10), [Noting(name) for name in names], jax.random.key(0)).notes
   assert notes == again
+
+
+def test_what_a_training_cannot_change_is_said(model):
+  stored = rewrite(model, Weight, lambda path, weight: round_to_nearest(weight, Int()), 'mlp/(up|down)$')
+  note, = assemble(stored, AdamW().build(10), (), jax.random.key(0)).notes
+  # 2 matrices of 16 x 16, of 2 x 32 x 16 for embedding and head, 4 + 3 layers' matrices of 16 x 16 and 3 norms of 16.
+  assert note == (f'2 weights are stored and not trained, {512 / (1024 + 7 * 256 + 3 * 16):.1%} of parameters: '
+                  'stacks/0/blocks/mlp/down, stacks/0/blocks/mlp/up')
+  assert not assemble(model, AdamW().build(10), (), jax.random.key(0)).notes
 
 
 def test_the_guard_is_outermost_and_the_state_starts_at_step_0(learner):
