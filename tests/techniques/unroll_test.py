@@ -9,7 +9,7 @@ from efficient_lm.formats import Group, Int
 from efficient_lm.techniques.quantization.gptq import Gptq
 from efficient_lm.techniques.quantization.ptq import Quantize
 from efficient_lm.techniques.unroll import Unroll
-from efficient_lm.training import trainer as train
+from efficient_lm.training.evaluation import evaluation_sums
 from efficient_lm.weights.quantized import Quantized
 from tests.compressing import Context, abstractly, assert_structure, assert_the_same, batch_of, model_of
 
@@ -31,4 +31,4 @@ def test_each_layer_gets_the_format_of_its_rule_and_is_evaluated():
   assert {path: weight.format.bits for path, weight in tree.select(stored, Quantized)} == {
     f'stacks/0/blocks/{i}/mlp/{name}': bits for i, bits in ((0, 4), (1, 8)) for name in ('up', 'down')}
   batch = batch_of() | {'weights_BT': np.ones((8, 16), np.float32), 'bytes_BT': np.ones((8, 16), np.int32)}
-  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(train.evaluation_sums(stored, batch)))
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(evaluation_sums(stored, batch)))

@@ -9,10 +9,11 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from efficient_lm.compression.masks import PruneState, magnitude_mask
 from efficient_lm.models import spec
 from efficient_lm.models.moe import routing
-from efficient_lm.techniques.pruning.prune import Prune, PruneState, kept
-from efficient_lm.training import trainer as train
+from efficient_lm.techniques.pruning.prune import Prune
+from efficient_lm.training import trainer
 from efficient_lm.training.learner import assemble, initial_state
 from efficient_lm.training.optimizers import AdamW, WarmupStableDecay
 from efficient_lm.tree import path_name, select
@@ -47,7 +48,7 @@ def learner_of(*techniques):
 @functools.cache
 def compiled():
   learner = learner_of(PRUNE)
-  return learner, train.compiled_step(learner)
+  return learner, trainer.compiled_step(learner)
 
 
 @functools.cache
@@ -87,8 +88,8 @@ def test_each_matrix_of_each_layer_and_expert_has_the_scheduled_share_of_exact_z
 
 def test_the_last_share_is_the_sparsity_even_when_the_end_is_between_two_redrawings():
   technique = Prune(sparsity=0.5, start=0, end=5, every=3)
-  redrawn = [step for step in range(12) if bool(technique.redraws(step))]
-  assert redrawn == [3, 5] and float(technique.share(5)) == 0.5
+  redrawn = [step for step in range(12) if bool(technique.redraws(step, 0, 5))]
+  assert redrawn == [3, 5] and float(technique.share(5, 0, 5)) == 0.5
 
 
 def test_from_the_end_on_the_mask_holds():
@@ -119,7 +120,7 @@ def test_what_is_not_selected_is_left_alone():
 @given(st.integers(0, 40), st.integers(1, 40), st.floats(0.1, 0.99))
 def test_the_schedule_is_cubic_from_start_to_end(start, length, sparsity):
   steps = np.arange(85)
-  found = Prune(sparsity=sparsity, start=start, end=start + length).share(steps)
+  found = Prune(sparsity=sparsity).share(steps, start, start + length)
   expected = sparsity * (1 - (1 - np.clip((steps - start) / length, 0, 1)) ** 3)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)   # float32 powers
 
@@ -129,13 +130,13 @@ def test_the_schedule_is_cubic_from_start_to_end(start, length, sparsity):
 def test_a_mask_takes_the_share_it_is_asked_for_even_among_equals(seed, share, equal):
   values = np.random.default_rng(seed).normal(size=(2, 3, 4, 5)).astype(np.float32)
   if equal: values = np.sign(values)
-  keep = np.asarray(masked(values, share))
+  keep = np.asarray(mask_of(values, share))
   np.testing.assert_array_equal((~keep).sum((-2, -1)), np.floor(np.float32(share) * 20))
   for value, mask in zip(np.abs(values).reshape(6, 20), keep.reshape(6, 20), strict=True):
     assert mask.all() or value[~mask].max() <= value[mask].min()
 
 
-masked = jax.jit(lambda values, share: kept(values, share, 'EDF'))
+mask_of = jax.jit(lambda values, share: magnitude_mask(values, share, 'EDF'))
 
 
 def test_a_state_that_was_taken_apart_and_put_together_goes_on_alike():

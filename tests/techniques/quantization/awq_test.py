@@ -53,9 +53,9 @@ def test_a_prepared_layer_computes_the_same_and_its_statistics_are_the_new_ones(
 
 def loss(layer, found, method, path):
   """Squared output error of a weight as `method` would store it."""
-  w_NK = matrix_of(dict(tree.select(layer, Weight))[path])
-  change_NK = FORMAT.decode(method.encode(w_NK, FORMAT, found[path])) - w_NK
-  return float(jnp.sum(hessian.output_error(change_NK, found[path]['gram'])))
+  w_OI = matrix_of(dict(tree.select(layer, Weight))[path])
+  change_OI = FORMAT.decode(method.encode(w_OI, FORMAT, found[path])) - w_OI
+  return float(jnp.sum(hessian.output_error(change_OI, found[path]['gram'])))
 
 
 def test_scales_lower_the_output_error_of_what_reads_the_same_input():
@@ -73,11 +73,10 @@ def test_scales_lower_the_output_error_of_what_reads_the_same_input():
 def test_clipping_lowers_the_error_of_each_tile_by_itself():
   layer, found, _ = seen()
   for path in ('attention/output', 'mlp/down'):
-    w_NK, gram = matrix_of(dict(tree.select(layer, Weight))[path]), found[path]['gram']
-    K = w_NK.shape[1]
-    blocks = gram * jnp.kron(jnp.eye(K // 8), jnp.ones((8, 8)))   # tiles meet no others
-    stored = (Awq(clips=clips).encode(w_NK, FORMAT, found[path]) for clips in (20, 1))
-    errors = [float(jnp.sum(hessian.output_error(FORMAT.decode(one) - w_NK, blocks))) for one in stored]
+    w_OI, gram = matrix_of(dict(tree.select(layer, Weight))[path]), found[path]['gram']
+    blocks = gram * jnp.kron(jnp.eye(w_OI.shape[1] // 8), jnp.ones((8, 8)))   # tiles meet no others
+    stored = (Awq(clips=clips).encode(w_OI, FORMAT, found[path]) for clips in (20, 1))
+    errors = [float(jnp.sum(hessian.output_error(FORMAT.decode(one) - w_OI, blocks))) for one in stored]
     assert errors[0] < errors[1]
 
 

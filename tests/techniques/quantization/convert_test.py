@@ -12,7 +12,8 @@ from efficient_lm.techniques.quantization.low_precision_training import LowPreci
 from efficient_lm.techniques.quantization.qat import QuantAware, StretchedLevels
 from efficient_lm.training.learner import Learner
 from efficient_lm.tree import num_bytes, select
-from efficient_lm.weights.quantized import FakeQuantized, Quantized
+from efficient_lm.weights.fake_quantized import FakeQuantized
+from efficient_lm.weights.quantized import Quantized
 from efficient_lm.weights.weight import Weight
 
 TOKENS = np.random.default_rng(1).integers(0, 24, (2, 6)).astype(np.int32)
@@ -55,5 +56,5 @@ def test_its_shapes_are_known_beforehand():
     (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(wanted)]
 
 
-def test_a_model_without_rounded_weights_is_an_error():
+def test_a_model_without_fake_quantized_weights_is_an_error():
   with pytest.raises(ValueError, match='no FakeQuantized'): Convert().abstract(trained())
