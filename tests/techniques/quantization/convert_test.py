@@ -57,4 +57,4 @@ def test_its_shapes_are_known_beforehand():
 
 
 def test_a_model_without_fake_quantized_weights_is_an_error():
-  with pytest.raises(ValueError, match='no FakeQuantized'): Convert().abstract(trained())
+  with pytest.raises(ValueError, match='nothing to store'): Convert().abstract(trained())
