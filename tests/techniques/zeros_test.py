@@ -32,7 +32,7 @@ from efficient_lm.weights.layout import Layout
 from efficient_lm.weights.masked import Masked
 from efficient_lm.weights.quantized import Quantized
 from efficient_lm.weights.weight import Weight
-from tests.compressing import T, Context, abstractly, assert_structure, batch_of, model_of
+from tests.compressing import Context, T, abstractly, assert_structure, batch_of, model_of
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 

@@ -1,11 +1,12 @@
 """A converted model holds the numbers that were trained, in few bits."""
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from efficient_lm.compression.rules import Rule
-from efficient_lm.formats import Group, Int, MidRise
+from efficient_lm.formats import Float8, Group, Int, MidRise
 from efficient_lm.models import spec
 from efficient_lm.techniques.quantization.convert import Convert
 from efficient_lm.techniques.quantization.low_precision_training import LowPrecisionTraining
@@ -14,7 +15,8 @@ from efficient_lm.training.learner import Learner
 from efficient_lm.tree import num_bytes, select
 from efficient_lm.weights.fake_quantized import FakeQuantized
 from efficient_lm.weights.quantized import Quantized
-from efficient_lm.weights.weight import Weight
+from efficient_lm.weights.quantizers import Rounding
+from efficient_lm.weights.weight import Dense, Weight
 
 TOKENS = np.random.default_rng(1).integers(0, 24, (2, 6)).astype(np.int32)
 INT4 = QuantAware(rules=(Rule(weights=Int(bits=4, scales=Group(size=8)), activations=Int()),))
@@ -58,3 +60,24 @@ def test_its_shapes_are_known_beforehand():
 
 def test_a_model_without_fake_quantized_weights_is_an_error():
   with pytest.raises(ValueError, match='nothing to store'): Convert().abstract(trained())
+
+
+@pytest.mark.parametrize('format', [Int(), Float8()], ids=['int8', 'float8'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_a_stored_product_is_within_the_stated_bound_of_the_trained_one(dtype, format):
+  """Eight bits for weights and tokens. In float32 K sums of 2^-24; in bfloat16, whose unit is 2^-8, each of both operands is
+  rounded by training, and the result by both."""
+  rng, K = np.random.default_rng(0), 256
+  weight = Dense(jnp.asarray(rng.normal(size=(K, 48)), jnp.float32), 'DF', 'D')
+  trained = FakeQuantized(weight, Rounding(format), Rounding(format))
+  x_BTD = jnp.asarray(rng.normal(size=(4, 8, K)), jnp.float32).astype(dtype)
+  y, stored = (np.asarray(jax.jit(lambda one: one.contract('BTD,DF->BTF', x_BTD))(one), np.float32)
+               for one in (trained, trained.converted()))
+  magnitudes = np.abs(np.asarray(x_BTD, np.float32)) @ np.abs(np.asarray(trained.materialize()))
+  bound = K * 2. ** -24 * magnitudes if dtype == 'float32' else 2. ** -7 * (magnitudes + np.abs(y))
+  # Quantized tokens are a little larger than they were: half a step, of 127 or of 2^-4 of themselves.
+  bound = bound * (1 + (2. ** -4 if isinstance(format, Float8) else 0.02))
+  assert np.all(np.abs(y - stored) <= bound)
+  # Far below it, since roundings have either sign.
+  print(dtype, format.element, np.sqrt(np.mean((y - stored) ** 2) / np.mean(y ** 2)), np.max(np.abs(y - stored) / bound))
+  assert np.sqrt(np.mean((y - stored) ** 2)) <= (1e-6 if dtype == 'float32' else 2. ** -8) * np.sqrt(np.mean(y ** 2))

@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from efficient_lm import tree
 from efficient_lm.compression.rules import Rule
 from efficient_lm.config import fields
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import MXFP4, Channel, Group, Int, MeanSquaredError
+from efficient_lm.models import spec
 from efficient_lm.ops import packing
 from efficient_lm.parallel import sharding
 from efficient_lm.techniques.quantization.awq import Awq
@@ -120,6 +122,22 @@ def test_a_format_that_does_not_fit_names_the_weight():
   with pytest.raises(IncompatibleError, match='stacks/0/blocks/mlp/down: groups of 32 do not divide 40 inputs'):
     stage(rules=(Rule(weights=MXFP4()),))(model_of(), Context())
   with pytest.raises(IncompatibleError, match='is stored as int3 per group of 8 already'): stage()(after()[0], Context())
+
+
+def test_the_default_fits_its_groups_to_a_width_that_128_does_not_divide_and_says_so():
+  """Of 576, as many small models have: groups of 96, the largest divisor below 128 that is a multiple of 8."""
+  attention = spec.GroupedQuery(num_heads=9, num_kv_heads=3, head_dim=64)
+  stack = spec.Stack(num_layers=1, attention=attention, mlp=spec.SwiGLU(hidden=256))
+  described = spec.Transformer(vocab_size=16, dim=576, stacks=(stack,))
+  model = jax.jit(lambda: described.build(rngs=nnx.Rngs(0)))()
+  stored, (note,) = Quantize()(model, Context())
+  groups = {path.split('/')[-1]: weight.format.scales.size for path, weight in tree.select(stored, Quantized)}
+  assert groups == dict.fromkeys(('query', 'key', 'value', 'output', 'gate', 'up'), 96) | {'down': 128}
+  assert re.search(r'int4 per group of 96 in place of int4 per group of 128, which does not divide stacks/\S+ and 5 more', note)
+  assert_structure(abstractly(Quantize(), model), stored)
+  # A tensor that is shorter than a group is one.
+  short, (note,) = Quantize()(model_of(), Context())
+  assert {weight.format.scales.size for _, weight in tree.select(short, Quantized)} == {32, 40} and 'group of 32 in place' in note
 
 
 def test_no_data_is_one_clear_line():

@@ -1,6 +1,7 @@
 """Quantization-aware training reaches what it says it does, by whatever method, and leaves floats where it should."""
 import functools
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from flax import nnx
 
 from efficient_lm.compression.layerwise import stored
 from efficient_lm.compression.rules import Rule
+from efficient_lm.config import experiment as experiments
+from efficient_lm.errors import ConfigError
 from efficient_lm.formats import Int, MidRise, Tensor
 from efficient_lm.models import spec
 from efficient_lm.techniques.moe.upcycle import Upcycle
@@ -20,6 +23,7 @@ from efficient_lm.training import optimizers as optim
 from efficient_lm.training import trainer
 from efficient_lm.training.learner import Learner
 from efficient_lm.training.losses import Distilled, NextToken, outputs_of
+from efficient_lm.training.train import Train, Training
 from efficient_lm.tree import rewrite, select
 from efficient_lm.weights.fake_quantized import FakeQuantized
 from efficient_lm.weights.layout import Layout
@@ -172,6 +176,21 @@ def test_a_wrong_field_is_named():
   wrong = QuantAware(rules=(), method=LearnedClip(), activation_method=3, start=-1)
   assert [name for name, _, _ in wrong.check()] == ['rules', 'start', 'method', 'activation_method']
   assert list(QuantAware(activation_method=LearnedClip()).check()) == []
+
+
+@pytest.mark.parametrize('start, steps, refused', [(500, 10, True), (10, 10, True), (9, 10, False), (0, 0, False)])
+def test_quantization_that_would_never_begin_is_refused_before_training(start, steps, refused):
+  technique, training = aware(Int(bits=4), start=start), Training(steps=steps, batch_size=8, sequence_length=8)
+  assert [name for name, _, _ in Train(training=training, techniques=(technique,)).check()] == (
+    ['techniques[0].start'] if refused else [])
+
+
+def test_overrides_are_checked_against_each_other():
+  file = str(pathlib.Path(__file__).parents[3] / 'configs' / 'quantized.py')
+  words = ['--config.techniques[0].start=500']
+  assert experiments.load(file, [*words, '--config.train.steps=501'])[0].techniques[0].start == 500
+  with pytest.raises(ConfigError, match=r'techniques\[0\]\.start = 500: must be below the 10 steps of the training'):
+    experiments.load(file, [*words, '--config.train.steps=10'])
 
 
 # Training.

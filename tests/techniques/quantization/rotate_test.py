@@ -7,8 +7,12 @@ import pytest
 from efficient_lm import tree
 from efficient_lm.compression import calibration
 from efficient_lm.compression.coupling import RESIDUAL_NORMS
+from efficient_lm.compression.rules import Rule
+from efficient_lm.errors import IncompatibleError
+from efficient_lm.formats import Int
 from efficient_lm.models.layers import RMSNorm
 from efficient_lm.models.transformer import Block
+from efficient_lm.techniques.quantization.ptq import Quantize
 from efficient_lm.techniques.quantization.rotate import Rotate
 from efficient_lm.weights.rotated import Rotated
 from efficient_lm.weights.weight import Weight
@@ -70,6 +74,15 @@ def test_down_multiplies_rotated_inputs():
   rotated, _ = Rotate(hidden=4)(model_of(), Context())
   (path, weight), = tree.select(rotated, Rotated)
   assert path == 'stacks/0/blocks/mlp/down' and weight.block == 4
+
+
+@pytest.mark.parametrize('where, tied', [('embed', False), ('embed', True), ('own_head', False), ('mlp/up$', False)])
+def test_a_model_in_few_bits_is_refused_whatever_is_quantized_and_whatever_is_rotated(where, tied):
+  """A rotated embedding would be floats: the bits that were saved would be lost without a word."""
+  stored, _ = Quantize(rules=(Rule(where=where, weights=Int(bits=4)),))(model_of(tied=tied), Context())
+  for stage in (Rotate(), Rotate(residual=1)):
+    for function in (lambda: stage(stored, Context()), lambda: abstractly(stage, stored)):
+      with pytest.raises(IncompatibleError, match=rf'{where} is stored as int4 per channel already'): function()
 
 
 def test_a_wrong_size_is_named():

@@ -56,5 +56,23 @@ def test_tokens_in_few_bits_come_out_closer():
   assert error(SmoothQuant(sequences=8)(model_of(), Context())[0]) < 0.8 * error(model_of())
 
 
+def test_statistics_need_the_memory_of_one_layer_however_many_there_are(monkeypatch):
+  """Of every program that calibration runs: a deep model's take no more than those of a shallow one."""
+  def largest(num_layers):
+    found, calls = [], []
+
+    def measured(*arguments):
+      found.append(calibrated.lower(*arguments).compile().memory_analysis().temp_size_in_bytes)
+      calls.append(1)
+      return calibrated(*arguments)
+    with monkeypatch.context() as patch:
+      patch.setattr(calibration, '_of_layer', measured)
+      SmoothQuant(sequences=8)(model_of(num_layers=num_layers), Context())
+    assert len(calls) == num_layers, 'each layer is observed by itself, on one batch'
+    return max(found)
+  calibrated = calibration._of_layer
+  assert 0 < largest(6) <= largest(2)
+
+
 def test_a_wrong_field_is_named():
   assert [name for name, _, _ in SmoothQuant(alpha=2., where='(', sequences=0).check()] == ['where', 'alpha', 'sequences']
