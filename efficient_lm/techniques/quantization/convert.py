@@ -7,8 +7,8 @@ from efficient_lm.errors import IncompatibleError
 @dataclasses.dataclass(kw_only=True)
 class Convert:
   """Stores every weight of quantization-aware training in the few bits of its format: the same numbers, bit for bit (of
-  `Ternary`, whose scale is a mean, up to the order of its sum), and products that read them as they are stored. Weights whose activations alone were quantized stay floats. A model that has none is an
-  error.
+  `Ternary`, whose scale is a mean, up to the order of its sum), and products that read them as they are stored. Weights
+  whose activations alone were quantized stay floats. A model that has none is an error.
 
   Of a model that computes in float32, products differ by the order of their sums alone. One that computes in bfloat16 trains
   on operands that are rounded once more, to 8 bits, and a stored one multiplies integers (or float8) and rounds the sum: the

@@ -39,8 +39,8 @@ def trained(*techniques):
 def test_a_converted_model_holds_the_same_numbers_and_computes_the_same(techniques):
   model = trained(*techniques)
   stored, notes = Convert()(model, None)
-  numbers_of = jax.jit(lambda model: {path: weight.materialize() for path, weight in select(model, Weight)})
-  for path, numbers in numbers_of(model).items(): np.testing.assert_array_equal(numbers_of(stored)[path], numbers, err_msg=path)
+  found = jax.jit(lambda model: {path: weight.materialize() for path, weight in select(model, Weight)})
+  for path, numbers in found(model).items(): np.testing.assert_array_equal(found(stored)[path], numbers, err_msg=path)
   if len(techniques) == 1:   # products of low-precision training round once more, those of the stored model do not
     logits = jax.jit(lambda model: model(TOKENS).logits_BTV)
     # Sums of at most 24 products of order one, in another order, through two layers that round tokens: a number on the
