@@ -6,7 +6,8 @@
 
 A variant is a kind from below, of size tiny, or with _gpt2_124m at its end. Those of QAT are quantization-aware training of
 the layers' weights, most with 8-bit activations, and store them in their format at the end; those of PTQ start from
-runs/baseline, train nothing, calibrate and quantize. tiny (default, int4): minutes on a CPU, in bits per byte beside
+runs/baseline, train nothing, calibrate and quantize. Of `mixed`, mixed precision, the layers are taken apart: the first and
+the last are stored in 8 bits, the others in 4. tiny (default, int4): minutes on a CPU, in bits per byte beside
 configs/baseline.py; the table is in experiments/quantization. gpt2_124m: for one H100 or a v5e-8, not run yet.
 
 BitNet's recipe has a higher peak than a float model and no weight decay in the second half; not tried at that size:
@@ -24,11 +25,11 @@ from efficient_lm.techniques import (
   Distill,
   Gptq,
   LearnedSteps,
-  LowPrecisionTraining,
   QuantAware,
   Quantize,
   Rule,
   StretchedLevels,
+  Unroll,
 )
 
 GROUPS = Int(bits=4, scales=Group(size=32))
@@ -40,9 +41,11 @@ QAT = {
   'int2': lambda size: (aware(MidRise(bits=2), method=StretchedLevels()),),
   'bitnet': lambda size: (BitNet(),),
   'distilled_int4': lambda size: (Distill(teacher=trained(size)), aware(GROUPS)),
-  'fp8_training': lambda size: (LowPrecisionTraining(forward='float8_e4m3fn', dgrad='float8_e5m2', wgrad='float8_e5m2'),),
 }
-PTQ = {'gptq': Gptq(), 'awq': Awq()}
+ptq = lambda method, *rules: Quantize(rules=(*rules, Rule(weights=GROUPS)), method=method)
+outer = lambda last: Rule(where=rf'/blocks/(0|{last})/', weights=Int(scales=GROUPS.scales))
+PTQ = {'gptq': lambda last: (ptq(Gptq()),), 'awq': lambda last: (ptq(Awq()),),
+       'mixed': lambda last: (Unroll(), ptq(Gptq(), outer(last)))}
 
 
 def get_config(variant: str = 'tiny') -> Experiment:
@@ -50,9 +53,7 @@ def get_config(variant: str = 'tiny') -> Experiment:
   for kind in QAT | PTQ: kinds |= {kind: (kind, 'tiny'), f'{kind}_gpt2_124m': (kind, 'gpt2_124m')}
   kind, size = choose(variant, kinds)
   experiment = presets.dense(size)
-  if kind in QAT:
-    stages = () if kind == 'fp8_training' else (Convert(),)
-    return dataclasses.replace(experiment, techniques=QAT[kind](size), stages=stages)
-  stages = (Quantize(rules=(Rule(weights=GROUPS),), method=PTQ[kind]),)
+  if kind in QAT: return dataclasses.replace(experiment, techniques=QAT[kind](size), stages=(Convert(),))
+  stages = PTQ[kind](experiment.model.stacks[0].num_layers - 1)
   return dataclasses.replace(experiment, model=None, start=trained(size), stages=stages,
                              train=dataclasses.replace(experiment.train, steps=0))

@@ -10,6 +10,7 @@ from flax import nnx
 
 from efficient_lm.models import spec
 from efficient_lm.models.moe import routing
+from efficient_lm.parallel.sharding import place
 from efficient_lm.training import losses
 
 V, D, F, H, B, T = 48, 32, 40, 8, 8, 16
@@ -48,13 +49,14 @@ def batch_of(seed: int = 0, rows: int = B) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass
 class Context:
-  """As `stages.Context`."""
+  """As `runs.context.Context`."""
   key: Any = dataclasses.field(default_factory=lambda: jax.random.key(3))
   mesh: Any = None
   available: int = 4
 
   def batches(self, count: int):
-    return (batch_of(seed) for seed in range(min(count, self.available)))
+    found = (batch_of(seed) for seed in range(min(count, self.available)))
+    return found if self.mesh is None else (place(batch, self.mesh) for batch in found)
 
 
 @jax.jit

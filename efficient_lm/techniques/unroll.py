@@ -17,7 +17,8 @@ class Unroll:
     return unrolled(model)
 
   def follow(self, invariants: dict[str, tuple]) -> dict[str, tuple]:
-    """What is promised of a stack's weights is promised of each layer's."""
+    """The zeros that a stack's weights promise are promised of each layer's, with all else that such a weight promises.
+    (Bits alone do not tell how many layers there are; slices have them all the same.)"""
     followed = {}
     for path, promised in invariants.items():
       stack = re.fullmatch(r'(stacks/\d+/blocks)/(?!\d)(.*)', path)

@@ -53,6 +53,12 @@ class Train:
     from efficient_lm.training import learner
     return learner.abstract_result(model, self.training, self.techniques)
 
+  def follow(self, invariants: dict[str, tuple]) -> dict[str, tuple]:
+    """Where its techniques take what is promised of weights (see `runs.invariants`)."""
+    for technique in self.techniques:
+      if hasattr(technique, 'follow'): invariants = technique.follow(invariants)
+    return invariants
+
   def __call__(self, model, context):
     """The trained model, and what its techniques have to say. Raises NonFinite, Preempted."""
     from efficient_lm.training import trainer

@@ -33,9 +33,10 @@ class Prune:
     """Pruning that would not be complete by the end of the training."""
     if self.sparsity == 0: return
     start, end = self.bounds(training.steps)
-    if end > training.steps:
+    if self.end is not None and end > training.steps:
       yield 'end', self.end, f'must be at most the {training.steps} steps of the training: pruning would not be complete'
-    elif end <= start: yield 'start', self.start, f'must be before the pruning ends, at step {end} of {training.steps}'
+    elif start >= (last := min(end, training.steps)):
+      yield 'start', self.start, f'must be before the pruning ends, at step {last} of {training.steps}'
 
   def bounds(self, steps: int) -> tuple[int, int]:
     """Where the pruning starts and ends in a training of so many steps."""

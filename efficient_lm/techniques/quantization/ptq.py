@@ -27,7 +27,7 @@ class RoundToNearest(Method):
 class Quantize:
   """The stage. `sequences` of the training distribution are calibrated on, rounded up to whole batches. A matrix that saw
   fewer than `least_tokens` of their tokens, as an unpopular expert may, is quantized by RTN, and named in the notes. Pruned
-  entries stay zero."""
+  entries stay zero. Products of low-precision training end here: a model is calibrated as it will be run."""
   rules: tuple[Rule, ...] = (Rule(weights=Int(bits=4, scales=Group(size=128))),)
   method: Any = dataclasses.field(default_factory=RoundToNearest)
   before: tuple[Any, ...] = ()
@@ -45,7 +45,7 @@ class Quantize:
 
     from efficient_lm.compression import calibration, layerwise, rewriting
     from efficient_lm.parallel.sharding import shardings
-    notes = []
+    model, notes = rewriting.without_low_precision(model), []
     for stage in self.before:
       model, said = stage(model, context)
       notes += said
@@ -62,6 +62,8 @@ class Quantize:
 
   def abstract(self, model):
     """A model of the same structure and shapes, from shapes alone under `jax.eval_shape`."""
+    from efficient_lm.compression.rewriting import without_low_precision
+    model = without_low_precision(model)
     for stage in self.before: model = stage.abstract(model)
     return self.to_nearest(model)
 

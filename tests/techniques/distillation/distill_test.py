@@ -9,7 +9,7 @@ from flax import nnx
 
 from efficient_lm.models import spec
 from efficient_lm.techniques.distillation.distill import Distill
-from efficient_lm.training import trainer as train
+from efficient_lm.training import trainer
 from efficient_lm.training.learner import assemble, initial_state
 from efficient_lm.training.losses import NextToken
 from efficient_lm.training.optimizers import AdamW, WarmupStableDecay
@@ -34,7 +34,7 @@ class Given:
 
   def __init__(self, made): self.made = made
 
-  def load(self): return self.made
+  def load(self, mesh=None): return self.made
 
 
 def batch_of(seed=0):
@@ -51,10 +51,10 @@ def learner_of(*techniques):
 
 def losses(learner, count):
   """The metrics of each of `count` steps, and the last state."""
-  state, step, rows = initial_state(learner), train.compiled_step(learner), []
+  state, step, rows = initial_state(learner), trainer.compiled_step(learner), []
   for i in range(count):
     state, metrics = step(state, learner.loss, batch_of(i % 2))
-    rows.append(train.scalars(metrics))
+    rows.append(trainer.scalars(metrics))
   return rows, state
 
 

@@ -15,7 +15,8 @@ from efficient_lm.models.moe.routing import LossFreeBias, SigmoidTopK, SoftmaxTo
 from efficient_lm.techniques.moe.upcycle import Upcycle
 from efficient_lm.training.learner import Learner
 from efficient_lm.tree import rewrite, select, size
-from efficient_lm.weights.quantized import FakeQuantized, Rounding
+from efficient_lm.weights.fake_quantized import FakeQuantized
+from efficient_lm.weights.quantizers import Rounding
 from efficient_lm.weights.weight import Weight
 
 V, D, F, LAYERS, E = 24, 16, 12, 2, 4

@@ -1,5 +1,8 @@
 """Pruned weights are exactly zero, as many as the schedule says in each matrix, and stay it."""
 import functools
+import math
+import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +12,24 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from efficient_lm.compression.masks import PruneState, magnitude_mask
+from efficient_lm.compression.rules import Rule
+from efficient_lm.config import experiment as experiments
+from efficient_lm.errors import ConfigError
+from efficient_lm.formats import Int
 from efficient_lm.models import spec
 from efficient_lm.models.moe import routing
-from efficient_lm.techniques.pruning.prune import Prune, PruneState, kept
-from efficient_lm.training import trainer as train
-from efficient_lm.training.learner import assemble, initial_state
+from efficient_lm.runs import invariants
+from efficient_lm.techniques.moe.upcycle import Upcycle
+from efficient_lm.techniques.pruning.prune import Prune
+from efficient_lm.techniques.pruning.prune_once import PruneOnce
+from efficient_lm.techniques.quantization.ptq import Quantize
+from efficient_lm.training import trainer
+from efficient_lm.training.learner import Learner, assemble, finished, initial_state
 from efficient_lm.training.optimizers import AdamW, WarmupStableDecay
-from efficient_lm.tree import path_name, select
+from efficient_lm.training.train import Train, Training
+from efficient_lm.tree import path_name, select, size
+from efficient_lm.weights.masked import Masked
 from efficient_lm.weights.weight import Weight
 
 V, D, B, T, E, LAYERS = 16, 8, 4, 6, 3, 2
@@ -47,7 +61,7 @@ def learner_of(*techniques):
 @functools.cache
 def compiled():
   learner = learner_of(PRUNE)
-  return learner, train.compiled_step(learner)
+  return learner, trainer.compiled_step(learner)
 
 
 @functools.cache
@@ -87,8 +101,8 @@ def test_each_matrix_of_each_layer_and_expert_has_the_scheduled_share_of_exact_z
 
 def test_the_last_share_is_the_sparsity_even_when_the_end_is_between_two_redrawings():
   technique = Prune(sparsity=0.5, start=0, end=5, every=3)
-  redrawn = [step for step in range(12) if bool(technique.redraws(step))]
-  assert redrawn == [3, 5] and float(technique.share(5)) == 0.5
+  redrawn = [step for step in range(12) if bool(technique.redraws(step, 0, 5))]
+  assert redrawn == [3, 5] and float(technique.share(5, 0, 5)) == 0.5
 
 
 def test_from_the_end_on_the_mask_holds():
@@ -119,7 +133,7 @@ def test_what_is_not_selected_is_left_alone():
 @given(st.integers(0, 40), st.integers(1, 40), st.floats(0.1, 0.99))
 def test_the_schedule_is_cubic_from_start_to_end(start, length, sparsity):
   steps = np.arange(85)
-  found = Prune(sparsity=sparsity, start=start, end=start + length).share(steps)
+  found = Prune(sparsity=sparsity).share(steps, start, start + length)
   expected = sparsity * (1 - (1 - np.clip((steps - start) / length, 0, 1)) ** 3)
   np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)   # float32 powers
 
@@ -129,13 +143,13 @@ def test_the_schedule_is_cubic_from_start_to_end(start, length, sparsity):
 def test_a_mask_takes_the_share_it_is_asked_for_even_among_equals(seed, share, equal):
   values = np.random.default_rng(seed).normal(size=(2, 3, 4, 5)).astype(np.float32)
   if equal: values = np.sign(values)
-  keep = np.asarray(masked(values, share))
+  keep = np.asarray(mask_of(values, share))
   np.testing.assert_array_equal((~keep).sum((-2, -1)), np.floor(np.float32(share) * 20))
   for value, mask in zip(np.abs(values).reshape(6, 20), keep.reshape(6, 20), strict=True):
     assert mask.all() or value[~mask].max() <= value[mask].min()
 
 
-masked = jax.jit(lambda values, share: kept(values, share, 'EDF'))
+mask_of = jax.jit(lambda values, share: magnitude_mask(values, share, 'EDF'))
 
 
 def test_a_state_that_was_taken_apart_and_put_together_goes_on_alike():
@@ -185,3 +199,104 @@ def test_a_selector_that_matches_nothing_is_an_error_that_names_what_there_is(sp
 def test_a_wrong_field_is_named(field, value):
   settings_of = dict(sparsity=0.5, start=1, end=5) | {field: value}
   assert [name for name, _, _ in Prune(**settings_of).check()] == [field]
+
+
+# ------------------------------------------------------------------ what is promised, however long and wherever
+
+def trained(techniques, steps):
+  """What a training of so many steps leaves."""
+  optimizer = AdamW(schedule=WarmupStableDecay(peak=1e-2, warmup=0, decay=0)).build(steps)
+  learner = assemble(model(), optimizer, techniques, jax.random.key(0), steps)
+  state, step = initial_state(learner), trainer.compiled_step(learner)
+  for i in range(steps): state, _ = step(state, learner.loss, batch_of(i % 3))
+  return finished(state.model, state.opt_state, techniques), learner.notes
+
+
+@pytest.mark.parametrize('steps', [1, 4, 30])
+def test_by_the_end_of_any_training_all_that_was_promised_is_zero(steps):
+  pruned, notes = trained((Prune(sparsity=0.5, where=PRUNE.where),), steps)
+  assert notes[0].startswith('Prune (50%)')
+  found = dict(select(pruned, Masked))
+  assert {path for path, _ in select(model(), Weight, PRUNE.where)} == set(found)
+  for path, weight in found.items(): assert np.mean(np.asarray(weight.materialize()) == 0) == 0.5, path
+
+
+@pytest.mark.parametrize('technique, steps, field', [
+  (Prune(sparsity=0.5, end=400), 150, 'end'), (Prune(sparsity=0.5, start=0, end=11), 10, 'end'),
+  (Prune(sparsity=0.5, start=500), 10, 'start'), (Prune(sparsity=0.5, start=10), 10, 'start'),
+  (Prune(sparsity=0.5), 0, 'start'), (Prune(sparsity=0.5, end=1), 100, 'start'),
+  (Prune(sparsity=0.5), 1, None), (Prune(sparsity=0.5, end=10), 10, None), (Prune(sparsity=0.0, start=5, end=9), 1, None)],
+  ids=repr)
+def test_a_training_that_is_too_short_is_refused_before_it_begins(technique, steps, field):
+  training = Training(steps=steps, batch_size=8, sequence_length=8)
+  assert [name for name, _, _ in technique.check_training(training)] == ([field] if field else [])
+  assert [name for name, _, _ in Train(training=training, techniques=(technique,)).check()] == (
+    [f'techniques[0].{field}'] if field else [])
+
+
+@pytest.mark.parametrize('words, refused', [
+  (['--config.train.steps=150'], None), (['--config.train.steps=30', '--config.techniques[0].end=20'], None),
+  (['--config.train.steps=30', '--config.techniques[0].end=31'], r'techniques\[0\]\.end = 31: must be at most the 30 steps'),
+  (['--config.techniques[0].start=500'], r'config\.techniques\[0\]\.start = 500: must be before'),
+])
+def test_overrides_are_checked_against_each_other(words, refused):
+  file = str(pathlib.Path(__file__).parents[3] / 'configs' / 'pruned.py')
+  if refused:
+    with pytest.raises(ConfigError, match=refused): experiments.load(file, words)
+    return
+  experiment, _ = experiments.load(file, words)
+  start, end = experiment.techniques[0].bounds(experiment.train.steps)
+  assert 0 <= start < end <= experiment.train.steps
+
+
+@functools.cache
+def dense():
+  """As `model`, without experts."""
+  attention = spec.GroupedQuery(num_heads=2, num_kv_heads=1, head_dim=4)
+  stack = spec.Stack(num_layers=LAYERS, attention=attention, mlp=spec.SwiGLU(hidden=8))
+  abstract = jax.eval_shape(lambda: spec.Transformer(vocab_size=V, dim=D, stacks=(stack,)).build(rngs=nnx.Rngs(0)))
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), abstract)
+
+
+@pytest.mark.parametrize('where', [r'mlp/(gate|up|down)$', r'attention$|/up$', r'blocks/mlp/\w+$', r'/query$', 'stacks/'])
+@pytest.mark.parametrize('kind, upcycle', [('dense', None), ('mixture', None), ('dense', 'after'), ('dense', 'before')])
+def test_note_and_masks_name_the_same_weights(where, kind, upcycle):
+  """By full paths, also where the layer is made a mixture afterwards: each copy has the mask of what it is a copy of."""
+  start = model() if kind == 'mixture' else dense()
+  prune, copies = Prune(sparsity=0.5, where=where), Upcycle(num_experts=2)
+  techniques = {None: (prune,), 'after': (prune, copies), 'before': (copies, prune)}[upcycle]
+  before = Upcycle(num_experts=2)(Learner(start, None, None), jax.random.key(0)).model if upcycle == 'before' else start
+  named = {path: weight.shape for path, weight in select(before, Weight, where)}
+  made_of = lambda: assemble(start, AdamW().build(10), techniques, jax.random.key(0), 10)
+  if not named:   # a mixture has no mlp/gate: its experts do
+    with pytest.raises(ConfigError, match='no Weight on a path that matches'): made_of()
+    return
+  made = made_of()
+  note = next(note for note in made.notes if note.startswith('Prune'))
+  share = sum(map(math.prod, named.values())) / size(before)
+  assert f'reaches {share:.1%} of parameters' in note
+  assert not set(note.partition('left as they are: ')[2].split(', ')) & set(named)
+  expected = named
+  if upcycle == 'after': expected = {path.replace('blocks/mlp/', 'blocks/mlp/experts/') for path in named}
+  after = jax.eval_shape(lambda: finished(made.model, made.optimizer.init(nnx.state(made.model, nnx.Param)), techniques))
+  assert {path for path, _ in select(after, Masked)} == set(expected)
+
+
+def test_a_stored_model_and_a_second_pruning_of_the_same_weights_are_refused():
+  stored, _ = Quantize(rules=(Rule(where='query$', weights=Int()),))(model(), types.SimpleNamespace(mesh=None))
+  with pytest.raises(ConfigError, match='attention/query is stored as int8 per channel: training cannot change it'):
+    assemble(stored, AdamW().build(10), (PRUNE,), jax.random.key(0), 10)
+  with pytest.raises(ConfigError, match='is pruned by another technique of the same training'): learner_of(PRUNE, PRUNE)
+
+
+def test_copies_of_pruned_weights_promise_their_zeros():
+  """An upcycling that follows in a stage of its own: the run knows where the zeros are to be found."""
+  pruned, _ = PruneOnce(sparsity=0.5)(dense(), None)
+  stage = Train(training=Training(steps=1, batch_size=8, sequence_length=8), techniques=(Upcycle(num_experts=2),))
+  mixture = Upcycle(num_experts=2)(Learner(pruned, None, None), jax.random.key(0)).model
+  assert invariants.check(invariants.read(pruned), mixture, stage) == []
+  followed = stage.follow(invariants.read(pruned))
+  assert 'stacks/0/blocks/mlp/experts/up' in followed and 'stacks/0/blocks/mlp/up' not in followed
+  experts_LEDF = np.asarray(dict(select(mixture, Weight))['stacks/0/blocks/mlp/experts/up'].materialize())
+  assert np.all(np.mean(experts_LEDF == 0, (-2, -1)) == 0.5)

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from efficient_lm.compression import layerwise
+from efficient_lm.compression.rules import Rule
+from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import Int, Ternary
 from efficient_lm.models import spec
 from efficient_lm.models.moe import routing
@@ -14,7 +17,9 @@ from efficient_lm.parallel import sharding
 from efficient_lm.techniques.quantization.bitnet import BitNet
 from efficient_lm.training.learner import Learner
 from efficient_lm.tree import rewrite, select
-from efficient_lm.weights.quantized import FakeQuantized, Normalized, Quantized, Rounding, quantized
+from efficient_lm.weights.fake_quantized import FakeQuantized, Normalized
+from efficient_lm.weights.quantized import Quantized
+from efficient_lm.weights.quantizers import Rounding
 from efficient_lm.weights.weight import Dense, Weight
 
 V, D, F = 24, 16, 32
@@ -94,9 +99,12 @@ def test_a_norm_stays_when_its_weight_is_stored_in_few_bits_however_the_two_are_
   wanted = Normalized(FakeQuantized(dense, rounding, tokens)).contract('BTF,FD->BTD', x)
   np.testing.assert_array_equal(trained.contract('BTF,FD->BTD', x), wanted)
   inside = rewrite(Normalized(FakeQuantized(dense, rounding, tokens)), FakeQuantized, lambda _, weight: weight.converted())
-  for stored in (trained.converted(), quantized(Normalized(dense), Int(bits=4), tokens), inside):
+  for stored in (trained.converted(), inside):
     assert isinstance(stored, Normalized) and isinstance(stored.inner, Quantized)
     np.testing.assert_allclose(stored.contract('BTF,FD->BTD', x), wanted, rtol=1e-4, atol=1e-4)
+  # A norm that no training has put there: post-training quantization would drop it.
+  with pytest.raises(IncompatibleError, match='is trained as float32, after a norm'):
+    layerwise.nearest('down', Normalized(dense), Rule(weights=Int(bits=4)), layerwise.RoundToNearest())
 
 
 def test_it_says_what_it_reaches():

@@ -1,4 +1,4 @@
-"""GPTQ: rounding to nearest where inputs are alike, and a smaller output error where they are not."""
+"""GPTQ: round-to-nearest (RTN) where inputs are alike, and a smaller output error where they are not."""
 import functools
 
 import jax
@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from efficient_lm.compression import hessian
+from efficient_lm.compression.solver import gptq
 from efficient_lm.formats import MXFP4, NF4, NVFP4, Block, Float8, Group, Int, MidRise, Tensor
-from efficient_lm.techniques.quantization.gptq import Gptq, gptq
+from efficient_lm.techniques.quantization.gptq import Gptq
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
-N, K = 24, 32
+O, I = 24, 32
 FORMATS = {
   'channel': Int(bits=4), 'group': Int(bits=3, scales=Group(size=8)), 'tensor': Int(bits=4, scales=Tensor()),
   'block': Int(bits=4, scales=Block(outputs=8, inputs=16)),
@@ -24,24 +25,24 @@ run = jax.jit(gptq, static_argnames=('format', 'act_order', 'block', 'damping'))
 
 
 def weight(seed=0, lead=()):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=(*lead, N, K)), jnp.float32)
+  return jnp.asarray(np.random.default_rng(seed).normal(size=(*lead, O, I)), jnp.float32)
 
 
 def gram(seed=0, M=256):
   """Of correlated inputs, some channels of which are large."""
   rng = np.random.default_rng(seed + 100)
-  x_MK = rng.normal(size=(M, K // 4)) @ rng.normal(size=(K // 4, K)) + 0.3 * rng.normal(size=(M, K))
-  x_MK *= np.exp(rng.normal(size=K))
-  return jnp.asarray(x_MK.T @ x_MK, jnp.float32)
+  x_MI = rng.normal(size=(M, I // 4)) @ rng.normal(size=(I // 4, I)) + 0.3 * rng.normal(size=(M, I))
+  x_MI *= np.exp(rng.normal(size=I))
+  return jnp.asarray(x_MI.T @ x_MI, jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames='format')
-def nearest(w_NK, format):
-  return format.encode(w_NK, format.scales_for(w_NK))
+def nearest(w_OI, format):
+  return format.encode(w_OI, format.scales_for(w_OI))
 
 
-def error(format, encoded, seed, w_NK=None):
-  return float(jnp.sum(hessian.output_error(format.decode(encoded) - (weight(seed) if w_NK is None else w_NK), gram(seed))))
+def error(format, encoded, seed, w_OI=None):
+  return float(jnp.sum(hessian.output_error(format.decode(encoded) - (weight(seed) if w_OI is None else w_OI), gram(seed))))
 
 
 def assert_equal(a, b):
@@ -51,9 +52,9 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize('name', FORMATS)
-def test_with_the_identity_it_rounds_to_nearest(name):
+def test_with_the_identity_it_is_round_to_nearest(name):
   format = FORMATS[name]
-  assert_equal(run(weight(), 7. * jnp.eye(K), format, block=8), nearest(weight(), format))
+  assert_equal(run(weight(), 7. * jnp.eye(I), format, block=8), nearest(weight(), format))
 
 
 @pytest.mark.parametrize('name', FORMATS)
@@ -71,7 +72,7 @@ def test_it_stores_no_bit_more_and_errs_less(name):
 def test_the_block_of_columns_changes_the_speed_only():
   """Sums of updates in another order: a code at the edge of two may fall to the other side, and few do."""
   format = FORMATS['group']
-  whole = run(weight(), gram(), format, block=K)
+  whole = run(weight(), gram(), format, block=I)
   for block in (1, 5, 8):
     other = run(weight(), gram(), format, block=block)
     assert np.mean(np.asarray(format.decode(whole)) != np.asarray(format.decode(other))) < 0.02
@@ -87,18 +88,18 @@ def test_act_order_needs_no_permutation_to_be_stored_and_helps():
 
 
 def test_a_stack_is_its_matrices_one_by_one():
-  w_LENK, format = weight(lead=(2, 3)), FORMATS['zero point']
+  w_LEOI, format = weight(lead=(2, 3)), FORMATS['zero point']
   grams = jnp.stack([jnp.stack([gram(3 * i + j) for j in range(3)]) for i in range(2)])
-  together = run(w_LENK, grams, format)
+  together = run(w_LEOI, grams, format)
   for i in range(2):
     for j in range(3):
-      one = run(w_LENK[i, j], grams[i, j], format)
+      one = run(w_LEOI[i, j], grams[i, j], format)
       # Batched factorisations add in another order.
       assert np.mean(np.asarray(format.decode(one)) != np.asarray(format.decode(together)[i, j])) < 0.02
 
 
-def test_columns_of_dead_inputs_are_rounded_to_nearest():
-  format, dead = Int(bits=4), jnp.arange(K) % 5 == 0
+def test_columns_of_dead_inputs_are_quantized_by_round_to_nearest():
+  format, dead = Int(bits=4), jnp.arange(I) % 5 == 0
   alive = jnp.where(dead[:, None] | dead[None], 0, gram())
   found, plain = (np.asarray(format.decode(x)) for x in (run(weight(), alive, format), nearest(weight(), format)))
   np.testing.assert_array_equal(found[:, dead], plain[:, dead])
@@ -117,14 +118,14 @@ def test_a_wrong_field_is_named():
 
 def test_it_agrees_with_the_paper_s_code_column_by_column():
   """Algorithm 1 as written, in float64: explicit inverse, its Cholesky factor, no blocks, no order."""
-  format, w_NK, damping = FORMATS['group'], np.array(weight(), np.float64), 0.01
-  hessian_KK = np.array(hessian.scaled(gram()), np.float64) + damping * np.eye(K)
-  upper_KK = np.linalg.cholesky(np.linalg.inv(hessian_KK)).T
-  step_NK = np.repeat(np.asarray(format.steps(format.scales_for(weight()))[0]), 8, 1)
-  expected = np.empty_like(w_NK)
-  for k in range(K):
-    expected[:, k] = format.snap(w_NK[:, k], step_NK[:, k])
-    error_N = (w_NK[:, k] - expected[:, k]) / upper_KK[k, k]
-    w_NK[:, k:] -= np.outer(error_N, upper_KK[k, k:])
+  format, w_OI, damping = FORMATS['group'], np.array(weight(), np.float64), 0.01
+  hessian_II = np.array(hessian.scaled(gram()), np.float64) + damping * np.eye(I)
+  upper_II = np.linalg.cholesky(np.linalg.inv(hessian_II)).T
+  step_OI = np.repeat(np.asarray(format.steps(format.scales_for(weight()))[0]), 8, 1)
+  expected = np.empty_like(w_OI)
+  for i in range(I):
+    expected[:, i] = format.snap(w_OI[:, i], step_OI[:, i])
+    error_O = (w_OI[:, i] - expected[:, i]) / upper_II[i, i]
+    w_OI[:, i:] -= np.outer(error_O, upper_II[i, i:])
   found = np.asarray(format.decode(run(weight(), gram(), format, act_order=False)))
-  assert np.mean(np.abs(found - expected) > step_NK / 2) < 0.01   # ties that float32 breaks otherwise
+  assert np.mean(np.abs(found - expected) > step_OI / 2) < 0.01   # ties that float32 breaks otherwise

@@ -10,13 +10,14 @@ from flax import nnx
 
 from efficient_lm.config.mesh import Mesh
 from efficient_lm.models import spec
+from efficient_lm.parallel import sharding
 from efficient_lm.techniques.quantization.low_precision_training import LowPrecisionTraining
-from efficient_lm.training import trainer as train
+from efficient_lm.training import trainer
 from efficient_lm.training.learner import Learner, assemble, initial_state
 from efficient_lm.training.optimizers import AdamW, WarmupStableDecay
 from efficient_lm.tree import select
 from efficient_lm.weights.low_precision import LowPrecision
-from efficient_lm.weights.step_counter import Clock
+from efficient_lm.weights.step_counter import StepCounter
 from efficient_lm.weights.weight import Weight
 
 V, D, B, T = 24, 16, 4, 6
@@ -52,7 +53,7 @@ def compiled(technique_fields=(), mlp='dense', accumulate=1):
   optimizer = AdamW(schedule=WarmupStableDecay(peak=1e-2, warmup=0, decay=0)).build(100)
   made = assemble(learner(mlp).model, optimizer, techniques, jax.random.key(1))
   shapes = jax.eval_shape(lambda: initial_state(made)), made.loss, batch()
-  return made, train.compiled_step(made, accumulate).lower(*shapes).compile()
+  return made, trainer.compiled_step(made, accumulate).lower(*shapes).compile()
 
 
 @pytest.mark.parametrize('mlp', ['dense', 'experts'])
@@ -93,10 +94,10 @@ def test_it_learns_nearly_as_the_float_model_does(fields):
   assert got[-1] == pytest.approx(plain[-1], abs=0.1 * (plain[0] - plain[-1])) and got != plain
 
 
-def test_clocks_count_steps_also_where_gradients_are_accumulated():
+def test_step_counters_count_steps_also_where_gradients_are_accumulated():
   state, _ = losses((), 3, accumulate=2)
-  clocks = [clock.get_value() for _, clock in select(state.model, Clock)]
-  assert len(clocks) == 7 and all(np.array_equal(clock, [3, 3]) for clock in clocks)
+  counters = [counter.get_value() for _, counter in select(state.model, StepCounter)]
+  assert len(counters) == 7 and all(np.array_equal(counter, [3, 3]) for counter in counters)
 
 
 def test_the_same_seed_gives_the_same_losses_bit_for_bit():
@@ -105,9 +106,9 @@ def test_the_same_seed_gives_the_same_losses_bit_for_bit():
 
 @pytest.mark.parametrize('technique', [LowPrecisionTraining(stochastic=False), LowPrecisionTraining(dgrad=None, wgrad=None)],
                          ids=['to the nearest', 'forward only'])
-def test_without_noise_there_is_no_clock(technique):
+def test_without_noise_there_is_no_step_counter(technique):
   model = lowered(technique).model
-  assert not list(select(model, Clock)) and list(select(model, LowPrecision))
+  assert not list(select(model, StepCounter)) and list(select(model, LowPrecision))
 
 
 def test_switched_off_it_is_the_float_model_itself():
@@ -141,11 +142,12 @@ def test_a_wrong_field_is_named():
 
 @pytest.mark.skipif('jax.device_count() != 8', reason='needs eight devices: run the tests on CPU')
 def test_experts_on_a_mesh_multiply_what_they_do_on_one_device():
-  """Over devices that split tokens and experts: rows, and so their scales, stay whole. Each clock ticks once."""
+  """Over devices that split tokens and experts: rows, and so their scales, stay whole. Each counter takes one step."""
   made, step = compiled((), 'experts')
   _, metrics = step(initial_state(made), made.loss, batch())
   mesh = Mesh(data=1, fsdp=2, expert=2).build(jax.devices()[:4])
   with jax.set_mesh(mesh):
-    state, spread = train.compiled_step(made)(initial_state(made, mesh), made.loss, train.place(batch(), mesh))
+    state, spread = trainer.compiled_step(made)(initial_state(made, mesh), made.loss, sharding.place(batch(), mesh))
   assert float(spread['loss']) == pytest.approx(float(metrics['loss']), rel=1e-5)
-  assert {step for _, clock in select(state.model, Clock) for step in np.asarray(clock.get_value()).tolist()} == {1.0}
+  assert {step for _, counter in select(state.model, StepCounter)
+          for step in np.asarray(counter.get_value()).tolist()} == {1.0}

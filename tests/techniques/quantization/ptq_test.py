@@ -7,20 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from efficient_lm import tree
 from efficient_lm.compression.rules import Rule
 from efficient_lm.config import fields
-from efficient_lm.formats import Channel, Group, Int, MeanSquaredError
+from efficient_lm.errors import IncompatibleError
+from efficient_lm.formats import MXFP4, Channel, Group, Int, MeanSquaredError
+from efficient_lm.models import spec
 from efficient_lm.ops import packing
-from efficient_lm.runs import stages
+from efficient_lm.parallel import sharding
 from efficient_lm.techniques.quantization.awq import Awq
 from efficient_lm.techniques.quantization.gptq import Gptq
 from efficient_lm.techniques.quantization.ptq import Quantize, RoundToNearest
 from efficient_lm.techniques.quantization.rotate import Rotate
 from efficient_lm.techniques.quantization.smooth_quant import SmoothQuant
-from efficient_lm.training import trainer as train
-from efficient_lm.weights.quantized import Quantized, quantized
+from efficient_lm.weights.quantized import Quantized, round_to_nearest
 from efficient_lm.weights.rotated import Rotated, innermost
 from efficient_lm.weights.weight import Weight
 from tests.compressing import Context, abstractly, assert_structure, batch_of, logits_of, model_of
@@ -62,9 +64,9 @@ def test_all_that_rules_name_is_stored_in_their_format_and_shapes_are_known_befo
   if method != 'nearest': assert notes[1].startswith('calibrated on 256 tokens: output error 0.')
 
 
-def test_rounding_to_nearest_is_that():
+def test_round_to_nearest_is_that():
   model, _ = after('nearest')
-  plain = tree.rewrite(model_of(), Weight, lambda _, weight: quantized(weight, FORMAT), 'mlp/up$')
+  plain = tree.rewrite(model_of(), Weight, lambda _, weight: round_to_nearest(weight, FORMAT), 'mlp/up$')
   a, b = (dict(tree.select(one, Weight))['stacks/0/blocks/mlp/up'].materialize() for one in (model, plain))
   np.testing.assert_allclose(a, b, rtol=1e-6)   # a scale that is compiled may differ in its last bit
 
@@ -78,12 +80,12 @@ def test_experts_too_come_closer():
   assert error(after('gptq', 'experts')[0], 'experts') < error(after('nearest', 'experts')[0], 'experts')
 
 
-def test_an_expert_that_saw_too_few_tokens_is_rounded_to_nearest_and_named():
+def test_an_expert_that_saw_too_few_tokens_is_quantized_by_round_to_nearest_and_named():
   few, notes = stage(least_tokens=10 ** 6, rules=RULES['experts'])(model_of(mlp='experts'), Context())
   plain, _ = after('nearest', 'experts')
   for a, b in zip(jax.tree.leaves(few), jax.tree.leaves(plain), strict=True): np.testing.assert_array_equal(a, b)
   line = next(note for note in notes if 'experts/gate' in note)
-  assert re.search(r'saw \d+ to \d+ tokens; rounded to nearest, for want of 1000000, .* 0\.0, 0\.1, 0\.2, 0\.3, 1\.0', line)
+  assert re.search(r'saw \d+ to \d+ tokens; RTN, for want of 1000000, .* 0\.0, 0\.1, 0\.2, 0\.3, 1\.0', line)
   counts = next(note for note in after('gptq', 'experts')[1] if 'experts/gate' in note)
   low, high = map(int, re.search(r'saw (\d+) to (\d+) tokens', counts).groups())
   layers = re.findall(r'layer \d: ([\d ]+)', counts)
@@ -91,7 +93,7 @@ def test_an_expert_that_saw_too_few_tokens_is_rounded_to_nearest_and_named():
   assert 0 < low <= 2 * 256 / 4 <= high, 'each of 256 tokens visits two of four experts'
 
 
-def test_what_comes_before_rounding_is_done_before():
+def test_what_comes_before_quantization_is_done_before():
   model, notes = stage(before=(SmoothQuant(sequences=8), Rotate()))(model_of(), Context())
   assert [note.split()[0].rstrip(':') for note in notes[:3]] == ['SmoothQuant', 'Rotate', 'Quantize']
   down = dict(tree.select(model, Weight))['stacks/0/blocks/mlp/down']
@@ -100,7 +102,7 @@ def test_what_comes_before_rounding_is_done_before():
   assert error(model) < error(after('nearest')[0])
 
 
-def test_activations_are_rounded_where_a_rule_says_so_and_the_rest_too():
+def test_activations_are_quantized_where_a_rule_says_so_and_the_rest_too():
   rules = (Rule(where=r'(up|gate)$', weights=Int(), activations=Int()), Rule(where='own_head$', weights=Int()),
            Rule(where='key$'), Rule(where='down$', activations=Int()))
   model, _ = stage(rules=rules)(model_of(), Context())
@@ -117,10 +119,26 @@ def test_eight_bits_are_nearly_the_float_model():
 
 
 def test_a_format_that_does_not_fit_names_the_weight():
-  rules = (Rule(weights=Int(bits=4, scales=Group(size=64))),)
-  with pytest.raises(ValueError, match='stacks/0/blocks/attention/key: groups of 64 do not divide 32 inputs'):
-    stage(rules=rules)(model_of(), Context())
-  with pytest.raises(ValueError, match='is stored as int3 per group of 8 already'): stage()(after()[0], Context())
+  with pytest.raises(IncompatibleError, match='stacks/0/blocks/mlp/down: groups of 32 do not divide 40 inputs'):
+    stage(rules=(Rule(weights=MXFP4()),))(model_of(), Context())
+  with pytest.raises(IncompatibleError, match='is stored as int3 per group of 8 already'): stage()(after()[0], Context())
+
+
+def test_the_default_fits_its_groups_to_a_width_that_128_does_not_divide_and_says_so():
+  """Of 576, as many small models have: groups of 96, the largest divisor below 128 that is a multiple of 8."""
+  attention = spec.GroupedQuery(num_heads=9, num_kv_heads=3, head_dim=64)
+  stack = spec.Stack(num_layers=1, attention=attention, mlp=spec.SwiGLU(hidden=256))
+  described = spec.Transformer(vocab_size=16, dim=576, stacks=(stack,))
+  model = jax.jit(lambda: described.build(rngs=nnx.Rngs(0)))()
+  stored, (note,) = Quantize()(model, Context())
+  groups = {path.split('/')[-1]: weight.format.scales.size for path, weight in tree.select(stored, Quantized)}
+  assert groups == dict.fromkeys(('query', 'key', 'value', 'output', 'gate', 'up'), 96) | {'down': 128}
+  assert re.search(r'int4 per group of 96 in place of int4 per group of 128, which does not divide stacks/\S+ and 5 m', note)
+  assert_structure(abstractly(Quantize(), model), stored)
+  # A tensor that is shorter than a group is one.
+  short, (note,) = Quantize()(model_of(), Context())
+  assert {weight.format.scales.size for _, weight in tree.select(short, Quantized)} == {32, 40}
+  assert 'int4 per group of 32 in place of int4 per group of 128' in note
 
 
 def test_no_data_is_one_clear_line():
@@ -135,25 +153,25 @@ def test_qwix_reads_what_is_stored_and_multiplies_alike():
   model, _ = after('gptq')
   for path, weight in tree.select(model, Quantized, '(query|up|down)$'):
     layer = jax.tree.map(lambda leaf: leaf[1], weight)
-    codes_NK, scale_QN = packing.unpack(layer.encoded.values, 3), layer.encoded.scales.scale
-    array = qwix.QArray(codes_NK, scale_QN.T)
+    codes_OI, scale_QO = packing.unpack(layer.encoded.values, 3), layer.encoded.scales.scale
+    array = qwix.QArray(codes_OI, scale_QO.T)
     np.testing.assert_array_equal(qwix.dequantize(array), layer.format.decode(layer.encoded), err_msg=path)
-    x_MK = jnp.asarray(np.random.default_rng(0).normal(size=(5, codes_NK.shape[1])), jnp.float32)
+    x_MI = jnp.asarray(np.random.default_rng(0).normal(size=(5, codes_OI.shape[1])), jnp.float32)
     equations = {'query': 'BTD,DNH->BTNH', 'up': 'BTD,DF->BTF', 'down': 'BTF,FD->BTD'}
-    y_MN = layer.contract(equations[path.split('/')[-1]], x_MK[None]).reshape(5, -1)
+    y_MO = layer.contract(equations[path.split('/')[-1]], x_MI[None]).reshape(5, -1)
     # float32 sums of 40 products in another order.
-    np.testing.assert_allclose(qwix.dot_general(x_MK, array, (((1,), (1,)), ((), ()))), y_MN, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(qwix.dot_general(x_MI, array, (((1,), (1,)), ((), ()))), y_MO, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('bits', [8, 4])
-def test_qwix_rounds_to_nearest_no_better(bits):
+def test_round_to_nearest_of_qwix_is_no_better(bits):
   """It stretches grids half a step further, which costs the largest number and helps all others: errors are alike."""
   qwix = pytest.importorskip('qwix', reason='qwix, the oracle, is not installed (extra `dev`)')
-  w_NK = jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)
+  w_OI = jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)
   format = Int(bits=bits, scales=Group(size=16))
-  ours = format.decode(RoundToNearest().encode(w_NK, format, {}))
-  theirs = qwix.dequantize(qwix.quantize(w_NK, f'int{bits}', channelwise_axes=(0,), tiled_axes={1: 16}))
-  errors = [float(jnp.mean(jnp.square(one - w_NK))) for one in (ours, theirs)]
+  ours = format.decode(RoundToNearest().encode(w_OI, format, {}))
+  theirs = qwix.dequantize(qwix.quantize(w_OI, f'int{bits}', channelwise_axes=(0,), tiled_axes={1: 16}))
+  errors = [float(jnp.mean(jnp.square(one - w_OI))) for one in (ours, theirs)]
   assert 0.8 < errors[0] / errors[1] < 1.25
 
 
@@ -180,12 +198,11 @@ def test_over_eight_devices_it_calibrates_and_stores_as_on_one(mesh, mlp, method
   alone, notes = chosen(model_of(mlp=mlp), Context())
   with mesh(1, 2, 2, 2):
     here = jax.sharding.get_mesh()
-    batches = lambda count: (train.place(batch, here) for batch in Context().batches(count))
     spread = jax.device_put(model_of(mlp=mlp), sharding.shardings(model_of(mlp=mlp), here))
-    model, notes_here = chosen(spread, stages.Context(jax.random.key(3), batches, here))
+    model, notes_here = chosen(spread, Context(mesh=here))
     for leaf, wanted in zip(jax.tree.leaves(model), jax.tree.leaves(sharding.shardings(model, here)), strict=True):
       assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
-    logits = np.asarray(logits_of(model, train.place(batch_of(77), here)))
+    logits = np.asarray(logits_of(model, sharding.place(batch_of(77), here)))
   assert notes_here[0] == notes[0] and len(notes_here) == len(notes)
   change = jnp.mean(jnp.square(logits - logits_of(alone, batch_of(77))))
   assert change < 0.1 * error(alone, mlp)

@@ -1,6 +1,7 @@
 """Quantization-aware training reaches what it says it does, by whatever method, and leaves floats where it should."""
 import functools
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,21 +9,27 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from efficient_lm.compression.layerwise import stored
 from efficient_lm.compression.rules import Rule
+from efficient_lm.config import experiment as experiments
+from efficient_lm.errors import ConfigError
 from efficient_lm.formats import Int, MidRise, Tensor
 from efficient_lm.models import spec
 from efficient_lm.techniques.moe.upcycle import Upcycle
 from efficient_lm.techniques.pruning.prune import Prune
-from efficient_lm.techniques.quantization.ptq import stored
 from efficient_lm.techniques.quantization.qat import LearnedClip, LearnedSteps, QuantAware, StraightThrough, StretchedLevels
 from efficient_lm.training import learner as learners
 from efficient_lm.training import optimizers as optim
-from efficient_lm.training import trainer as train
+from efficient_lm.training import trainer
 from efficient_lm.training.learner import Learner
-from efficient_lm.training.losses import Distilled, NextToken
+from efficient_lm.training.losses import Distilled, NextToken, outputs_of
+from efficient_lm.training.train import Train, Training
 from efficient_lm.tree import rewrite, select
+from efficient_lm.weights.fake_quantized import FakeQuantized
+from efficient_lm.weights.layout import Layout
 from efficient_lm.weights.learned import ClippedActivation, LearnedStep, Stretched
-from efficient_lm.weights.quantized import Delayed, FakeQuantized, Layout, Quantized, Rounding
+from efficient_lm.weights.quantized import Quantized
+from efficient_lm.weights.quantizers import Delayed, Rounding
 from efficient_lm.weights.rotated import Rotated
 from efficient_lm.weights.weight import Dense, Weight
 
@@ -65,7 +72,7 @@ def logits_of(model):
   return model(TOKENS).logits_BTV
 
 
-def test_every_rounded_weight_is_within_half_a_step_of_its_own_and_on_its_grid():
+def test_every_fake_quantized_weight_is_within_half_a_step_of_its_own_and_on_its_grid():
   format = Int(bits=4)
   found = dict(select(quantized(aware(format)).model, FakeQuantized))
   assert len(found) == 7
@@ -84,7 +91,7 @@ def test_every_rounded_weight_is_within_half_a_step_of_its_own_and_on_its_grid()
   ({'attention': 'latent'}, {'query_down', 'query_nope', 'query_rope', 'latent_down', 'key_rope', 'key_up', 'value_up',
                              'output', 'gate', 'up', 'down'}),
 ], ids=['dense', 'experts', 'latent'])
-def test_every_matrix_of_the_layers_but_routers_is_rounded(kinds, names):
+def test_every_matrix_of_the_layers_but_routers_is_fake_quantized(kinds, names):
   model = shapes(aware(Int(bits=4)), **kinds)
   assert {path.split('/')[-1] for path, _ in select(model, FakeQuantized)} == names
   plain = {path for path, weight in select(model, Weight) if not isinstance(weight, FakeQuantized)}
@@ -97,7 +104,7 @@ def test_every_matrix_of_the_layers_but_routers_is_rounded(kinds, names):
   (StretchedLevels(), LearnedClip(), (Stretched, ClippedActivation)),
   (StraightThrough(), LearnedSteps(), (Rounding, LearnedStep)),
 ], ids=lambda method: getattr(type(method), '__name__', '') if not isinstance(method, tuple) else '')
-def test_a_method_decides_what_rounds(method, activation_method, kinds):
+def test_a_method_decides_what_quantizes(method, activation_method, kinds):
   technique = aware(Int(bits=4), A8_STATIC, method=method, activation_method=activation_method)
   model = shapes(technique, mlp='experts')
   for path, weight in select(model, FakeQuantized):
@@ -122,7 +129,7 @@ def test_the_gradient_is_that_of_the_rounded_numbers_passed_straight_through():
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * np.abs(b).max())
 
 
-def test_activations_are_rounded_by_the_products_themselves():
+def test_activations_are_quantized_by_the_products_themselves():
   weight = dict(select(quantized(aware(None, Int(bits=3))).model, FakeQuantized))['stacks/0/blocks/mlp/up']
   layer = jax.tree.map(lambda a: a[0], weight)
   x = np.random.default_rng(2).normal(size=(2, 3, D)).astype(np.float32)
@@ -171,6 +178,21 @@ def test_a_wrong_field_is_named():
   assert list(QuantAware(activation_method=LearnedClip()).check()) == []
 
 
+@pytest.mark.parametrize('start, steps, refused', [(500, 10, True), (10, 10, True), (9, 10, False), (0, 0, False)])
+def test_quantization_that_would_never_begin_is_refused_before_training(start, steps, refused):
+  technique, training = aware(Int(bits=4), start=start), Training(steps=steps, batch_size=8, sequence_length=8)
+  assert [name for name, _, _ in Train(training=training, techniques=(technique,)).check()] == (
+    ['techniques[0].start'] if refused else [])
+
+
+def test_overrides_are_checked_against_each_other():
+  file = str(pathlib.Path(__file__).parents[3] / 'configs' / 'quantized.py')
+  words = ['--config.techniques[0].start=500']
+  assert experiments.load(file, [*words, '--config.train.steps=501'])[0].techniques[0].start == 500
+  with pytest.raises(ConfigError, match=r'techniques\[0\]\.start = 500: must be below the 10 steps of the training'):
+    experiments.load(file, [*words, '--config.train.steps=10'])
+
+
 # Training.
 
 @pytest.fixture
@@ -192,7 +214,7 @@ def trained(technique, count, **kinds):
   schedule = optim.WarmupStableDecay(peak=1e-2, warmup=0, decay=0)
   optimizer = optim.AdamW(schedule=schedule).build(100)
   made = learners.assemble(learner(**kinds).model, optimizer, (technique,), jax.random.key(1))
-  state, step, models, losses = learners.initial_state(made), train.compiled_step(made), [], []
+  state, step, models, losses = learners.initial_state(made), trainer.compiled_step(made), [], []
   for _ in range(count):
     state, metrics = step(state, made.loss, batch())
     models.append(jax.tree.map(jnp.copy, state.model))
@@ -200,10 +222,10 @@ def trained(technique, count, **kinds):
   return models, losses
 
 
-def test_every_clock_counts_each_step_and_rounding_starts_when_it_is_told_to(quickly):
+def test_every_step_counter_counts_each_step_and_quantization_starts_when_it_is_told_to(quickly):
   models, losses = trained(aware(Int(bits=2), Int(bits=4), start=2), 4, mlp='experts')
-  clocks = lambda model: {float(steps) for _, found in select(model, Delayed) for steps in found.clock.get_value()}
-  assert [clocks(model) for model in models] == [{1.}, {2.}, {3.}, {4.}]
+  counters = lambda model: {float(steps) for _, found in select(model, Delayed) for steps in found.counter.get_value()}
+  assert [counters(model) for model in models] == [{1.}, {2.}, {3.}, {4.}]
   # Floats learn; the third loss is the first of 2 bits, and costs.
   assert losses[1] < losses[0] and losses[2] > losses[1]
   stored = models[-1].stacks[0].blocks.mlp.experts.down.converted()
@@ -216,7 +238,7 @@ def test_until_its_start_a_product_is_that_of_the_floats_bit_for_bit():
   x = np.random.default_rng(2).normal(size=(2, 3, D)).astype(np.float32)
   product = lambda weight: weight.contract('BTD,DF->BTF', x)
   np.testing.assert_array_equal(product(layer), product(layer.inner))
-  for delayed in (layer.weights, layer.activations): delayed.clock.set_value(jnp.float32(1))
+  for delayed in (layer.weights, layer.activations): delayed.counter.set_value(jnp.float32(1))
   at_once = FakeQuantized(layer.inner, Rounding(Int(bits=2)), Rounding(Int(bits=2)))
   np.testing.assert_array_equal(product(layer), product(at_once))
 
@@ -238,7 +260,7 @@ def test_every_method_trains_and_what_it_stores_is_what_it_trained(quickly, tech
 
 
 @pytest.mark.parametrize('order', list(itertools.permutations(range(3)))[::3], ids=str)
-def test_learned_and_late_rounding_composes_with_experts_and_masks(order):
+def test_learned_and_late_quantization_composes_with_experts_and_masks(order):
   """By shapes alone: what trains keeps its structure, and steps of experts that were copied are those of the dense layer."""
   late = aware(Int(bits=3), A8_STATIC, method=LearnedSteps(), activation_method=LearnedSteps(), start=2)
   listed = [late, Upcycle(num_experts=3), Prune(sparsity=0.5, start=0, end=2)]
@@ -247,14 +269,15 @@ def test_learned_and_late_rounding_composes_with_experts_and_masks(order):
   def made():
     return learners.assemble(plain, optim.AdamW().build(10), [listed[i] for i in order], jax.random.key(0))
   before = jax.eval_shape(lambda: learners.initial_state(made()))
-  after, _ = jax.eval_shape(lambda state: train.train_step(state, NextToken(), batch(), optimizer=made().optimizer), before)
+  step = functools.partial(trainer.train_step, optimizer=made().optimizer)
+  after, _ = jax.eval_shape(step, before, NextToken(), batch())
   assert jax.tree.structure(after) == jax.tree.structure(before)
   assert [leaf.shape for leaf in jax.tree.leaves(after)] == [leaf.shape for leaf in jax.tree.leaves(before)]
   up = after.model.stacks[0].blocks.mlp.experts.up
   assert isinstance(up, FakeQuantized) and up.inner.axes == 'EDF'
   shared = order.index(0) < order.index(1)
   assert up.weights.inner.exponent.get_value().shape == ((2, 1, 24) if shared else (2, 3, 1, 24))
-  assert up.weights.clock.get_value().shape == (2,)
+  assert up.weights.counter.get_value().shape == (2,)
 
 
 @pytest.mark.parametrize('first', ['float', 'quantized'])
@@ -273,17 +296,17 @@ def test_a_float_teacher_and_a_quantized_student_never_affect_each_other(first):
   if first == 'quantized': return
 
   loss = Distilled(NextToken(), teacher, 1.0, 1.0)
-  divergence = jit(lambda model: loss(train.outputs_of(model, batch()), batch())[1]['teacher_kl'])
+  divergence = jit(lambda model: loss(outputs_of(model, batch()), batch())[1]['teacher_kl'])
   assert divergence(student) > 1e-3 and abs(divergence(teacher)) < 1e-6
 
 
-def test_where_inputs_are_rotated_what_they_are_multiplied_with_is_rounded():
-  """As storing it does: the turned matrix, not the one that it stands for."""
-  turned = Rotated(Dense(jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32), 'DF', 'D'), 8)
+def test_where_inputs_are_rotated_what_they_are_multiplied_with_is_quantized():
+  """As storing it does: the rotated matrix, not the one that it stands for."""
+  rotated = Rotated(Dense(jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32), 'DF', 'D'), 8)
   rule = Rule(weights=Int(bits=3))
-  aware = QuantAware(rules=(rule,)).rounding('up', turned, rule)
+  aware = QuantAware(rules=(rule,)).rewritten('up', rotated, rule)
   assert isinstance(aware, Rotated) and isinstance(aware.inner, FakeQuantized)
-  nearest = stored(turned, rule, lambda w_NK: rule.weights.encode(w_NK, rule.weights.scales_for(w_NK)))
+  nearest = stored(rotated, rule, lambda w_OI, _: rule.weights.encode(w_OI, rule.weights.scales_for(w_OI)))
   np.testing.assert_array_equal(aware.inner.materialize(), nearest.inner.materialize())
 
 
