@@ -9,7 +9,7 @@ from efficient_lm.compression import calibration
 from efficient_lm.formats import Int
 from efficient_lm.models.transformer import Block, unrolled
 from efficient_lm.training import trainer as train
-from efficient_lm.weights.quantized import quantized
+from efficient_lm.weights.quantized import round_to_nearest
 from efficient_lm.weights.weight import Dense, Weight
 from tests.compressing import B, D, T, batch_of, logits_of, model_of
 
@@ -82,7 +82,7 @@ def test_a_layer_is_given_what_changed_layers_before_it_put_out():
   states = []
 
   def change(path, layer, hidden):
-    layer = tree.rewrite(layer, Weight, lambda _, weight: quantized(weight, Int(bits=3)))
+    layer = tree.rewrite(layer, Weight, lambda _, weight: round_to_nearest(weight, Int(bits=3)))
     states.append(calibration.advance(layer, hidden))
     return layer, states[-1]
   model = calibration.layer_by_layer(model_of(), [batch_of()], change)

@@ -1,16 +1,16 @@
-"""Rules: the first that matches decides, one that decides nothing is an error, the table shows what became of weights."""
+"""The first rule that matches decides, one that decides nothing is an error, the table shows what became of weights."""
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from efficient_lm.compression import rules
+from efficient_lm.compression import rewriting, rules
 from efficient_lm.compression.rules import Rule
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import Group, Int
 from efficient_lm.models import spec
 from efficient_lm.tree import num_bytes, select
-from efficient_lm.weights.quantized import Quantized, quantized
+from efficient_lm.weights.quantized import Quantized, round_to_nearest
 from efficient_lm.weights.weight import Weight
 
 D, F, V = 32, 64, 40
@@ -22,11 +22,11 @@ def model(mlp=None):
   return spec.Transformer(vocab_size=V, dim=D, stacks=(stack,)).build(rngs=nnx.Rngs(0))
 
 
-def stored(path, weight, rule): return quantized(weight, rule.weights)
+def stored(path, weight, rule): return round_to_nearest(weight, rule.weights)
 
 
 def test_the_first_rule_that_matches_decides():
-  decided = rules.assign(model(), (Rule(where='down$', weights=Int(bits=8)), Rule(weights=Int(bits=4)), Rule(where='')))
+  decided = rewriting.assign(model(), (Rule(where='down$', weights=Int(bits=8)), Rule(weights=Int(bits=4)), Rule(where='')))
   assert decided['stacks/0/blocks/mlp/down'].weights.bits == 8
   assert decided['stacks/0/blocks/mlp/up'].weights.bits == 4
   assert decided['embed'].keeps
@@ -34,31 +34,31 @@ def test_the_first_rule_that_matches_decides():
 
 def test_routers_embedding_and_head_stay_float_unless_a_rule_names_them():
   mixture = model(spec.MoE(num_experts=2, hidden=16))
-  layers = rules.apply(mixture, (Rule(weights=Int()),), stored)
+  layers = rewriting.apply(mixture, (Rule(weights=Int()),), stored)
   names = {path.split('/')[-1] for path, weight in select(layers, Weight) if not isinstance(weight, Quantized)}
   assert names == {'router', 'embed', 'own_head'}
-  everything = rules.apply(mixture, (Rule(where='', weights=Int()),), stored)
+  everything = rewriting.apply(mixture, (Rule(where='', weights=Int()),), stored)
   assert all(isinstance(weight, Quantized) for _, weight in select(everything, Weight))
 
 
 def test_a_rule_that_matches_no_weight_is_an_error_that_names_what_there_is():
   with pytest.raises(ValueError, match=r"rules\[1\] with where='blcoks' .*: no weight matches; the paths are embed,"):
-    rules.assign(model(), (Rule(weights=Int()), Rule(where='blcoks', weights=Int())))
+    rewriting.assign(model(), (Rule(weights=Int()), Rule(where='blcoks', weights=Int())))
 
 
 def test_a_rule_that_others_stand_in_front_of_is_an_error():
   with pytest.raises(ValueError, match=r'rules\[1\] .* the rules before it decide all that it matches, such as stacks/0'):
-    rules.assign(model(), (Rule(weights=Int()), Rule(where='up$', weights=Int(bits=4))))
+    rewriting.assign(model(), (Rule(weights=Int()), Rule(where='up$', weights=Int(bits=4))))
 
 
 def test_rules_that_keep_all_leave_the_model_itself():
   same = model()
-  assert rules.apply(same, (Rule(), Rule(where='embed')), stored) is same
+  assert rewriting.apply(same, (Rule(), Rule(where='embed')), stored) is same
 
 
 def test_the_table_shows_formats_products_and_bytes():
-  changed = rules.apply(model(), (Rule(where='down$', weights=Int(bits=4, scales=Group(size=32))),), stored)
-  lines = {line.path: line for line in rules.table(changed)}
+  changed = rewriting.apply(model(), (Rule(where='down$', weights=Int(bits=4, scales=Group(size=32))),), stored)
+  lines = {line.path: line for line in rewriting.table(changed)}
   down, embed = lines['stacks/0/blocks/mlp/down'], lines['embed']
   assert (down.kind, down.product) == ('int4 per group of 32', 'float x int4')
   assert down.float_bytes == 2 * 4 * F * D and down.num_bytes == 2 * (F * D // 2 + 4 * D * F // 32)
@@ -66,11 +66,11 @@ def test_the_table_shows_formats_products_and_bytes():
   others = num_bytes(changed) - sum(line.num_bytes for line in lines.values())
   assert others == 4 * D * 5, 'five norms are all that the table leaves out'
   shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, changed))
-  assert rules.table(shapes) == list(lines.values())
+  assert rewriting.table(shapes) == list(lines.values())
 
 
 def test_large_weights_left_in_float_are_named():
-  line = rules.describe(model(), (Rule(where='down$', weights=Int()),), 'Quantize')
+  line = rewriting.describe(model(), (Rule(where='down$', weights=Int()),), 'Quantize')
   assert line.startswith('Quantize reaches ') and 'stacks/0/blocks/mlp/up' in line.split('left as they are: ')[1]
 
 
@@ -82,4 +82,4 @@ def test_wrong_settings_are_named():
 def test_what_a_change_refuses_is_refused_with_the_weight_s_path():
   def refuse(path, weight, rule): raise IncompatibleError('no')
   with pytest.raises(IncompatibleError, match=r'^stacks/0/blocks/mlp/up: no$'):
-    rules.apply(model(), (Rule(where='up$', weights=Int()),), refuse)
+    rewriting.apply(model(), (Rule(where='up$', weights=Int()),), refuse)
