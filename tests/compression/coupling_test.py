@@ -21,13 +21,13 @@ def layer_of(attention='grouped', mlp='dense'):
 
 
 def channels(layer, one):
-  """Shape of a scale for each channel of a source, layers (and experts) in front."""
-  source = dict(tree.select(layer, (Weight, coupling.RMSNorm)))[one.producer]
-  return source.scale.shape if isinstance(source, coupling.RMSNorm) else coupling.matrix_of(source).shape[:-1]
+  """Shape of a scale for each channel of a producer, layers (and experts) in front."""
+  producer = dict(tree.select(layer, (Weight, coupling.RMSNorm)))[one.producer]
+  return producer.scale.shape if isinstance(producer, coupling.RMSNorm) else coupling.matrix_of(producer).shape[:-1]
 
 
 @pytest.mark.parametrize('attention, mlp', KINDS)
-def test_dividing_any_source_by_any_scale_changes_no_output(attention, mlp):
+def test_dividing_any_producer_by_any_scale_changes_no_output(attention, mlp):
   model = model_of(attention, mlp)
 
   @jax.jit
@@ -45,7 +45,7 @@ def test_dividing_any_source_by_any_scale_changes_no_output(attention, mlp):
 
 
 @pytest.mark.parametrize('attention, mlp', KINDS)
-def test_all_weights_of_a_layer_read_something_and_all_readers_are_there(attention, mlp):
+def test_all_weights_of_a_layer_consume_something_and_all_consumers_are_there(attention, mlp):
   layer = layer_of(attention, mlp)
   read = [path for one in coupling.couplings(layer) for path in one.consumers]
   assert len(read) == len(set(read)) and set(read) == {path for path, _ in tree.select(layer, Weight)}
@@ -61,7 +61,7 @@ def test_a_head_of_values_is_read_by_as_many_heads_as_share_it():
   assert set(coupling.writers(layer_of(mlp='experts'))) == {'attention/output', 'mlp/experts/down', 'mlp/shared/down'}
 
 
-def test_layers_of_unknown_kinds_have_no_fans():
+def test_layers_of_unknown_kinds_have_no_couplings():
   layer = jax.tree.map(lambda leaf: leaf, layer_of())
   layer.attention, layer.mlp = Dense(jnp.ones((2, 2)), 'DF', 'D'), Dense(jnp.ones((2, 2)), 'DF', 'D')
   assert coupling.couplings(layer) == []
@@ -78,7 +78,7 @@ def test_weights_in_few_bits_take_up_no_scales():
   layer = layer_of()
   rounded = coupling.updated(layer, {'mlp/up': round_to_nearest(layer.mlp.up, Int())})
   assert [coupling.foldable(rounded, one) for one in coupling.couplings(rounded)] == [True, True, False, False]
-  with pytest.raises(ValueError, match='is int8 per channel takes up no scale'):
+  with pytest.raises(ValueError, match='is stored as int8 per channel already'):
     coupling.divided(rounded, coupling.couplings(rounded)[2], jnp.ones((2, 32)))
 
 

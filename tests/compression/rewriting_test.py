@@ -4,14 +4,20 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from efficient_lm.compression import rewriting, rules
+from efficient_lm.compression import rewriting
 from efficient_lm.compression.rules import Rule
 from efficient_lm.errors import IncompatibleError
-from efficient_lm.formats import Group, Int
+from efficient_lm.formats import Group, Int, Ternary
 from efficient_lm.models import spec
 from efficient_lm.tree import num_bytes, select
+from efficient_lm.weights.fake_quantized import FakeQuantized, Normalized
+from efficient_lm.weights.low_precision import LowPrecision, low_precision
+from efficient_lm.weights.masked import Masked
+from efficient_lm.weights.observed import Observed
 from efficient_lm.weights.quantized import Quantized, round_to_nearest
-from efficient_lm.weights.weight import Weight
+from efficient_lm.weights.quantizers import Rounding
+from efficient_lm.weights.rotated import Rotated
+from efficient_lm.weights.weight import Dense, Weight
 
 D, F, V = 32, 64, 40
 
@@ -74,9 +80,55 @@ def test_large_weights_left_in_float_are_named():
   assert line.startswith('Quantize reaches ') and 'stacks/0/blocks/mlp/up' in line.split('left as they are: ')[1]
 
 
-def test_wrong_settings_are_named():
-  assert [field for field, _, _ in Rule(where='(').check()] == ['where']
-  assert [field for field, _, _ in rules.check_rules(())] == ['rules']
+LOWER = dict(forward='int8', dgrad='int8', wgrad='int8')
+AROUND = {
+  'itself': lambda weight: weight, 'low precision': lambda weight: low_precision(weight, LOWER),
+  'rotation': lambda weight: Rotated(weight, 2), 'observation': lambda weight: Observed(weight, ('count',)),
+  'mask': lambda weight: Masked(weight, jnp.ones(weight.shape, bool)),
+  'low precision of a mask': lambda weight: low_precision(Masked(weight, jnp.ones(weight.shape, bool)), LOWER),
+}
+QUANTIZED = {
+  'QAT': lambda weight: FakeQuantized(weight, Rounding(Int(bits=4))),
+  'QAT of activations': lambda weight: FakeQuantized(weight, None, Rounding(Int())),
+  'BitNet': lambda weight: Normalized(FakeQuantized(weight, Rounding(Ternary()), Rounding(Int()))),
+  'a norm': Normalized, 'stored': lambda weight: round_to_nearest(weight, Int(bits=4)),
+}
+
+
+@pytest.mark.parametrize('around', AROUND)
+@pytest.mark.parametrize('inside', QUANTIZED)
+def test_what_is_quantized_is_found_under_anything(inside, around):
+  """No rewriting takes it for a float weight; a stored one is not to be trained either."""
+  weight = AROUND[around](QUANTIZED[inside](Dense(jnp.ones((8, 4)), 'FD', 'F')))
+  assert not rewriting.is_float(weight)
+  message = 'is stored as int4 per channel.* already' if inside == 'stored' else 'is trained as float32'
+  with pytest.raises(IncompatibleError, match=message): rewriting.require_float(weight)
+  if inside != 'stored': rewriting.require_trainable(weight)
+  else:
+    with pytest.raises(IncompatibleError, match='training cannot change it'): rewriting.require_trainable(weight)
+
+
+@pytest.mark.parametrize('around', AROUND)
+def test_a_float_weight_is_one_under_anything(around):
+  weight = AROUND[around](Dense(jnp.ones((8, 4)), 'FD', 'F'))
+  assert rewriting.is_float(weight)
+  rewriting.require_float(weight)
+  rewriting.require_trainable(weight)
+  bare = rewriting.without_low_precision({'w': weight})['w']
+  assert not dict(select(bare, LowPrecision)) and bare.kind == weight.kind
+
+
+def test_groups_that_do_not_divide_are_fitted_and_said():
+  odd = (Rule(where='up$', weights=Int(scales=Group(size=12))), Rule(where='down$', weights=Int(scales=Group(size=16))))
+  decided = rewriting.assign(model(), odd)
+  assert decided['stacks/0/blocks/mlp/up'].weights == Int(scales=Group(size=8))
+  assert decided['stacks/0/blocks/mlp/down'] is odd[1], 'what divides is left itself'
+  line = rewriting.describe(model(), odd, 'Quantize')
+  said = 'int8 per group of 8 in place of int8 per group of 12, which does not divide'
+  assert line.endswith(f'; {said} stacks/0/blocks/mlp/up')
+  pairs = [('a', Int(scales=Group(size=12)), Int(scales=Group(size=8))), ('b', Int(), Int()),
+           ('c', Int(scales=Group(size=12)), Int(scales=Group(size=8)))]
+  assert rewriting.replaced(pairs) == [f'{said} a and 1 more']
 
 
 def test_what_a_change_refuses_is_refused_with_the_weight_s_path():

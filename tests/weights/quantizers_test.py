@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from efficient_lm.formats import Block, Float8, Int
+from efficient_lm.formats.ranges import Reduce
 from efficient_lm.weights.fake_quantized import FakeQuantized
-from efficient_lm.weights.quantizers import Rounding, straight_through
+from efficient_lm.weights.quantizers import Delayed, Rounding, straight_through
 from efficient_lm.weights.weight import Dense
 from tests.formats.every import FORMATS
 from tests.weights.every import draw
@@ -44,3 +45,26 @@ def test_the_gradient_passes_straight_through():
   np.testing.assert_array_equal(jax.grad(lambda array: jnp.sum(direction * weight(array)))(draw('DF')), direction)
   value, tangent = jax.jvp(straight_through, (jnp.float32(0.1), jnp.float32(0.3)), (jnp.float32(1), jnp.float32(5)))
   assert (value, tangent) == (jnp.float32(0.3), 1)
+
+
+def test_scales_are_those_with_which_it_would_be_stored():
+  for format in FORMATS:
+    quantizer, w_OI = Rounding(format), draw('FD')
+    scales = quantizer.scales(w_OI, Reduce())
+    np.testing.assert_array_equal(quantizer(w_OI, Reduce()), format.rounded(w_OI, scales))
+    assert quantizer.format == format and quantizer.format is not format, 'a config that changes later changes no model'
+
+
+@pytest.mark.parametrize('start', [1, 3])
+def test_a_delayed_quantizer_is_the_identity_until_it_begins(start):
+  """Bit for bit, and as a part of a stack, where each layer has a counter."""
+  inner, w_OI = Rounding(Int(bits=3)), jnp.stack([draw('FD'), draw('FD', seed=1)])
+  delayed = Delayed(inner, start, (2,))
+  for steps in range(start + 2):
+    delayed.counter.set_value(jnp.full(2, steps, jnp.float32))
+    expected = w_OI if steps < start else inner(w_OI, Reduce())
+    np.testing.assert_array_equal(jax.jit(lambda quantizer: quantizer(w_OI, Reduce()))(delayed), expected)
+  slope = jax.grad(lambda quantizer: jnp.sum(quantizer(w_OI, Reduce())))(delayed).counter.get_value()
+  np.testing.assert_array_equal(slope, [-1, -1], err_msg='the counter goes one step forward')
+  assert delayed.after_training() is inner and delayed.format is inner.format
+  np.testing.assert_array_equal(delayed.scales(w_OI, Reduce()).scale, inner.scales(w_OI, Reduce()).scale)
