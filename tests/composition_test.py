@@ -181,7 +181,7 @@ def test_what_composes_is_known_by_its_shapes_alone(names):
   shapes = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
   assert shapes(after) == shapes(state) and metrics['loss'].shape == ()
 
-  training = Training(steps=100, optimizer=OPTIMIZER)
+  training = Training(steps=100, batch_size=B, sequence_length=T, optimizer=OPTIMIZER)
   for known, wanted in ((learner.trained_shapes, after.model), (learner.abstract_result, None)):
     found = jax.eval_shape(lambda: known(model(), training, techniques))
     if wanted is None: wanted = jax.eval_shape(lambda: learner.finished(after.model, after.opt_state, techniques))

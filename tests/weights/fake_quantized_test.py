@@ -6,15 +6,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm.formats import Float8, Int, Ternary
+from efficient_lm.compression.rules import LAYERS
+from efficient_lm.formats import Float8, Int, MidRise, Ternary
+from efficient_lm.tree import rewrite
 from efficient_lm.weights.fake_quantized import FakeQuantized
 from efficient_lm.weights.quantized import Quantized
 from efficient_lm.weights.quantizers import Rounding
-from efficient_lm.weights.weight import Dense, Transposed
+from efficient_lm.weights.weight import Dense, Transposed, Weight
+from tests.compressing import logits_of, model_of
 from tests.formats.every import FORMATS, NAMES
 from tests.weights.every import EQUATIONS, draw, pair
 
 every = pytest.mark.parametrize('format', FORMATS, ids=NAMES)
+
+
+@pytest.mark.parametrize('format', [Int(), Float8()], ids=lambda one: one.name)
+def test_in_bfloat16_a_stored_model_is_as_near_to_float32_as_the_one_that_was_trained(format):
+  def logits(dtype, change):
+    trained = lambda weight: FakeQuantized(weight, Rounding(format), Rounding(format))
+    model = rewrite(model_of(), Weight, lambda _, weight: change(trained(weight)), LAYERS)
+    model.dtype = dtype
+    return np.asarray(logits_of(model))
+  trained, stored = lambda weight: weight, FakeQuantized.converted
+  exact = logits('float32', trained)
+  off = lambda got, wanted: np.sqrt(np.mean(np.square(got - wanted)) / np.mean(np.square(wanted)))
+  assert off(logits('float32', stored), exact) < 1e-6
+  of_trained, of_stored = (off(logits('bfloat16', change), exact) for change in (trained, stored))
+  assert 0.01 < of_trained < 0.1 and abs(of_stored / of_trained - 1) < 0.1
 
 
 @every
@@ -27,16 +45,40 @@ def test_stored_and_trained_weights_have_the_same_values(equation, inputs, forma
   else: np.testing.assert_array_equal(jax.jit(lambda weight: weight.materialize())(stored), wanted)
 
 
+def within_bound(stored, trained, magnitudes, dtype) -> float:
+  """The largest difference of two products over K = 64, in parts of what the module states."""
+  unit = 2. ** -8 if dtype == jnp.bfloat16 else 2. ** -24
+  difference = jnp.abs(stored.astype(jnp.float32) - trained.astype(jnp.float32))
+  return float(jnp.max(difference / (jnp.maximum(magnitudes, 1e-30) * (4 * unit + 64 * 2. ** -24))))
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16], ids=['float32', 'bfloat16'])
 @pytest.mark.parametrize('activations', [None, Int(), Int(bits=4), Float8()], ids=lambda x: getattr(x, 'name', 'float'))
 @pytest.mark.parametrize('format', FORMATS, ids=NAMES)
-def test_stored_and_trained_weights_multiply_alike(format, activations):
-  """K = 64 products are summed in another order, and scales multiply the sum: 64 * 2^-24 of the sum of magnitudes."""
-  equation, inputs = EQUATIONS[1]
-  trained, stored, x = pair(equation, inputs, format, activations)
-  rounded = trained.prepare_input(x, equation.split(',')[0])
-  magnitudes = jnp.einsum(equation, jnp.abs(rounded), jnp.abs(trained.materialize()))
-  difference = jnp.abs(stored.contract(equation, x) - trained.contract(equation, x))
-  assert np.all(difference <= 64 * 2. ** -24 * magnitudes)
+def test_stored_and_trained_weights_multiply_alike(format, activations, dtype):
+  """To the bound that the module states: products over one letter, over two, and of experts."""
+  for equation, inputs in EQUATIONS[:2]:
+    trained, stored, x = pair(equation, inputs, format, activations)
+    x = x.astype(dtype)
+    rounded = jnp.abs(trained.prepare_input(x, equation.split(',')[0]).astype(jnp.float32))
+    magnitudes = jnp.einsum(equation, rounded, jnp.abs(trained.materialize()))
+    a, b = stored.contract(equation, x), trained.contract(equation, x)
+    assert a.dtype == b.dtype == dtype and within_bound(a, b, magnitudes, dtype) <= 1
+    off = jnp.sqrt(jnp.mean(jnp.square(a.astype(jnp.float32) - b)) / jnp.mean(jnp.square(b.astype(jnp.float32))))
+    # What the module says of bfloat16; of float32, a few units.
+    assert off < (0.0035 if dtype == jnp.bfloat16 else 3e-7)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('activations', [None, Int(), Float8()], ids=lambda x: getattr(x, 'name', 'float'))
+@pytest.mark.parametrize('format', [Int(), Float8(), Int(bits=4), MidRise()], ids=lambda one: one.name)
+def test_stored_and_trained_experts_multiply_alike(format, activations, dtype):
+  trained = FakeQuantized(Dense(draw('EDF'), 'EDF', 'D'), Rounding(format), activations and Rounding(activations))
+  x, sizes = draw('BTD', seed=1).reshape(6, -1).astype(dtype), jnp.array([2, 0, 3, 1])
+  rounded = jnp.abs(trained.prepare_input(x, 'MD').astype(jnp.float32))
+  matrices = jnp.abs(trained.materialize())[jnp.array([0, 0, 2, 2, 2, 3])]
+  a, b = (weight.contract_grouped(x, sizes) for weight in (trained.converted(), trained))
+  assert within_bound(a, b, jnp.einsum('MD,MDF->MF', rounded, matrices), dtype) <= 1
 
 
 def test_every_product_rounds_its_activations():
