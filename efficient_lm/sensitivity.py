@@ -5,13 +5,14 @@
   --run=FOLDER      workdir of a training run
   --stage=N         the model of stage number N instead of that of the last
   --formats=A,B     of int8, int4, int3, int2, nf4, mxfp8, mxfp4, nvfp4 (default int2,int3,int4,int8)
-  --group=N         inputs that share a scale in int8 to int2 and nf4 (default 32)
+  --group=N         inputs that share a scale in int8 to int2 and nf4 (default 32), or fewer where N does not divide
   --each_layer      each layer by itself (default: all layers of a stack that is run by one loop have one format)
   --where=PATTERN   a regular expression that finds the weights (default: the matrices of the layers)
   --budget=BYTES    of those weights together: prints a plan, rules to be pasted into a config, and its divergence
   --sequences=N     of training text to measure on (default 32)
   --config=FILE     a config file whose own classes the run was made with
 """
+import itertools
 import re
 
 from absl import flags
@@ -53,8 +54,8 @@ def main(overrides: list[str]):
     model, batches = source.load(mesh), batches_of(experiment.read(FLAGS.run), source.tokenizer(), mesh)
     if FLAGS.each_layer: model = unrolled(model)
     found = measured(model, batches, choices, where)
-    print_table(found)
-    if FLAGS.budget is not None: print_plan(model, batches, found)
+    print_table(found, choices)
+    if FLAGS.budget is not None: print_plan(model, batches, found, choices)
 
 
 def chosen_formats() -> list:
@@ -91,10 +92,11 @@ def measured(model, batches, choices, where: str) -> list:
   return found
 
 
-def print_table(found):
-  """A row for each weight and format."""
+def print_table(found, choices):
+  """A row for each weight and format, and what was fitted to weights that groups do not divide."""
   import rich.table
 
+  from efficient_lm.compression import rewriting
   from efficient_lm.runs import console
   heads = ('weight', 'format', 'bytes', 'SQNR, dB', 'KL, nats a token')
   table = rich.table.Table(*(rich.table.Column(head, justify='left' if i < 2 else 'right') for i, head in enumerate(heads)),
@@ -104,9 +106,11 @@ def print_table(found):
       table.add_row('' if i else path, one.format.name, console.human(one.num_bytes, 'B'), f'{one.sqnr:.1f}',
                     f'{one.divergence:.2e}')
   console.for_tables().print(table)
+  fitted = ((one.path, asked, one.format) for one, asked in zip(found, itertools.cycle(choices)))
+  for note in rewriting.replaced(fitted): print(note)
 
 
-def print_plan(model, batches, found):
+def print_plan(model, batches, found, choices):
   """The rules, and what they come to beside those of one format for all."""
   import rich.table
 
@@ -118,7 +122,7 @@ def print_plan(model, batches, found):
                            rich.table.Column('KL, nats a token', justify='right'), box=None)
   paths = dict.fromkeys(one.path for one in found)
   uniform = {format.name: tuple(rules.Rule(where=f'^{re.escape(path)}$', weights=format) for path in paths)
-             for format in dict.fromkeys(one.format for one in found)}
+             for format in choices}
   for name, rows in {**uniform, 'this plan': plan}.items():
     size, harm = search.together(model, batches, rows)
     table.add_row(name, f'{size:,}', f'{harm:.2e}')

@@ -53,9 +53,20 @@ def test_layers_apart_have_rules_of_their_own(workdir, capsys):
   assert [rule.where for rule in plan_of(said)] == [f'^stacks/0/blocks/{i}/mlp/up$' for i in range(2)]
 
 
+def test_groups_that_do_not_divide_a_weight_are_fitted_to_it_with_a_note(workdir, capsys):
+  said = printed(capsys, workdir, '--formats=int4,int8', '--group=7', '--where=(up|down)$', '--budget=4000')
+  for bits in (4, 8):
+    fitted = rf'^int{bits} per group of 4 in place of int{bits} per group of 7, which does not divide stacks/0'
+    assert re.search(fitted, said, re.M)
+  plan = plan_of(said)
+  assert {rule.weights.scales for rule in plan} == {Group(size=4)}
+  assert len(assign(loading.abstract_model(workdir), plan)) == 2
+  assert len(re.findall(r'^ ?int\d per group of 7 +[\d,]+', said, re.M)) == 2, 'one format for all, as it was asked for'
+
+
 @pytest.mark.parametrize('words, wrong', [
   (('--formats=int5',), "--formats = 'int5': choose from int2, int3"), (('--group=0',), '--group = 0: must be at least 1'),
-  (('--group=7',), 'groups of 7 do not divide'), (('--where=blcoks',), "--where = 'blcoks': "),
+  (('--formats=mxfp4',), 'groups of 32 do not divide 16 inputs'), (('--where=blcoks',), "--where = 'blcoks': "),
   (('--where=(',), "--where = '(': must be a regular expression"), (('--sequences=0',), '--sequences = 0: must be'),
   (('--formats=int2', '--group=16', '--budget=1'), '--budget = 1: 1 bytes are too few'),
 ])

@@ -8,7 +8,7 @@ import numpy as np
 from efficient_lm import tree
 from efficient_lm.compression import calibration, hessian, rewriting
 from efficient_lm.compression.coupling import updated
-from efficient_lm.compression.method import Method
+from efficient_lm.compression.method import Method, RoundToNearest
 from efficient_lm.compression.rules import Rule
 from efficient_lm.weights.fake_quantized import FakeQuantized
 from efficient_lm.weights.layout import Layout
@@ -20,20 +20,6 @@ from efficient_lm.weights.rotated import within
 from efficient_lm.weights.weight import Weight
 
 ROWS = 128   # of each matrix, about, that the output error is measured on
-
-
-class RoundToNearest(Method):
-  """What stands in for a method where there is nothing to go by: each number by itself, in the method's own range."""
-
-  def __init__(self, range=None):
-    self.range = range
-
-  def encode(self, w_OI, format, statistics: dict, keep_OI=None):
-    return format.encode(w_OI, format.scales_for(w_OI, self.range))
-
-  # As a static argument of a compiled function it is its range.
-  def __hash__(self): return hash((RoundToNearest, self.range))
-  def __eq__(self, other): return isinstance(other, RoundToNearest) and self.range == other.range
 
 
 def stored(weight: Weight, rule: Rule, encode):
@@ -56,7 +42,7 @@ def stored(weight: Weight, rule: Rule, encode):
 def nearest(path: str, weight: Weight, rule: Rule, method: Method):
   """The weight by round-to-nearest, in the method's range. Raises IncompatibleError for one that has been quantized."""
   rewriting.require_float(weight)
-  encode = lambda w_OI, keep_OI: _to_nearest(w_OI, method=RoundToNearest(method.range), format=rule.weights)
+  encode = lambda w_OI, keep_OI: _to_nearest(w_OI, method=RoundToNearest(range=method.range), format=rule.weights)
   return stored(weight, rule, encode)
 
 
@@ -134,7 +120,7 @@ def _to_nearest(w_OI, *, method: RoundToNearest, format):
 def _encoded(w_OI, keep_OI, found, least, *, method, format):
   """A matrix as the method encodes it, or by RTN where too few tokens were seen; its output error over that of RTN, or None
   where the method has no use for the Gram matrix."""
-  to_nearest = RoundToNearest(method.range).encode(w_OI, format, found)
+  to_nearest = RoundToNearest(range=method.range).encode(w_OI, format, found)
   enough = found['count'][..., None] >= least
   quantized = method.encode(w_OI, format, found, keep_OI)
   chosen = jax.tree.map(lambda a, b: jnp.where(enough, a, b), quantized, to_nearest)

@@ -1,4 +1,5 @@
 """What a method of post-training quantization is, for `techniques.quantization.ptq.Quantize` to apply layer by layer."""
+import dataclasses
 from typing import Any
 
 
@@ -26,3 +27,13 @@ class Method:
 
     keep_OI: bool, False where the matrix has been pruned and must stay zero; None where it has not."""
     raise NotImplementedError
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class RoundToNearest(Method):
+  """RTN: each number by itself, no calibration; what any method falls back to where there is nothing to go by. `range`: of
+  the scales, None for the format's own."""
+  range: Any = None
+
+  def encode(self, w_OI, format, statistics: dict, keep_OI=None):
+    return format.encode(w_OI, format.scales_for(w_OI, self.range))

@@ -109,11 +109,17 @@ def describe(model, rules, technique: str) -> str:
   """What rules reach in the model before they are applied, and whose formats do not divide the weights, in a line."""
   decided = {path: rule for path, rule in assign(model, rules).items() if not rule.keeps}
   note = coverage(model, '|'.join(f'^{re.escape(path)}$' for path in decided)).describe(technique)
+  pairs = ((path, asked, found) for path, rule in decided.items() for asked, found in (
+    (first(rules, path).weights, rule.weights), (first(rules, path).activations, rule.activations)))
+  return '; '.join([note, *replaced(pairs)])
+
+
+def replaced(pairs) -> list[str]:
+  """Notes on formats that were fitted to weights, from (path, format asked for, format found)."""
   changed = {}
-  for path, rule in decided.items():
-    for asked, found in ((first(rules, path).weights, rule.weights), (first(rules, path).activations, rule.activations)):
-      if asked != found: changed.setdefault(f'{found.name} in place of {asked.name}, which does not divide', []).append(path)
-  return '; '.join([note, *(f'{what} {_listed(paths)}' for what, paths in changed.items())])
+  for path, asked, found in pairs:
+    if asked != found: changed.setdefault(f'{found.name} in place of {asked.name}, which does not divide', []).append(path)
+  return [f'{what} {_listed(paths)}' for what, paths in changed.items()]
 
 
 def _listed(paths: list[str]) -> str:

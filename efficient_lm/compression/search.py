@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from efficient_lm import tree
-from efficient_lm.compression import rewriting
+from efficient_lm.compression import layerwise, rewriting
 from efficient_lm.compression.calibration import EMPTY
+from efficient_lm.compression.method import RoundToNearest
 from efficient_lm.compression.rules import LAYERS, Rule
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.training import losses
-from efficient_lm.weights.layout import Layout
-from efficient_lm.weights.quantized import round_to_nearest
+from efficient_lm.weights.layout import matrix_shape
 from efficient_lm.weights.rotated import innermost, within
 from efficient_lm.weights.weight import Dense, Weight
 
@@ -42,11 +42,13 @@ class Sensitivity:
 
 
 def sensitivities(model, batches, formats, where: str = LAYERS) -> list[Sensitivity]:
-  """Of each weight whose path matches `where`, in each format. Raises IncompatibleError if no weight does, or there is no
-  batch."""
+  """Of each weight whose path matches `where`, in each format, with groups or blocks that divide the weight (see
+  `formats.Format.fitted`, and `rewriting.replaced` for what to say of it). Raises IncompatibleError if no weight does, or
+  there is no batch."""
   batches = list(batches)
   found = chosen(model, where)
-  return [_sensitivity(model, path, weight, format, batches) for path, weight in found.items() for format in formats]
+  return [_sensitivity(model, path, weight, format.fitted(*matrix_shape(weight)), batches)
+          for path, weight in found.items() for format in formats]
 
 
 def chosen(model, where: str) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def _sensitivity(model, path: str, weight, format, batches) -> Sensitivity:
 
 def num_bytes(weight, format) -> int:
   """Of a weight as it would be stored."""
-  return tree.num_bytes(jax.eval_shape(lambda weight: round_to_nearest(weight, format), innermost(weight)))
+  return tree.num_bytes(jax.eval_shape(functools.partial(_stored, format=format), innermost(weight)))
 
 
 def together(model, batches, plan) -> tuple[int, float]:
@@ -86,14 +88,17 @@ def divergence(model, changed, batches) -> float:
   return nats / tokens
 
 
+def _stored(weight, format):
+  """A weight as the stage stores it by RTN: with its mask around it, if the format has no zero."""
+  return layerwise.nearest('', weight, Rule(weights=format), RoundToNearest())
+
+
 @functools.partial(jax.jit, static_argnames='format')
 def _to_nearest(weight, *, format):
   """The weight quantized by RTN, in floats, so that the model stays the same program; and the noise over the signal."""
-  layout = Layout.of(weight)
-  matrix_OI = layout.matrix(weight.materialize())
-  quantized_OI = format.rounded(matrix_OI, format.scales_for(matrix_OI))
-  noise = jnp.sum(jnp.square(quantized_OI - matrix_OI)) / jnp.maximum(jnp.sum(jnp.square(matrix_OI)), 1e-30)
-  return Dense(layout.array(quantized_OI), weight.axes, weight.inputs), noise
+  array, quantized = weight.materialize(), _stored(weight, format).materialize()
+  noise = jnp.sum(jnp.square(quantized - array)) / jnp.maximum(jnp.sum(jnp.square(array)), 1e-30)
+  return Dense(quantized, weight.axes, weight.inputs), noise
 
 
 @jax.jit

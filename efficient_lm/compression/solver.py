@@ -81,8 +81,8 @@ def gptq(w_OI, gram_II, format, *, keep_OI=None, range=None, **options):
 
   Scales are fitted beforehand, to the weights as they were ('static groups'). Hence columns can be quantized in any order,
   and are stored in their own: no permutation has to be stored or undone. With a multiple of the identity as Hessian it is
-  round-to-nearest, bit for bit; so are the columns of inputs that were never active (the paper sets those to zero, which
-  only calibration data could justify).
+  round-to-nearest, bit for bit (of `Ternary`, whose scale is a mean, in the same program); so are the columns of inputs that
+  were never active (the paper sets those to zero, which only calibration data could justify).
 
   Args:
     w_OI, gram_II, options: see `solve`.

@@ -157,7 +157,8 @@ class Stretched(LearnedStep):
   @classmethod
   def accepted(cls, format: Format) -> Format:
     if not isinstance(format, (Int, MidRise, Ternary)):
-      raise IncompatibleError(f'{format.name}: only grids of equal steps can be stretched: MidRise(…), Int(…) or Ternary()')
+      raise IncompatibleError(f'{format.name}: only grids of equal steps can be stretched: '
+                              'choose MidRise(…), Int(…) or Ternary()')
     return super().accepted(format)
 
   @property

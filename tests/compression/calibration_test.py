@@ -1,4 +1,8 @@
 """Calibration: statistics of the whole model in one gradient, and of layers on what they are given."""
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +13,9 @@ from efficient_lm.compression import calibration
 from efficient_lm.formats import Int
 from efficient_lm.models.transformer import Block, unrolled
 from efficient_lm.training import trainer as train
-from efficient_lm.weights.quantized import quantized
+from efficient_lm.weights.quantized import round_to_nearest
 from efficient_lm.weights.weight import Dense, Weight
-from tests.compressing import B, D, T, batch_of, logits_of, model_of
+from tests.compressing import B, D, T, V, batch_of, logits_of, model_of
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -82,7 +86,7 @@ def test_a_layer_is_given_what_changed_layers_before_it_put_out():
   states = []
 
   def change(path, layer, hidden):
-    layer = tree.rewrite(layer, Weight, lambda _, weight: quantized(weight, Int(bits=3)))
+    layer = tree.rewrite(layer, Weight, lambda _, weight: round_to_nearest(weight, Int(bits=3)))
     states.append(calibration.advance(layer, hidden))
     return layer, states[-1]
   model = calibration.layer_by_layer(model_of(), [batch_of()], change)
@@ -101,6 +105,75 @@ def test_products_take_turns_in_the_order_of_computation():
   layer = dict(tree.select(model_of(), Block))[LAYER[:-1]]
   assert calibration.in_turn(layer, ['mlp/down', 'mlp/up', 'attention/output', 'attention/key', 'attention/query', 'x']) == [
     ['x'], ['attention/key', 'attention/query'], ['attention/output'], ['mlp/up'], ['mlp/down']]
+
+
+ALL = ('gram', 'magnitude', 'peak', 'count')
+
+
+def padded(batch, count: int, where: str, seed: int = 5):
+  """The batch with `count` tokens of padding, segment 0, drawn at random, before or after each row."""
+  noise = np.random.default_rng(seed).integers(0, V, (B, count)).astype(np.int32)
+  pads = {'inputs_BT': noise, 'targets_BT': noise, 'positions_BT': 0 * noise, 'segments_BT': 0 * noise}
+  order = (lambda a, b: (a, b)) if where == 'after' else (lambda a, b: (b, a))
+  return {name: np.concatenate(order(batch[name], pads[name]), 1) for name in batch}
+
+
+@pytest.mark.parametrize('kinds', [('grouped', 'dense'), ('grouped', 'experts'), ('latent', 'dense')], ids=str)
+@pytest.mark.parametrize('where', ['before', 'after'])
+def test_padding_enters_no_statistic(kinds, where):
+  """Of any weight, experts included, whatever the padded tokens are and however many."""
+  model = model_of(*kinds)
+  wanted = {path: ALL for path, _ in tree.select(model, Weight, 'stacks/')}
+  found = {count: calibration.statistics(model, [padded(batch_of(), count, where)], wanted) for count in (3, 48)}
+  without = calibration.statistics(model, [batch_of()], wanted)
+  for count in found:
+    assert_close(found[count], without)
+    for path in wanted: np.testing.assert_array_equal(found[count][path]['count'], without[path]['count'], err_msg=path)
+  other = calibration.statistics(model, [padded(batch_of(), 3, where, seed=6)], wanted)
+  for path in other:
+    for name in ALL: np.testing.assert_array_equal(other[path][name], found[3][path][name], err_msg=f'{path} {name}')
+  assert calibration.num_tokens([padded(batch_of(), 48, where)]) == B * T
+
+
+def test_a_batch_of_padding_alone_adds_nothing():
+  model, empty = model_of(mlp='experts'), batch_of(1)
+  empty['segments_BT'] = 0 * empty['segments_BT']
+  wanted = {path: ALL for path, _ in tree.select(model, Weight, 'stacks/')}
+  both, alone = (calibration.statistics(model, batches, wanted) for batches in ([batch_of(), empty], [batch_of()]))
+  for path in wanted:
+    for name in ALL: np.testing.assert_array_equal(both[path][name], alone[path][name], err_msg=f'{path} {name}')
+
+
+PEAK = """
+import jax
+import numpy as np
+from flax import nnx
+from efficient_lm import tree
+from efficient_lm.compression import calibration
+from efficient_lm.models import spec
+from efficient_lm.weights.weight import Weight
+from efficient_lm.parallel.sharding import single_device_mesh
+layers, rows, length = {layers}, 8, 512
+stack = spec.Stack(num_layers=layers, attention=spec.GroupedQuery(num_heads=2, num_kv_heads=2, head_dim=16),
+                   mlp=spec.SwiGLU(hidden=2048))
+model = spec.Transformer(vocab_size=32, dim=32, stacks=(stack,)).build(rngs=nnx.Rngs(0))
+place = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+batch = dict(inputs_BT=place % 32, targets_BT=place % 32, positions_BT=place, segments_BT=place * 0 + 1)
+wanted = {{path: ('peak',) for path, _ in tree.select(model, Weight, 'stacks/')}}
+found = calibration.statistics(model, [batch], wanted)
+status = open('/proc/self/status').read()
+print(int(status.partition('VmHWM:')[2].split()[0]) // 1024)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs /proc, where Linux keeps the peak of a process')
+def test_statistics_of_twelve_layers_need_the_memory_of_one():
+  """The inputs of a layer's products, 8 x 512 tokens of 2048 hidden units, are 32 MiB and more a layer: kept for a backward
+  pass of all of them, they would be 350 MiB more."""
+  def peak(layers):
+    ran = subprocess.run([sys.executable, '-c', PEAK.format(layers=layers)], capture_output=True, text=True, check=True)
+    return int(ran.stdout.split()[-1])
+  assert peak(13) - peak(2) < 3 * 32
 
 
 def test_no_data_is_one_clear_line():

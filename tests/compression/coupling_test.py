@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from efficient_lm import tree
-from efficient_lm.compression import coupling as wiring
+from efficient_lm.compression import coupling
 from efficient_lm.formats import Int
 from efficient_lm.models.transformer import Block
-from efficient_lm.weights.quantized import quantized
+from efficient_lm.weights.quantized import round_to_nearest
 from efficient_lm.weights.rotated import Rotated
 from efficient_lm.weights.weight import Dense, Weight
 from tests.compressing import assert_the_same, model_of
@@ -20,22 +20,22 @@ def layer_of(attention='grouped', mlp='dense'):
   return dict(tree.select(model_of(attention, mlp), Block))['stacks/0/blocks']
 
 
-def channels(layer, fan):
-  """Shape of a scale for each channel of a source, layers (and experts) in front."""
-  source = dict(tree.select(layer, (Weight, wiring.RMSNorm)))[fan.source]
-  return source.scale.shape if isinstance(source, wiring.RMSNorm) else wiring.matrix_of(source).shape[:-1]
+def channels(layer, one):
+  """Shape of a scale for each channel of a producer, layers (and experts) in front."""
+  producer = dict(tree.select(layer, (Weight, coupling.RMSNorm)))[one.producer]
+  return producer.scale.shape if isinstance(producer, coupling.RMSNorm) else coupling.matrix_of(producer).shape[:-1]
 
 
 @pytest.mark.parametrize('attention, mlp', KINDS)
-def test_dividing_any_source_by_any_scale_changes_no_output(attention, mlp):
+def test_dividing_any_producer_by_any_scale_changes_no_output(attention, mlp):
   model = model_of(attention, mlp)
 
   @jax.jit
   def folded(model):
     rng = np.random.default_rng(0)
     def change(_, layer):
-      for fan in wiring.fans(layer):
-        layer = wiring.divided(layer, fan, jnp.asarray(np.exp(rng.normal(size=channels(layer, fan))), jnp.float32))
+      for one in coupling.couplings(layer):
+        layer = coupling.divided(layer, one, jnp.asarray(np.exp(rng.normal(size=channels(layer, one))), jnp.float32))
       return layer
     return tree.rewrite(model, Block, change)
   changed = folded(model)
@@ -45,45 +45,45 @@ def test_dividing_any_source_by_any_scale_changes_no_output(attention, mlp):
 
 
 @pytest.mark.parametrize('attention, mlp', KINDS)
-def test_all_weights_of_a_layer_read_something_and_all_readers_are_there(attention, mlp):
+def test_all_weights_of_a_layer_consume_something_and_all_consumers_are_there(attention, mlp):
   layer = layer_of(attention, mlp)
-  read = [path for fan in wiring.fans(layer) for path in fan.readers]
+  read = [path for one in coupling.couplings(layer) for path in one.consumers]
   assert len(read) == len(set(read)) and set(read) == {path for path, _ in tree.select(layer, Weight)}
 
 
 def test_a_head_of_values_is_read_by_as_many_heads_as_share_it():
-  fan = wiring.Fan('value', ('output',), head=2, repeats=3)
-  s_K = fan.spread(jnp.array([1., 2., 3., 4.]))
+  one = coupling.Coupling('value', ('output',), head=2, repeats=3)
+  s_K = one.to_inputs(jnp.array([1., 2., 3., 4.]))
   assert s_K.tolist() == [1, 2, 1, 2, 1, 2, 3, 4, 3, 4, 3, 4]
-  assert fan.gather(s_K + jnp.arange(12), jnp.max).tolist() == [5, 7, 13, 15]
-  found = {one.source: one for one in wiring.fans(layer_of())}
+  assert one.to_channels(s_K + jnp.arange(12), jnp.max).tolist() == [5, 7, 13, 15]
+  found = {one.producer: one for one in coupling.couplings(layer_of())}
   assert (found['attention/value'].head, found['attention/value'].repeats) == (8, 2)
-  assert set(wiring.writers(layer_of(mlp='experts'))) == {'attention/output', 'mlp/experts/down', 'mlp/shared/down'}
+  assert set(coupling.writers(layer_of(mlp='experts'))) == {'attention/output', 'mlp/experts/down', 'mlp/shared/down'}
 
 
-def test_layers_of_unknown_kinds_have_no_fans():
+def test_layers_of_unknown_kinds_have_no_couplings():
   layer = jax.tree.map(lambda leaf: leaf, layer_of())
   layer.attention, layer.mlp = Dense(jnp.ones((2, 2)), 'DF', 'D'), Dense(jnp.ones((2, 2)), 'DF', 'D')
-  assert wiring.fans(layer) == []
+  assert coupling.couplings(layer) == []
 
 
 def test_channels_that_are_rotated_on_the_way_are_left_alone():
   layer = layer_of()
-  fan = wiring.fans(layer)[-1]
-  assert fan.readers == ('mlp/down',) and wiring.foldable(layer, fan)
-  assert not wiring.foldable(wiring.updated(layer, {'mlp/down': Rotated(layer.mlp.down, 8)}), fan)
+  one = coupling.couplings(layer)[-1]
+  assert one.consumers == ('mlp/down',) and coupling.foldable(layer, one)
+  assert not coupling.foldable(coupling.updated(layer, {'mlp/down': Rotated(layer.mlp.down, 8)}), one)
 
 
 def test_weights_in_few_bits_take_up_no_scales():
   layer = layer_of()
-  rounded = wiring.updated(layer, {'mlp/up': quantized(layer.mlp.up, Int())})
-  assert [wiring.foldable(rounded, fan) for fan in wiring.fans(rounded)] == [True, True, False, False]
-  with pytest.raises(ValueError, match='is int8 per channel takes up no scale'):
-    wiring.divided(rounded, wiring.fans(rounded)[2], jnp.ones((2, 32)))
+  rounded = coupling.updated(layer, {'mlp/up': round_to_nearest(layer.mlp.up, Int())})
+  assert [coupling.foldable(rounded, one) for one in coupling.couplings(rounded)] == [True, True, False, False]
+  with pytest.raises(ValueError, match='is stored as int8 per channel already'):
+    coupling.divided(rounded, coupling.couplings(rounded)[2], jnp.ones((2, 32)))
 
 
 def test_a_weight_and_its_matrix_are_one():
   for _, weight in tree.select(layer_of('latent', 'experts'), Weight):
-    again = wiring.with_matrix(weight, wiring.matrix_of(weight))
+    again = coupling.with_matrix(weight, coupling.matrix_of(weight))
     np.testing.assert_array_equal(again.materialize(), weight.materialize())
-    assert wiring.matrix_shape(weight) == wiring.matrix_of(weight).shape[-2:]
+    assert coupling.matrix_shape(weight) == coupling.matrix_of(weight).shape[-2:]

@@ -8,7 +8,8 @@ from efficient_lm.formats import Int
 from efficient_lm.models import spec
 from efficient_lm.models.moe import routing
 from efficient_lm.tree import rewrite
-from efficient_lm.weights.quantized import FakeQuantized, Rounding
+from efficient_lm.weights.fake_quantized import FakeQuantized
+from efficient_lm.weights.quantizers import Rounding
 from efficient_lm.weights.weight import Weight
 
 V, D, F, H, E, A = 32, 16, 24, 4, 4, 1

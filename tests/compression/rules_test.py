@@ -1,77 +1,11 @@
-"""Rules: the first that matches decides, one that decides nothing is an error, the table shows what became of weights."""
-import jax
-import jax.numpy as jnp
+"""A rule says which weights, and keeps them where it has no format; wrong patterns are named."""
+import re
+
 import pytest
-from flax import nnx
 
 from efficient_lm.compression import rules
-from efficient_lm.compression.rules import Rule
-from efficient_lm.errors import IncompatibleError
-from efficient_lm.formats import Group, Int
-from efficient_lm.models import spec
-from efficient_lm.tree import num_bytes, select
-from efficient_lm.weights.quantized import Quantized, quantized
-from efficient_lm.weights.weight import Weight
-
-D, F, V = 32, 64, 40
-
-
-def model(mlp=None):
-  attention = spec.GroupedQuery(num_heads=2, num_kv_heads=1, head_dim=16)
-  stack = spec.Stack(num_layers=2, attention=attention, mlp=mlp or spec.SwiGLU(hidden=F))
-  return spec.Transformer(vocab_size=V, dim=D, stacks=(stack,)).build(rngs=nnx.Rngs(0))
-
-
-def stored(path, weight, rule): return quantized(weight, rule.weights)
-
-
-def test_the_first_rule_that_matches_decides():
-  decided = rules.assign(model(), (Rule(where='down$', weights=Int(bits=8)), Rule(weights=Int(bits=4)), Rule(where='')))
-  assert decided['stacks/0/blocks/mlp/down'].weights.bits == 8
-  assert decided['stacks/0/blocks/mlp/up'].weights.bits == 4
-  assert decided['embed'].keeps
-
-
-def test_routers_embedding_and_head_stay_float_unless_a_rule_names_them():
-  mixture = model(spec.MoE(num_experts=2, hidden=16))
-  layers = rules.apply(mixture, (Rule(weights=Int()),), stored)
-  names = {path.split('/')[-1] for path, weight in select(layers, Weight) if not isinstance(weight, Quantized)}
-  assert names == {'router', 'embed', 'own_head'}
-  everything = rules.apply(mixture, (Rule(where='', weights=Int()),), stored)
-  assert all(isinstance(weight, Quantized) for _, weight in select(everything, Weight))
-
-
-def test_a_rule_that_matches_no_weight_is_an_error_that_names_what_there_is():
-  with pytest.raises(ValueError, match=r"rules\[1\] with where='blcoks' .*: no weight matches; the paths are embed,"):
-    rules.assign(model(), (Rule(weights=Int()), Rule(where='blcoks', weights=Int())))
-
-
-def test_a_rule_that_others_stand_in_front_of_is_an_error():
-  with pytest.raises(ValueError, match=r'rules\[1\] .* the rules before it decide all that it matches, such as stacks/0'):
-    rules.assign(model(), (Rule(weights=Int()), Rule(where='up$', weights=Int(bits=4))))
-
-
-def test_rules_that_keep_all_leave_the_model_itself():
-  same = model()
-  assert rules.apply(same, (Rule(), Rule(where='embed')), stored) is same
-
-
-def test_the_table_shows_formats_products_and_bytes():
-  changed = rules.apply(model(), (Rule(where='down$', weights=Int(bits=4, scales=Group(size=32))),), stored)
-  lines = {line.path: line for line in rules.table(changed)}
-  down, embed = lines['stacks/0/blocks/mlp/down'], lines['embed']
-  assert (down.kind, down.product) == ('int4 per group of 32', 'float x int4')
-  assert down.float_bytes == 2 * 4 * F * D and down.num_bytes == 2 * (F * D // 2 + 4 * D * F // 32)
-  assert (embed.kind, embed.product, embed.num_bytes) == ('float32', 'float', 4 * V * D)
-  others = num_bytes(changed) - sum(line.num_bytes for line in lines.values())
-  assert others == 4 * D * 5, 'five norms are all that the table leaves out'
-  shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, changed))
-  assert rules.table(shapes) == list(lines.values())
-
-
-def test_large_weights_left_in_float_are_named():
-  line = rules.describe(model(), (Rule(where='down$', weights=Int()),), 'Quantize')
-  assert line.startswith('Quantize reaches ') and 'stacks/0/blocks/mlp/up' in line.split('left as they are: ')[1]
+from efficient_lm.compression.rules import LAYERS, Rule
+from efficient_lm.formats import Int
 
 
 def test_wrong_settings_are_named():
@@ -79,7 +13,15 @@ def test_wrong_settings_are_named():
   assert [field for field, _, _ in rules.check_rules(())] == ['rules']
 
 
-def test_what_a_change_refuses_is_refused_with_the_weight_s_path():
-  def refuse(path, weight, rule): raise IncompatibleError('no')
-  with pytest.raises(IncompatibleError, match=r'^stacks/0/blocks/mlp/up: no$'):
-    rules.apply(model(), (Rule(where='up$', weights=Int()),), refuse)
+@pytest.mark.parametrize('rule, keeps', [(Rule(), True), (Rule(weights=Int()), False), (Rule(activations=Int()), False)])
+def test_a_rule_without_formats_keeps_what_it_matches(rule, keeps):
+  assert rule.keeps == keeps and not list(rule.check())
+
+
+def test_the_default_is_every_matrix_of_the_layers_and_no_other():
+  """Not the router, embedding or head, nor a norm; in a stack or unrolled, of experts too."""
+  for path in ('stacks/0/blocks/attention/query', 'stacks/1/blocks/3/mlp/down', 'stacks/0/blocks/mlp/experts/gate',
+               'stacks/0/blocks/attention/latent_down', 'stacks/0/blocks/mlp/shared/up'):
+    assert re.search(LAYERS, path), path
+  for path in ('embed', 'own_head', 'stacks/0/blocks/mlp/router', 'stacks/0/blocks/mlp_norm'):
+    assert not re.search(LAYERS, path), path

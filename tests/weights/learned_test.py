@@ -15,10 +15,12 @@ from efficient_lm.formats.ranges import Reduce
 from efficient_lm.models import spec
 from efficient_lm.models.moe import routing
 from efficient_lm.parallel import sharding
-from efficient_lm.training import optimizers as optim
+from efficient_lm.training import transforms
 from efficient_lm.tree import rewrite
+from efficient_lm.weights.fake_quantized import FakeQuantized
+from efficient_lm.weights.layout import Layout
 from efficient_lm.weights.learned import ClippedActivation, LearnedStep, Stretched, exponent_of, power
-from efficient_lm.weights.quantized import FakeQuantized, Layout, Quantized
+from efficient_lm.weights.quantized import Quantized
 from efficient_lm.weights.weight import Dense, Weight
 
 N, K = 6, 16
@@ -195,10 +197,10 @@ def test_all_tokens_share_a_step_and_each_says_where_it_should_go():
   x, letters = draw(2, 3, K), 'BTD'
   weight = Dense(draw(K, N), 'DF', 'D')
   quantizer = LearnedStep.of_tokens(weight, Int(bits=4, scales=Tensor()))
-  of = jit(lambda x: FakeQuantized(weight, None, quantizer).rounded(x, letters))
+  of = jit(lambda x: FakeQuantized(weight, None, quantizer).prepare_input(x, letters))
   np.testing.assert_array_equal(of(x)[:1], of(x[:1]))
   g = draw(*x.shape, seed=1)
-  loss = lambda quantizer, x, g: jnp.vdot(g, FakeQuantized(weight, None, quantizer).rounded(x, letters))
+  loss = lambda quantizer, x, g: jnp.vdot(g, FakeQuantized(weight, None, quantizer).prepare_input(x, letters))
   slope = jit(lambda x, g: jax.grad(loss)(quantizer, x, g))
   total = slope(x, g).exponent.get_value()
   parts = [slope(x[i:i + 1], g[i:i + 1]).exponent.get_value() for i in range(len(x))]
@@ -236,7 +238,7 @@ def test_copies_of_a_matrix_share_its_steps():
 def test_exponents_are_no_matrices_to_the_optimizer():
   weight = trained(LearnedStep, Int(bits=4, scales=GROUPS), draw(2, 3, K, N), 'EDF')
   params = nnx.state(weight, nnx.Param)
-  decays, orthogonal = optim.matrices(params), optim.orthogonalized(params)
+  decays, orthogonal = transforms.matrices(params), transforms.orthogonalized(params)
   assert jax.tree.leaves(decays['inner']) == [True] and jax.tree.leaves(decays['weights']) == [False]
   assert jax.tree.leaves(orthogonal['weights']) == [] != jax.tree.leaves(orthogonal['inner'])
 
@@ -268,7 +270,7 @@ def test_steps_of_any_size_learn_alike_and_from_either_side(kind, format):
 @pytest.mark.parametrize('make, message', [
   (lambda weight: LearnedStep.of_weight(weight, MXFP8()), 'MXFP8 per group of 32: only a grid around 0'),
   (lambda weight: LearnedStep.of_weight(weight, Int(symmetric=False)), 'int8 with zero point per channel: only a grid'),
-  (lambda weight: Stretched.of_weight(weight, NF4()), r'NF4 per group of 64: only grids of equal steps .* choose MidRise'),
+  (lambda weight: Stretched.of_weight(weight, NF4()), 'NF4 per group of 64: .* equal steps can be stretched: choose Mid'),
   (lambda weight: LearnedStep.of_tokens(weight, Int()), r'int8 per channel: .* scales=Tensor\(\), one step for all')],
   ids=['power of two', 'zero point', 'unequal steps', 'a step a token'])
 def test_what_cannot_be_learned_is_refused(make, message):

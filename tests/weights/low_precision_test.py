@@ -1,4 +1,4 @@
-"""A weight in low precision is worth what it was; its products are those of the operation, its noise is new at each step."""
+"""Low precision changes no value of a weight; its products are those of the operation, its noise is new at each step."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +7,10 @@ from flax import nnx
 
 from efficient_lm.formats import Int
 from efficient_lm.ops.low_precision_matmul import low_precision_contract, low_precision_grouped_matmul
+from efficient_lm.weights.fake_quantized import FakeQuantized
 from efficient_lm.weights.low_precision import LowPrecision, low_precision
-from efficient_lm.weights.quantized import FakeQuantized, Rounding
-from efficient_lm.weights.step_counter import Clock
+from efficient_lm.weights.quantizers import Rounding
+from efficient_lm.weights.step_counter import StepCounter
 from efficient_lm.weights.weight import Dense
 
 B, T, D, F, V, E = 2, 6, 8, 12, 10, 4
@@ -26,10 +27,11 @@ def noisy(array, axes, inputs, seed=0):
 
 def at(weight, step):
   """The weight after `step` steps."""
-  return LowPrecision(weight.inner, dict(weight.formats), Clock(jnp.full_like(weight.clock.get_value(), step)), weight.seed)
+  counter = StepCounter(jnp.full_like(weight.counter.get_value(), step))
+  return LowPrecision(weight.inner, dict(weight.formats), counter, weight.seed)
 
 
-def test_it_is_worth_what_it_was_and_looks_up_the_same_rows():
+def test_its_values_are_those_of_what_it_holds_and_it_looks_up_the_same_rows():
   dense = Dense(draw(V, D), 'VD', 'D')
   weight = low_precision(dense, INT8)
   np.testing.assert_array_equal(weight.materialize(), dense.materialize())
@@ -60,7 +62,7 @@ def test_without_formats_it_is_its_inner_weight_bit_for_bit():
 
 def gradients(weight, x):
   """By x and by the array."""
-  _, pull = jax.vjp(lambda x, dense: LowPrecision(dense, dict(weight.formats), weight.clock, weight.seed).contract(
+  _, pull = jax.vjp(lambda x, dense: LowPrecision(dense, dict(weight.formats), weight.counter, weight.seed).contract(
     'BTD,DF->BTF', x), x, weight.inner)
   dx, dense = pull(draw(B, T, F, seed=2))
   return dx, dense.array.get_value()
@@ -74,11 +76,11 @@ def test_noise_differs_between_steps_and_weights_and_is_the_same_at_the_same_ste
     assert all((a != b).any() for a, b in zip(gradients(other, x), first))
 
 
-def test_each_layer_of_a_stack_has_a_clock_and_a_seed_of_its_own():
+def test_each_layer_of_a_stack_has_a_counter_and_a_seed_of_its_own():
   weight = noisy(draw(3, D, F), 'DF', 'D')
-  assert weight.clock.get_value().shape == weight.seed.get_value().shape == (3,)
+  assert weight.counter.get_value().shape == weight.seed.get_value().shape == (3,)
   assert len(set(weight.seed.get_value().tolist())) == 3
-  assert noisy(draw(E, D, F), 'EDF', 'D').clock.get_value().shape == ()
+  assert noisy(draw(E, D, F), 'EDF', 'D').counter.get_value().shape == ()
 
 
 def test_the_seed_is_no_parameter():
@@ -86,11 +88,11 @@ def test_the_seed_is_no_parameter():
   assert len(jax.tree.leaves(params)) == 2 and [leaf.dtype for leaf in jax.tree.leaves(rest)] == [jnp.uint32]
 
 
-def test_a_narrowed_weight_multiplies_as_before():
+def test_a_weight_that_is_cast_multiplies_as_before():
   weight, x = noisy(draw(D, F), 'DF', 'D'), draw(B, T, D, seed=1).astype(jnp.bfloat16)
-  narrow = weight.narrowed(jnp.bfloat16)
-  assert narrow.materialize().dtype == jnp.bfloat16 and narrow.clock is weight.clock
-  np.testing.assert_array_equal(narrow.contract('BTD,DF->BTF', x), weight.contract('BTD,DF->BTF', x))
+  cast = weight.cast(jnp.bfloat16)
+  assert cast.materialize().dtype == jnp.bfloat16 and cast.counter is weight.counter
+  np.testing.assert_array_equal(cast.contract('BTD,DF->BTF', x), weight.contract('BTD,DF->BTF', x))
 
 
 @pytest.mark.parametrize('formats', [PLAIN, INT8], ids=['float', 'int8'])

@@ -1,4 +1,4 @@
-"""A rotation keeps lengths, is its own inverse, and a rotated weight is worth what it was."""
+"""A rotation keeps lengths, is its own inverse, and a rotated weight has the values that it had."""
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_the_block_of_a_dimension_is_the_largest_power_of_two_that_divides_it(si
 
 @pytest.mark.parametrize('axes, inputs, shape, equation', [
   ('FD', 'F', (8, 5), 'BTF,FD->BTD'), ('NHD', 'NH', (2, 8, 5), 'BTNH,NHD->BTD'), ('EFD', 'F', (3, 8, 5), 'grouped')])
-def test_a_rotated_weight_multiplies_as_what_it_is_worth(axes, inputs, shape, equation):
+def test_a_rotated_weight_multiplies_as_its_values_do(axes, inputs, shape, equation):
   weight = Rotated(Dense(draw(*shape), axes, inputs), 8)
   plain = Dense(weight.materialize(), axes, inputs)
   assert (weight.axes, weight.inputs) == (axes, inputs) and not np.allclose(plain.materialize(), weight.inner.materialize())

@@ -1,4 +1,4 @@
-"""A clock counts the steps that training takes, whatever takes them, and touches nothing else."""
+"""A step counter counts the steps that training takes, whatever takes them, and touches nothing else."""
 import functools
 
 import jax
@@ -10,9 +10,11 @@ from flax import nnx
 from jax import lax
 
 from efficient_lm.runs.checkpoint import Checkpoints
-from efficient_lm.training.optimizers import AdamW, Muon, WarmupStableDecay, descend_rated, guarded
+from efficient_lm.training.losses import weighted_mean
+from efficient_lm.training.optimizers import AdamW, Muon, WarmupStableDecay
 from efficient_lm.training.trainer import gradients
-from efficient_lm.weights.step_counter import Clock, ticking
+from efficient_lm.training.transforms import descend_rated, guarded
+from efficient_lm.weights.step_counter import StepCounter, counting
 
 LAYERS, D = 3, 4
 CONSTANT = WarmupStableDecay(peak=1e-2, warmup=0, decay=0)
@@ -20,19 +22,25 @@ BATCH = jnp.asarray(np.random.default_rng(0).normal(size=(4, D)), jnp.float32)
 
 
 class Layer(nnx.Module):
-  """x + x @ w, with a clock; stacked as models stack their layers."""
+  """x + x @ w, with a step counter; stacked as models stack their layers."""
 
   def __init__(self):
     self.w = nnx.Param(jnp.full((LAYERS, D, D), 0.1), axes='DF', inputs='D')
-    self.clock = Clock.new((LAYERS,))
+    self.counter = StepCounter.new((LAYERS,))
 
   def __call__(self, x_BD):
-    return x_BD + ticking(x_BD, self.clock) @ self.w.get_value()
+    return x_BD + counting(x_BD, self.counter) @ self.w.get_value()
+
+
+def batch_of(x_BD):
+  """One token a row."""
+  ones = jnp.ones((len(x_BD), 1), jnp.int32)
+  return {'x_BD': x_BD, 'weights_BT': ones, 'bytes_BT': ones, 'segments_BT': ones}
 
 
 def objective(params, batch):
-  y_BD, _ = lax.scan(lambda x_BD, layer: (layer(x_BD), None), batch, params)
-  loss = jnp.mean(y_BD ** 2)
+  y_BD, _ = lax.scan(lambda x_BD, layer: (layer(x_BD), None), batch['x_BD'], params)
+  loss = weighted_mean(jnp.mean(y_BD ** 2, -1, keepdims=True), batch)
   return loss, {'loss': loss}
 
 
@@ -48,15 +56,15 @@ def stepper(kind=AdamW, microbatches=1):
   return (Layer(), optimizer.init(Layer())), jax.jit(step)
 
 
-def steps(count, state=None, batch=BATCH, **options):
+def steps(count, state=None, x_BD=BATCH, **options):
   initial, step = stepper(**options)
   state = initial if state is None else state
-  for _ in range(count): state = step(state, batch)
+  for _ in range(count): state = step(state, batch_of(x_BD))
   return state
 
 
 def reading(state):
-  return state[0].clock.get_value().tolist()
+  return state[0].counter.get_value().tolist()
 
 
 @pytest.mark.parametrize('options', [{}, dict(kind=Muon), dict(microbatches=2), dict(microbatches=4)], ids=str)
@@ -68,7 +76,7 @@ def test_it_counts_steps_in_every_layer(options):
 
 def test_a_refused_step_does_not_count():
   state = steps(2)
-  state = steps(3, state, batch=BATCH.at[0, 0].set(jnp.nan))
+  state = steps(3, state, x_BD=BATCH.at[0, 0].set(jnp.nan))
   assert reading(state) == [2] * LAYERS and int(state[1].skipped) == 3
   assert reading(steps(1, state)) == [3] * LAYERS
 
@@ -83,34 +91,35 @@ def test_it_goes_on_after_a_resume(tmp_path):
 
 
 def test_it_changes_neither_value_nor_gradient():
-  clock, x, g = Clock.new(), BATCH, BATCH[::-1]
-  y, pull = jax.vjp(lambda x: ticking(x, clock), x)
+  counter, x, g = StepCounter.new(), BATCH, BATCH[::-1]
+  y, pull = jax.vjp(lambda x: counting(x, counter), x)
   np.testing.assert_array_equal(y, x)
   np.testing.assert_array_equal(pull(g)[0], g)
 
 
-def test_it_ticks_once_however_often_it_is_used_and_not_where_it_is_not():
-  gradient = jax.grad(lambda clock: jnp.sum(ticking(ticking(BATCH, clock), clock)))(Clock.new())
+def test_it_counts_once_however_often_it_is_used_and_not_where_it_is_not():
+  gradient = jax.grad(lambda counter: jnp.sum(counting(counting(BATCH, counter), counter)))(StepCounter.new())
   assert float(jnp.sign(gradient.get_value())) == -1
-  assert float(jax.grad(lambda clock: jnp.sum(BATCH))(Clock.new()).get_value()) == 0
+  assert float(jax.grad(lambda counter: jnp.sum(BATCH))(StepCounter.new()).get_value()) == 0
 
 
-def test_it_ticks_inside_a_checkpointed_layer():
-  gradient = jax.grad(lambda clock: jnp.sum(jax.checkpoint(lambda x: jnp.sin(ticking(x, clock)))(BATCH)))(Clock.new())
+def test_it_counts_inside_a_checkpointed_layer():
+  layer = lambda counter: jax.checkpoint(lambda x: jnp.sin(counting(x, counter)))
+  gradient = jax.grad(lambda counter: jnp.sum(layer(counter)(BATCH)))(StepCounter.new())
   assert float(gradient.get_value()) == -1
 
 
 @pytest.mark.skipif('jax.device_count() != 8', reason='needs eight devices: run the tests on CPU')
-def test_it_ticks_once_on_eight_devices(mesh):
+def test_it_counts_once_on_eight_devices(mesh):
   """Inside a map the sum of eight gradients of -1 is one step all the same."""
   batch = jnp.tile(BATCH, (2, 1))
-  def loss(clock):
+  def loss(counter):
     spec = jax.sharding.PartitionSpec(('data', 'fsdp'))
-    each = jax.shard_map(lambda clock, x: ticking(x, clock), in_specs=(jax.sharding.PartitionSpec(), spec), out_specs=spec,
-                         check_vma=False)
-    return jnp.sum(each(clock, batch))
-  clock, optimizer = Clock.new(), descend_rated(optax.sgd(0.1))
+    each = jax.shard_map(lambda counter, x: counting(x, counter), in_specs=(jax.sharding.PartitionSpec(), spec),
+                         out_specs=spec, check_vma=False)
+    return jnp.sum(each(counter, batch))
+  counter, optimizer = StepCounter.new(), descend_rated(optax.sgd(0.1))
   with mesh(4, 2, 1, 1):
-    gradient = jax.jit(jax.grad(loss))(clock)
-    updates, _ = optimizer.update(gradient, optimizer.init(clock), clock)
+    gradient = jax.jit(jax.grad(loss))(counter)
+    updates, _ = optimizer.update(gradient, optimizer.init(counter), counter)
   assert float(updates.get_value()) == 1

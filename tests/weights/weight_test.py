@@ -1,4 +1,4 @@
-"""Weights: the three verbs agree with the one array that a weight is worth."""
+"""Weights: the three verbs agree with the one array that a weight stands for."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +6,9 @@ import pytest
 from flax import nnx
 
 from efficient_lm.formats import Int, Ternary
-from efficient_lm.weights.quantized import FakeQuantized, Rounding, quantized
+from efficient_lm.weights.fake_quantized import FakeQuantized
+from efficient_lm.weights.quantized import round_to_nearest
+from efficient_lm.weights.quantizers import Rounding
 from efficient_lm.weights.weight import Dense, OutputsFirst, Transposed, initial
 
 B, T, D, F, V, E = 2, 3, 8, 12, 10, 4
@@ -21,16 +23,16 @@ def draw(*shape, seed=0):
 def kinds(array, axes, inputs):
   dense = Dense(array, axes, inputs)
   rounded = lambda weight, bits: FakeQuantized(weight, Rounding(Int(bits=bits)))
-  stored = {f'stored in {bits}': quantized(dense, Int(bits=bits)) for bits in (8, 4)}
+  stored = {f'stored in {bits}': round_to_nearest(dense, Int(bits=bits)) for bits in (8, 4)}
   return {'dense': dense, 'rounded': rounded(dense, 4), 'nested': rounded(rounded(dense, 8), 4), **stored,
-          'ternary': quantized(dense, Ternary())}
+          'ternary': round_to_nearest(dense, Ternary())}
 
 
 KINDS = ['dense', 'rounded', 'nested', 'stored in 8', 'stored in 4', 'ternary']
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_contract_is_the_einsum_of_what_the_weight_is_worth(kind):
+def test_contract_is_the_einsum_of_the_materialized_weight(kind):
   weight, x = kinds(draw(D, F), 'DF', 'D')[kind], draw(B, T, D, seed=1)
   got, wanted = weight.contract('BTD,DF->BTF', x), jnp.einsum('BTD,DF->BTF', x, weight.materialize())
   # Scales of stored weights multiply the sum, not what is summed.
@@ -60,14 +62,14 @@ def test_take_reads_rows_and_transposed_is_the_same_array_the_other_way(kind):
 
 
 @pytest.mark.parametrize('equation, inputs', [('BTD,DNH->BTNH', 'D'), ('BTNH,NHD->BTD', 'NH'), ('BTD,DF->BTF', 'D')])
-def test_with_its_outputs_first_a_weight_is_worth_the_same(equation, inputs):
+def test_with_its_outputs_first_a_weight_has_the_same_values(equation, inputs):
   sizes = dict(B=B, T=T, D=D, F=F, N=2, H=6)
   x_axes, w_axes = equation.split('->')[0].split(',')
   dense = Dense(draw(*(sizes[letter] for letter in w_axes)), w_axes, inputs)
-  turned, x = OutputsFirst(dense), draw(*(sizes[letter] for letter in x_axes), seed=1)
-  assert turned.order.endswith(inputs) and (turned.axes, turned.inputs) == (dense.axes, dense.inputs)
-  np.testing.assert_array_equal(turned.materialize(), dense.materialize())
-  np.testing.assert_allclose(turned.contract(equation, x), dense.contract(equation, x), **ROUNDING)
+  moved, x = OutputsFirst(dense), draw(*(sizes[letter] for letter in x_axes), seed=1)
+  assert moved.order.endswith(inputs) and (moved.axes, moved.inputs) == (dense.axes, dense.inputs)
+  np.testing.assert_array_equal(moved.materialize(), dense.materialize())
+  np.testing.assert_allclose(moved.contract(equation, x), dense.contract(equation, x), **ROUNDING)
 
 
 @pytest.mark.parametrize('wrap', [lambda w: w, lambda w: FakeQuantized(w, Rounding(Int(bits=4)), Rounding(Int(bits=4)))],
