@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from efficient_lm.compression.method import RoundToNearest
 from efficient_lm.compression.rewriting import without_low_precision
 from efficient_lm.compression.rules import Rule
 from efficient_lm.errors import ConfigError, IncompatibleError
@@ -27,7 +28,7 @@ from efficient_lm.techniques.quantization.bitnet import BitNet
 from efficient_lm.techniques.quantization.convert import Convert
 from efficient_lm.techniques.quantization.gptq import Gptq
 from efficient_lm.techniques.quantization.low_precision_training import LowPrecisionTraining
-from efficient_lm.techniques.quantization.ptq import Quantize, RoundToNearest
+from efficient_lm.techniques.quantization.ptq import Quantize
 from efficient_lm.techniques.quantization.qat import QuantAware
 from efficient_lm.techniques.quantization.rotate import Rotate
 from efficient_lm.techniques.quantization.smooth_quant import SmoothQuant

@@ -8,6 +8,7 @@ A stage is a function from model to model, `stage(model, context) -> (model, not
 (see `efficient_lm.runs.context`). Every rewrite says what it reaches. Techniques never import each other; what several need
 is in `efficient_lm.compression`. Descriptions are light: what computes is imported where the computing begins.
 """
+from efficient_lm.compression.method import RoundToNearest
 from efficient_lm.compression.rules import LAYERS, Rule
 from efficient_lm.techniques.distillation.distill import Distill
 from efficient_lm.techniques.giving_up import GivingUp
@@ -19,7 +20,7 @@ from efficient_lm.techniques.quantization.bitnet import BitNet
 from efficient_lm.techniques.quantization.convert import Convert
 from efficient_lm.techniques.quantization.gptq import Gptq
 from efficient_lm.techniques.quantization.low_precision_training import LowPrecisionTraining
-from efficient_lm.techniques.quantization.ptq import Quantize, RoundToNearest
+from efficient_lm.techniques.quantization.ptq import Quantize
 from efficient_lm.techniques.quantization.qat import LearnedClip, LearnedSteps, QuantAware, StraightThrough, StretchedLevels
 from efficient_lm.techniques.quantization.rotate import Rotate
 from efficient_lm.techniques.quantization.smooth_quant import SmoothQuant

@@ -9,18 +9,9 @@ round-to-nearest (RTN) where a rule names it.
 import dataclasses
 from typing import Any
 
-from efficient_lm.compression.method import Method
+from efficient_lm.compression.method import RoundToNearest
 from efficient_lm.compression.rules import Rule, check_rules
 from efficient_lm.formats import Group, Int
-
-
-@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
-class RoundToNearest(Method):
-  """RTN: each number by itself, no calibration. `range`: of the scales, None for the format's own."""
-  range: Any = None
-
-  def encode(self, w_OI, format, statistics: dict, keep_OI=None):
-    return format.encode(w_OI, format.scales_for(w_OI, self.range))
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from efficient_lm import tree
+from efficient_lm.compression.method import RoundToNearest
 from efficient_lm.compression.rules import Rule
 from efficient_lm.config import fields
 from efficient_lm.errors import IncompatibleError
@@ -19,7 +20,7 @@ from efficient_lm.ops import packing
 from efficient_lm.parallel import sharding
 from efficient_lm.techniques.quantization.awq import Awq
 from efficient_lm.techniques.quantization.gptq import Gptq
-from efficient_lm.techniques.quantization.ptq import Quantize, RoundToNearest
+from efficient_lm.techniques.quantization.ptq import Quantize
 from efficient_lm.techniques.quantization.rotate import Rotate
 from efficient_lm.techniques.quantization.smooth_quant import SmoothQuant
 from efficient_lm.weights.quantized import Quantized, round_to_nearest
