@@ -96,7 +96,7 @@ def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
     print(' '.join(str(error).split()), file=sys.stderr)
     return error.exit_code
   except BrokenPipeError:   # who was reading has seen enough, as `head` does
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python would complain once more at its end
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python would say so once more at its end
     return 0
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)

@@ -25,6 +25,15 @@ def forgotten():
   if 'jax' in sys.modules: sys.modules['jax'].clear_caches()
 
 
+@pytest.fixture(scope='module')
+def quick_compilation():
+  """For tests that spend nearly all their time on compiling, and state what holds of any program."""
+  import jax
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 @pytest.fixture
 def mesh():
   """mesh(data, fsdp, expert, tensor): a context in which that mesh over eight devices is in force."""

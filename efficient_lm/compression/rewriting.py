@@ -74,7 +74,10 @@ def is_float(weight: Weight) -> bool:
 def require_float(weight: Weight):
   """Raises IncompatibleError, with what it is, for a weight that has been quantized, where only a float one will do."""
   if dict(tree.select(weight, Quantized)): raise IncompatibleError(f'is stored as {weight.kind} already')
-  if not is_float(weight): raise IncompatibleError(f'is trained as {weight.kind}: the stage Convert() stores it so')
+  if is_float(weight): return
+  in_few_bits = any(one.weights is not None for _, one in tree.select(weight, FakeQuantized))
+  fix = 'the stage Convert() stores it so' if in_few_bits else 'what it does to its input would be lost'
+  raise IncompatibleError(f'is trained as {weight.kind}: {fix}')
 
 
 def require_trainable(weight: Weight):

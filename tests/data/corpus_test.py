@@ -163,7 +163,7 @@ def test_a_run_can_say_that_the_text_has_changed(folder):
   assert more['hash'] not in (before['hash'], changed['hash']) and more['train_files'] + more['heldout_files'] == 41
 
 
-def test_complaints_carry_their_path():
+def test_problems_carry_their_path():
   fields = lambda corpus: [field for field, _, _ in corpus.check()]
   assert not fields(Corpus()) and not fields(Corpus(Markov()))
   assert fields(Corpus(eval_tokens=0)) == ['eval_tokens']

@@ -197,7 +197,7 @@ def test_one_file_is_cut_at_its_end(tmp_path):
   assert 0.03 < len(text.heldout[0].content) / path.stat().st_size < 0.07
 
 
-def test_text_files_complain_of_what_is_missing(tmp_path):
+def test_missing_text_files_are_named(tmp_path):
   assert problems(data.TextFiles()) == [('train', ())]
   assert problems(data.TextFiles(('nope.txt',))) == [('train', 'nope.txt')]
   [(field, _, fix)] = data.TextFiles((str(tmp_path),)).check()

@@ -1,4 +1,4 @@
-"""Specs complain about each wrong field by name, and describe a model completely."""
+"""Specs refuse each wrong field by name, and describe a model completely."""
 import copy
 import re
 
