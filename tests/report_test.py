@@ -23,7 +23,7 @@ def make_run(folder, bits=1.5, nbytes=100):
     if step % 100 == 0: tracker.scalars(step, {'eval/bits_per_byte': bits + 1 / step})
   tracker.close()
   ledger.write(folder, [Row(
-    stage=stage, quality=Quality(bits_per_byte=bits + share / 100, baselines={'xz': 2.0, 'order-3': 1.75}),
+    stage=stage, notes=(f'{stage} reaches all',), quality=Quality(bits_per_byte=bits + share / 100, baselines={'xz': 2.0, 'order-3': 1.75}),
     size=Size(parameters=100, active_parameters=50, bytes_in_memory=nbytes // share, flops_per_token=2.0 * nbytes),
     origin=Origin(hardware='a <fast> machine', seed=0)) for stage, share in (('train', 1), ('quantize', 4))])
   (folder / 'samples').mkdir()
@@ -70,7 +70,8 @@ def test_the_pictures_are_well_formed(page):
 
 def test_several_runs_share_their_pictures_and_name_their_rows(runs, tmp_path):
   page = report_page.write(results.load_all(runs), tmp_path / 'out').read_text()
-  for part in ('moe / quantize', 'dense / train', 'quality against bytes in memory', 'Sample: dense'): assert part in page
+  for part in ('moe / quantize', 'dense / train', 'quality against bytes in memory', 'Sample: dense',
+               'moe / quantize, dense / quantize: quantize reaches all'): assert part in page
 
 
 def test_runs_of_one_name_are_told_apart_by_as_much_of_their_paths_as_that_takes(tmp_path):

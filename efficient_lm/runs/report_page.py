@@ -115,7 +115,10 @@ def _cost_table(rows: dict[str, ledger.Row]) -> str:
           *(f'{name} {version}' for name, version in origin.versions.items()),
           *([f'corpus {origin.corpus_hash[:12]}'] if origin.corpus_hash else []),
           *([f'seed {origin.seed}'] if origin.seed is not None else [])]
-  notes = dict.fromkeys(note for row in rows.values() for note in row.notes)   # each once, in order
+  said_by = {}   # each note once, in order
+  for label, row in rows.items():
+    for note in row.notes: said_by.setdefault(note, []).append(label)
+  notes = [note if len(rows) == 1 else f'{", ".join(labels)}: {note}' for note, labels in said_by.items()]
   return (f'<div class="scroll"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
           + ''.join(f'<p class="note">{html.escape(note)}</p>' for note in [*notes, ' · '.join(made)]))
 
