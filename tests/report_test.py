@@ -23,7 +23,8 @@ def make_run(folder, bits=1.5, nbytes=100):
     if step % 100 == 0: tracker.scalars(step, {'eval/bits_per_byte': bits + 1 / step})
   tracker.close()
   ledger.write(folder, [Row(
-    stage=stage, notes=(f'{stage} reaches all',), quality=Quality(bits_per_byte=bits + share / 100, baselines={'xz': 2.0, 'order-3': 1.75}),
+    stage=stage, notes=(f'{stage} reaches all',),
+    quality=Quality(bits_per_byte=bits + share / 100, baselines={'xz': 2.0, 'order-3': 1.75}),
     size=Size(parameters=100, active_parameters=50, bytes_in_memory=nbytes // share, flops_per_token=2.0 * nbytes),
     origin=Origin(hardware='a <fast> machine', seed=0)) for stage, share in (('train', 1), ('quantize', 4))])
   (folder / 'samples').mkdir()
