@@ -21,6 +21,7 @@ from experiments import collecting
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = sorted(file.parent for file in (ROOT / 'experiments').glob('*/collect.py'))
 MEASURED = [folder for folder in FOLDERS if (folder / 'results.json').is_file()]
+NOTEBOOKS = [folder for folder in MEASURED if (folder / 'notebook.py').is_file()]
 name_of = lambda folder: folder.name
 
 
@@ -85,7 +86,7 @@ def test_the_table_of_a_readme_is_that_of_the_results(folder):
   assert script(folder).table(results_of(folder)) in (folder / 'README.md').read_text()
 
 
-@pytest.mark.parametrize('folder', MEASURED, ids=name_of)
+@pytest.mark.parametrize('folder', NOTEBOOKS, ids=name_of)
 def test_a_stored_notebook_is_the_written_one_and_has_been_run(folder):
   written, stored = (jupytext.read(folder / f'notebook.{suffix}') for suffix in ('py', 'ipynb'))
   cells = lambda notebook: [(cell.cell_type, cell.source) for cell in notebook.cells]
@@ -94,7 +95,7 @@ def test_a_stored_notebook_is_the_written_one_and_has_been_run(folder):
 
 
 @pytest.mark.filterwarnings('ignore:FigureCanvasAgg is non-interactive')
-@pytest.mark.parametrize('folder', MEASURED, ids=name_of)
+@pytest.mark.parametrize('folder', NOTEBOOKS, ids=name_of)
 def test_a_notebook_runs_from_the_results_beside_it(folder, monkeypatch, capsys):
   monkeypatch.setenv('MPLBACKEND', 'agg')
   monkeypatch.chdir(folder)
