@@ -5,7 +5,8 @@
   python -m efficient_lm.main --config=configs/recipe.py --config.stages[1].training.steps=300
 
 Each stage has a row of its own, and is made again only if it, or what it was given, changes.
-tiny (default): minutes on a CPU, bits per byte beside the dense baseline.
+tiny (default): minutes on a CPU, 1.650 bits per byte in 0.46 MiB, after 250 steps more than the dense baseline, 1.670 in 2.8
+MiB (one seed, experiments/pillars).
 gpt2_124m: for one H100 or a v5e-8, not run yet; its teacher is runs/baseline-gpt2_124m.
 """
 import dataclasses
