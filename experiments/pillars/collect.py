@@ -20,9 +20,9 @@ SIZES = {'parameters': '', 'nonzero_parameters': '', 'active_parameters': '', 'b
          'flops_per_token': ''}
 # Of points in the picture, where the name of the run alone says too little; and where labels stand, if not on the right.
 LABELS = {'baseline': 'dense', 'moe': 'mixture of experts', 'low_precision': 'trained in int8', 'pruned': 'half pruned',
-          'labels_alone': 'small', 'distilled': 'small, distilled', 'stacked': 'mixture, distilled, half pruned, W8A8',
+          'labels_alone': 'small', 'distilled': 'small, distilled', 'stacked': 'mixture, distilled,\nhalf pruned, W8A8',
           'recipe': 'half pruned, distilled,\n4-bit QAT'}
-PLACES = {'baseline': (-6, 3, 'right'), 'low_precision': (6, 3, 'left'), 'stacked': (2, -14, 'left'),
+PLACES = {'baseline': (-6, 3, 'right'), 'low_precision': (6, 3, 'left'), 'stacked': (-2, -27, 'left'),
           'recipe': (-4, 8, 'left')}
 HEADINGS = ('parameters', 'not zero', 'active', 'in memory', 'on disk', 'FLOPs a token')
 
