@@ -78,7 +78,7 @@ def fake_quantized(weight: Weight, weights: Quantizer | None, activations: Quant
   if weights is None or weights.format.has_zero: return made
   if weight.pruned:
     raise IncompatibleError(f'{weights.format.name} has no zero, and what is pruned cannot stay zero: choose Int(…)')
-  return Masked(made, weight.keep, weight.pattern) if isinstance(weight, Masked) else made
+  return Masked(made, weight.keep.get_value(), weight.pattern) if isinstance(weight, Masked) else made
 
 
 class Normalized(Wrapper):
