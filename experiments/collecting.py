@@ -2,6 +2,7 @@
 import dataclasses
 import datetime
 import json
+import re
 from pathlib import Path
 
 from efficient_lm.errors import ConfigError
@@ -39,6 +40,13 @@ def today() -> str:
 def write(found: dict, folder):
   """results.json in `folder`."""
   (Path(folder) / 'results.json').write_text(json.dumps(found, indent=1, allow_nan=False) + '\n', encoding='utf-8')
+
+
+def write_table(table: str, folder):
+  """In place of the first table of the README in `folder`."""
+  readme = Path(folder) / 'README.md'
+  text = re.sub(r'(^\|.*\n)+', lambda _: table + '\n', readme.read_text(encoding='utf-8'), count=1, flags=re.M)
+  readme.write_text(text, encoding='utf-8')
 
 
 def markdown(headings: list[str], lines: list[list[str]]) -> str:

@@ -4,7 +4,6 @@ table of the README:
   python -m experiments.caches.collect runs/pillars/moe-0
 """
 import functools
-import re
 import sys
 from pathlib import Path
 
@@ -54,6 +53,4 @@ def table(results: dict) -> str:
 if __name__ == '__main__':
   results, here = collect(sys.argv[1]), Path(__file__).parent
   collecting.write(results, here)
-  readme = here / 'README.md'
-  text = re.sub(r'(^\|.*\n)+', table(results) + '\n', readme.read_text(encoding='utf-8'), count=1, flags=re.M)
-  readme.write_text(text, encoding='utf-8')
+  collecting.write_table(table(results), here)

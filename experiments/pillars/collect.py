@@ -2,7 +2,6 @@
 
   python -m experiments.pillars.collect runs/pillars
 """
-import re
 import sys
 from pathlib import Path
 
@@ -68,7 +67,5 @@ def draw(results: dict, file):
 if __name__ == '__main__':
   results, here = collect(sys.argv[1]), Path(__file__).parent
   collecting.write(results, here)
-  readme = here / 'README.md'
-  text = re.sub(r'(^\|.*\n)+', table(results) + '\n', readme.read_text(encoding='utf-8'), count=1, flags=re.M)
-  readme.write_text(text, encoding='utf-8')
+  collecting.write_table(table(results), here)
   draw(results, here / 'pillars.png')
