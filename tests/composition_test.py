@@ -50,11 +50,8 @@ STEPS = 12   # enough for the loss of any of them to be below the first, after w
 
 
 @pytest.fixture(scope='module', autouse=True)
-def _quick_compilation():
+def _quick(quick_compilation):
   """Compiling is nearly all that these tests spend their time on; what they state holds of any program."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @functools.cache

@@ -26,11 +26,8 @@ from efficient_lm.ops.low_precision_matmul.cases import CASES, PASSES, Case, ben
 
 
 @pytest.fixture(scope='module', autouse=True)
-def _quick_compilation():
+def _quick(quick_compilation):
   """Compilation takes nearly all the time of these tests; what they state holds for any program."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @contextlib.contextmanager
