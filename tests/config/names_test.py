@@ -40,7 +40,8 @@ def test_a_class_of_a_config_file_is_found_by_its_file_once_that_has_been_read()
   module = types.ModuleType('config_theirs')
   module.__file__ = '/somewhere/theirs.py'
   sys.modules['config_theirs'] = module
-  cls = dataclasses.make_dataclass('Own', ['size'], namespace={'__module__': 'config_theirs'})
+  cls = dataclasses.make_dataclass('Own', ['size'])
+  cls.__module__ = 'config_theirs'   # Python 3.12 would have overwritten it in the namespace
   assert names.name_of(cls) == 'theirs.py:Own' and names.class_named('theirs.py:Own') is None
   names.remember([cls, int, 3])
   assert names.class_named('theirs.py:Own') is cls is names.class_named('config_theirs.Own')

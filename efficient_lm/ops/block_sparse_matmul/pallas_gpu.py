@@ -225,7 +225,9 @@ def _store(sums, smem, gmem):
   """Stores a warpgroup's result piece by piece through two slots of shared memory."""
   height, width = sums.shape
   for i, (row, column) in enumerate(itertools.product(range(0, height, STORE), range(0, width, STORE))):
-    plgpu.wait_smem_to_gmem(1, wait_read_only=True)   # for the store before the last one, whose slot is then free
+    # The store before the last one has freed this slot; for the first, also the last one of the tile before must have: of an
+    # odd number of pieces it had the same slot.
+    plgpu.wait_smem_to_gmem(min(i, 1), wait_read_only=True)
     smem[i % 2] = sums[row:row + STORE, column:column + STORE]
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(smem.at[i % 2], gmem.at[pl.ds(row, STORE), pl.ds(column, STORE)])

@@ -83,7 +83,8 @@ def _dlogits(hidden_MD, head_DV, per_token, start, width: int, tiles):
       first = i * STORE_COLUMNS
       p = jnp.exp2(logits[:, first:first + STORE_COLUMNS] * LOG2_E - wide(shift)) * wide(p_scale)
       d = p - jnp.where(column == wide(label - first), wide(label_scale), 0.)
-      plgpu.wait_smem_to_gmem(1, wait_read_only=True)   # for the copy before the last one, whose slot is then free
+      # The copy before the last one has freed this slot; for the first, also the last one of the tile before must have.
+      plgpu.wait_smem_to_gmem(min(i, 1), wait_read_only=True)
       smem[half, i % 2] = d.astype(d_gmem.dtype)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(smem.at[half, i % 2],

@@ -94,7 +94,8 @@ def _dlogits(measure: Measure, hidden_MD, head_DV, other_MC, per_token, start, t
             for x in per_token]
     for i, at, student, other in _slices(logits, other_gmem, rows, n, tiles):
       d = equations.slope(measure, student, other, *wide)
-      plgpu.wait_smem_to_gmem(1, wait_read_only=True)   # for the copy before the last one, whose slot is then free
+      # The copy before the last one has freed this slot; for the first, also the last one of the tile before must have.
+      plgpu.wait_smem_to_gmem(min(i, 1), wait_read_only=True)
       smem[half, i % 2] = d.astype(dtype)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(smem.at[half, i % 2], d_gmem.at[rows, pl.ds(at, WIDTH)])
