@@ -219,7 +219,7 @@ def separate(model):
   return parts
 
 
-@pytest.mark.parametrize('way', [{}, dict(unroll=2), dict(remat='full')], ids=str)
+@pytest.mark.parametrize('way', [{}, dict(unroll=2, remat='full')], ids=str)
 def test_a_repeated_pattern_is_its_layers_one_after_the_other(way):
   described = pattern()
   described = dataclasses.replace(described, stacks=(dataclasses.replace(described.stacks[0], **way),))
