@@ -56,10 +56,12 @@ class File:
     entry = self.tensors[name]
     return np.frombuffer(self._map, np.uint8, entry.num_bytes, entry.begin)
 
-  def numbers(self, name: str) -> np.ndarray:
-    """A tensor as an array: mapped where it has no blocks, dequantized to float32 where it has."""
-    entry = self.tensors[name]
-    return blocks.decode(self.bytes_of(name), entry.kind).reshape(entry.shape)
+  def numbers(self, name: str, first: int | None = None) -> np.ndarray:
+    """A tensor as an array, or what it holds at index `first` of its first dimension: mapped where it has no blocks,
+    dequantized to float32 where it has."""
+    entry, raw = self.tensors[name], self.bytes_of(name)
+    if first is None: return blocks.decode(raw, entry.kind).reshape(entry.shape)
+    return blocks.decode(raw.reshape(entry.shape[0], -1)[first], entry.kind).reshape(entry.shape[1:])
 
 
 def read(path) -> File:
