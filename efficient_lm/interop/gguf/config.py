@@ -72,7 +72,8 @@ def _shape(keys: Keys, vocab_size: int) -> dict[str, Any]:
     vocab_size=vocab_size, hidden_size=width, num_hidden_layers=keys.take('block_count', int),
     intermediate_size=keys.take('feed_forward_length', int), num_attention_heads=heads,
     num_key_value_heads=keys.take('attention.head_count_kv', int, heads), head_dim=head_dim,
-    max_position_embeddings=keys.take('context_length', int), rms_norm_eps=keys.take('attention.layer_norm_rms_epsilon', float),
+    max_position_embeddings=keys.take('context_length', int),
+    rms_norm_eps=keys.take('attention.layer_norm_rms_epsilon', float),
     rope_theta=keys.take('rope.freq_base', float, 10_000.0), rope_scaling=_scaling(keys), hidden_act='silu',
     attention_bias=False)
 
@@ -81,7 +82,8 @@ def _scaling(keys: Keys) -> dict[str, Any] | None:
   kind = keys.take('rope.scaling.type', str, 'none')
   keys.take('rope.scaling.finetuned', bool, False)   # says how the model was trained
   if kind == 'none': return None
-  if kind not in ('linear', 'yarn'): keys.refuse(f'{keys.architecture}.rope.scaling.type', 'is not read: linear and yarn are')
+  if kind not in ('linear', 'yarn'):
+    keys.refuse(f'{keys.architecture}.rope.scaling.type', 'is not read: linear and yarn are')
   scaling = {'rope_type': kind, 'factor': keys.take('rope.scaling.factor', float)}
   if kind == 'linear':
     keys.take('rope.scaling.original_context_length', int, 0)   # of no use to linear scaling
@@ -212,10 +214,35 @@ def config_of(file: File) -> dict[str, Any]:
   if embedding is None: raise IncompatibleError(f'{file.path}: the tensor token_embd.weight is missing')
   config = architecture.config(keys, embedding.shape[0])
   keys.check_all_taken()
+  _check_fits(file, config)
   config['tie_word_embeddings'] = 'output.weight' not in file.tensors
   if keys.architecture == 'llama': _biases(file, config)
   if 'rope_freqs.weight' in file.tensors: config['rope_scaling'] = _llama3(file, config, keys)
   return config | {'torch_dtype': 'float32'}
+
+
+def _check_fits(file: File, config: dict[str, Any]):
+  """Raises IncompatibleError where sizes that the metadata gives are not those of the first layer: all that follows believes
+  them, and makes as many layers, heads and experts."""
+  layers = {name.split('.')[1] for name in file.tensors if name.startswith('blk.')}
+  number = config.get('num_hidden_layers', config.get('n_layer'))
+  if number != len(layers): raise IncompatibleError(f'{file.path}: has {len(layers)} layers, not block_count = {number}')
+  if config['model_type'] == 'gpt2':
+    width, hidden = config['n_embd'], config['n_inner']
+    wanted = {'token_embd': (config['vocab_size'], width), 'position_embd': (config['n_positions'], width),
+              'blk.0.attn_qkv': (3 * width, width), 'blk.0.ffn_up': (hidden, width)}
+  else:
+    width, hidden, head_dim = config['hidden_size'], config['intermediate_size'], config['head_dim']
+    experts = config.get('num_experts', config.get('num_local_experts'))
+    wanted = {'token_embd': (config['vocab_size'], width),
+              'blk.0.attn_q': (config['num_attention_heads'] * head_dim, width),
+              'blk.0.attn_k': (config['num_key_value_heads'] * head_dim, width),
+              **({'blk.0.ffn_gate_inp': (experts, width)} if experts else {'blk.0.ffn_up': (hidden, width)})}
+  for name, shape in wanted.items():
+    entry = file.tensors.get(f'{name}.weight')
+    if entry is None: raise IncompatibleError(f'{file.path}: the tensor {name}.weight is missing')
+    if entry.shape != shape:
+      raise IncompatibleError(f'{file.path}: {name}.weight has shape {list(entry.shape)}, its metadata says {list(shape)}')
 
 
 def _biases(file: File, config: dict[str, Any]):

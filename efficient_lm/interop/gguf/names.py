@@ -23,7 +23,8 @@ LAYERS = {   # what stands behind 'blk.<i>.', and behind the name of the layer t
   'gpt2': {'attn_norm': 'ln_1', 'attn_qkv': 'attn.c_attn', 'attn_output': 'attn.c_proj', 'ffn_norm': 'ln_2',
            'ffn_up': 'mlp.c_fc', 'ffn_down': 'mlp.c_proj'}}
 ENDS = {'llama': _ENDS, 'post_norm': _ENDS, 'sandwich': _ENDS, 'gpt2': {
-  'token_embd': 'transformer.wte', 'position_embd': 'transformer.wpe', 'output_norm': 'transformer.ln_f', 'output': 'lm_head'}}
+  'token_embd': 'transformer.wte', 'position_embd': 'transformer.wpe', 'output_norm': 'transformer.ln_f',
+  'output': 'lm_head'}}
 _EXPERTS = {'ffn_gate': ('gate_proj', 'w1'), 'ffn_up': ('up_proj', 'w3'), 'ffn_down': ('down_proj', 'w2')}   # w1 …: Mixtral
 
 

@@ -8,6 +8,7 @@ Source: docs/gguf.md of ggml. A file is data from strangers: nothing in it is be
 the file, so that no count makes this program allocate or loop for more than the file holds.
 """
 import dataclasses
+import itertools
 import mmap
 import os
 import stat
@@ -65,10 +66,11 @@ class File:
 
 
 def read(path) -> File:
-  """Raises CheckpointError, with the file's name, for a file that is damaged, cut short or stored in a way not known here."""
+  """Raises CheckpointError, with the file's name, for a file that is damaged, cut short or stored in a way not known."""
   path = os.fspath(path)
   try:
-    if not stat.S_ISREG(os.stat(path).st_mode): raise _Damaged('is no regular file')   # opening a pipe would wait for ever
+    # Opening a pipe would wait for ever.
+    if not stat.S_ISREG(os.stat(path).st_mode): raise _Damaged('is no regular file')
     with open(path, 'rb') as file:
       if not os.fstat(file.fileno()).st_size: raise _Damaged('is empty')
       mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -188,6 +190,6 @@ def _placed(table: dict[str, Entry], cursor: _Cursor, metadata) -> dict[str, Ent
       raise _Damaged(f'is damaged or cut short: {quoted(name)} lies past its end')
     placed[name] = dataclasses.replace(entry, begin=data + entry.begin)
   in_order = sorted(placed.items(), key=lambda item: item[1].begin)
-  for (first, a), (second, b) in zip(in_order, in_order[1:], strict=False):
+  for (first, a), (second, b) in itertools.pairwise(in_order):
     if a.begin + a.num_bytes > b.begin: raise _Damaged(f'is damaged: {quoted(first)} and {quoted(second)} overlap')
   return placed
