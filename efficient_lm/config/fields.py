@@ -14,6 +14,7 @@ from typing import Any
 
 from efficient_lm.config.names import Unread, class_named, name_of
 from efficient_lm.errors import ConfigError
+from efficient_lm.models.added import stored
 
 PLAIN = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text', types.NoneType: 'None'}
 Problem = tuple[str, Any, str]   # path, value, what would be right
@@ -134,12 +135,13 @@ def difference(old, new, path: str = 'config') -> list[tuple[str, Any, Any]]:
 
 
 def to_json(value):
-  """`value` as json.dumps takes it: a dataclass becomes {'class': its short name, field: value …}, a tuple a list."""
+  """`value` as json.dumps takes it: a dataclass becomes {'class': its short name, field: value …}, a tuple a list. Fields
+  that came later (`models.added`) are left out at their defaults."""
   if isinstance(value, tuple): return [to_json(element) for element in value]
   if isinstance(value, float) and not math.isfinite(value): return {'float': str(value)}   # JSON has no infinity
   if isinstance(value, Unread): return {'class': value.name, **value.fields}
   if not is_config(value): return value
-  fields = {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+  fields = {field.name: to_json(getattr(value, field.name)) for field in stored(value)}
   return {'class': name_of(type(value)), **fields}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from efficient_lm.errors import ConfigError
 
 PACKAGE = 'efficient_lm'
-NAMESPACES = ('config', 'runs', 'data', 'formats', 'models.spec', 'models.moe.routing', 'techniques',
+NAMESPACES = ('config', 'runs', 'data', 'formats', 'models.spec', 'models.rope', 'models.moe.routing', 'techniques',
               'techniques.pruning.prune_once', 'training.optimizers', 'training.train')
 _outside: dict[str, type] = {}   # those of config files that have been read, by name
 

@@ -7,9 +7,14 @@ import dataclasses
 from typing import Any
 
 from efficient_lm.errors import Problem
+from efficient_lm.models.added import added
 from efficient_lm.models.moe import routing
+from efficient_lm.models.rope import LinearScaling as LinearScaling
+from efficient_lm.models.rope import Llama3Scaling as Llama3Scaling
+from efficient_lm.models.rope import Rope
+from efficient_lm.models.rope import Yarn as Yarn
 
-ROPE_LAYOUTS = ('half', 'interleaved')
+ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu')   # 'gelu' is exact, 'gelu_tanh' its approximation by tanh
 REMAT = ('none', 'dots', 'transport', 'full')
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -25,46 +30,80 @@ def one_of(spec, field: str, choices) -> list[Problem]:
   return [] if value in choices else [(field, value, f'must be one of {", ".join(map(repr, choices))}')]
 
 
+def some_of(spec, field: str, names: tuple[str, ...]) -> list[Problem]:
+  """The problem when `field` is no selection of `names`, each once at most."""
+  value = getattr(spec, field)
+  if set(value) <= set(names) and len(set(value)) == len(value): return []
+  return [(field, value, f'must hold some of {", ".join(map(repr, names))}, each once at most')]
+
+
+def positive_or_none(spec, *fields: str) -> list[Problem]:
+  """Problems of those of `fields` that are neither None nor above 0."""
+  found = [(field, getattr(spec, field)) for field in fields]
+  return [(field, value, 'must be positive, or None') for field, value in found if value is not None and not value > 0]
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class RMS:
+  """Norms that divide by the root mean square (Zhang and Sennrich 2019), with a scale."""
+
+  def build(self, size: int, eps: float):
+    from efficient_lm.models.layers import RMSNorm
+    return RMSNorm((size,), 'D', eps)
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class LayerNorm:
+  """Norms that subtract the mean and divide by the deviation (Ba et al. 2016, arXiv 1607.06450, eq. 4), with a scale and,
+  by `bias`, a shift."""
+  bias: bool = True
+
+  def build(self, size: int, eps: float):
+    from efficient_lm.models.layers import LayerNorm
+    return LayerNorm(size, eps, self.bias)
+
+
 @dataclasses.dataclass(frozen=True)
 class Site:
   """Where a module is built: the model's width, its depth in layers (residual branches start smaller in a deeper
-  model), the epsilon of its norms."""
+  model), the epsilon of its norms, and their kind."""
   dim: int
   depth: int
   norm_eps: float
+  norm: Any = RMS()
 
-
-@dataclasses.dataclass(kw_only=True)
-class Rope:
-  """Rotary position embedding (Su et al. 2021). Layout 'half' rotates dimension i with i + H/2 (Llama as published by
-  Hugging Face), 'interleaved' rotates 2i with 2i + 1 (the paper, GPT-J, DeepSeek)."""
-  theta: float = 10_000.0
-  layout: str = 'half'
-
-  def check(self):
-    if self.theta <= 0: yield 'theta', self.theta, 'must be positive'
-    yield from one_of(self, 'layout', ROPE_LAYOUTS)
+  def new_norm(self):
+    """One over the residual stream."""
+    return self.norm.build(self.dim, self.norm_eps)
 
 
 @dataclasses.dataclass(kw_only=True)
 class GroupedQuery:
   """Grouped-query attention (Ainslie et al. 2023). `qk_norm` names the letters that queries and keys are normalised
   over before rotation: 'H' each head by itself (Qwen3), 'NH' all heads together (OLMoE), '' not at all. `window` lets
-  a query see that many keys, itself included; None: all."""
+  a query see that many keys, itself included; None: all. `rope` None: positions come from elsewhere (`Learned`). `biases`:
+  those of 'query', 'key', 'value', 'output' that have one. Scores are multiplied by `scale` (None: head_dim^-0.5), and with
+  a `softcap` bounded as softcap * tanh(score / softcap) (Gemma 2)."""
   num_heads: int
   num_kv_heads: int
   head_dim: int
-  rope: Rope = dataclasses.field(default_factory=Rope)
+  rope: Rope | None = dataclasses.field(default_factory=Rope)
   qk_norm: str = ''
   window: int | None = None
+  biases: tuple[str, ...] = added(())
+  softcap: float | None = added(None)
+  scale: float | None = added(None)
 
   def check(self):
     yield from positive(self, 'num_heads', 'num_kv_heads', 'head_dim')
     if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
       yield 'num_kv_heads', self.num_kv_heads, f'must divide num_heads = {self.num_heads}'
-    if self.head_dim % 2: yield 'head_dim', self.head_dim, 'must be even: rotary embedding rotates pairs'
+    if self.rope is not None and self.head_dim % 2:
+      yield 'head_dim', self.head_dim, 'must be even: rotary embedding rotates pairs'
     yield from one_of(self, 'qk_norm', ('', 'H', 'NH'))
     if self.window is not None and self.window < 1: yield 'window', self.window, 'must be at least 1, or None'
+    yield from some_of(self, 'biases', ('query', 'key', 'value', 'output'))
+    yield from positive_or_none(self, 'softcap', 'scale')
 
   def build(self, site: Site, *, rngs):
     from efficient_lm.models.attention import GroupedQueryAttention
@@ -107,11 +146,58 @@ class SwiGLU:
 
 
 @dataclasses.dataclass(kw_only=True)
+class Gated:
+  """Gated feed-forward layer with any activation (Shazeer 2020): down(activation(gate(x)) * up(x)), with `hidden` units;
+  'silu' is SwiGLU. `biases`: those of 'gate', 'up', 'down' that have one."""
+  hidden: int
+  activation: str = 'silu'
+  biases: tuple[str, ...] = ()
+
+  def check(self):
+    yield from positive(self, 'hidden')
+    yield from one_of(self, 'activation', ACTIVATIONS)
+    yield from some_of(self, 'biases', ('gate', 'up', 'down'))
+
+  def build(self, site: Site, *, rngs):
+    from efficient_lm.models.mlp import FeedForward
+    return FeedForward(self.hidden, site, rngs=rngs, activation=self.activation, biases=self.biases)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Plain:
+  """Feed-forward layer without a gate (Vaswani et al. 2017, eq. 2): down(activation(up(x))), with `hidden` units. `biases`:
+  those of 'up', 'down' that have one."""
+  hidden: int
+  activation: str
+  biases: tuple[str, ...] = ('up', 'down')
+
+  def check(self):
+    yield from positive(self, 'hidden')
+    yield from one_of(self, 'activation', ACTIVATIONS)
+    yield from some_of(self, 'biases', ('up', 'down'))
+
+  def build(self, site: Site, *, rngs):
+    from efficient_lm.models.mlp import PlainFeedForward
+    return PlainFeedForward(self, site, rngs=rngs)
+
+
+@dataclasses.dataclass(kw_only=True)
+class SigmoidGated:
+  """Feed-forward layer whose output is multiplied by sigmoid(x @ w), one number a token: the shared expert of Qwen2-MoE
+  (arXiv 2407.10671)."""
+  inner: Any
+
+  def build(self, site: Site, *, rngs):
+    from efficient_lm.models.mlp import SigmoidGated
+    return SigmoidGated(self.inner, site, rngs=rngs)
+
+
+@dataclasses.dataclass(kw_only=True)
 class MoE:
   """Mixture of SwiGLU experts of `hidden` units each. `router` scores and chooses; `balance` is any selection of
   balancing terms; `capacity` None is dropless, else an expert accepts the first ceil(capacity * n * active / num_experts)
-  rows of a document of n tokens; `num_shared` experts see every token (DeepSeekMoE); `dispatch` moves tokens between the
-  devices that hold experts."""
+  rows of a document of n tokens; `num_shared` experts see every token (DeepSeekMoE), or `shared`, any feed-forward layer;
+  `dispatch` moves tokens between the devices that hold experts."""
   num_experts: int
   hidden: int
   router: Any = dataclasses.field(default_factory=lambda: routing.SoftmaxTopK(top_k=2))
@@ -119,10 +205,13 @@ class MoE:
   capacity: float | None = None
   num_shared: int = 0
   dispatch: Any = dataclasses.field(default_factory=lambda: routing.Dispatch())
+  shared: Any = added(None)
 
   def check(self):
     yield from positive(self, 'num_experts', 'hidden')
     if self.num_shared < 0: yield 'num_shared', self.num_shared, 'must be 0 or more'
+    if self.shared is not None and self.num_shared: yield 'shared', self.shared, 'must be None where num_shared is not 0'
+    if isinstance(self.shared, MoE): yield 'shared', 'MoE', 'must be a feed-forward layer that every token sees'
     if self.capacity is not None and self.capacity <= 0:
       yield 'capacity', self.capacity, 'must be positive, or None for dropless'
     for field, value, fix in self.router.check_experts(self.num_experts): yield f'router.{field}', value, fix
@@ -150,16 +239,42 @@ class MoE:
     return MoE(self, site, rngs=rngs)
 
 
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class PreNorm:
+  """Residual branches x + branch(norm(x)) (Xiong et al. 2020, arXiv 2002.04745)."""
+  before, after = True, False
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class PostNorm:
+  """Residual branches x + norm(branch(x)) (OLMo 2, arXiv 2501.00656, section 3.2). The stream itself is not normalised."""
+  before, after = False, True
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class SandwichNorm:
+  """Residual branches x + norm(branch(norm(x))) (Gemma 2, arXiv 2408.00118, section 2)."""
+  before, after = True, True
+
+
+@dataclasses.dataclass(kw_only=True)
+class Layer:
+  """One layer of a repeated pattern."""
+  attention: Any
+  mlp: Any
+
+
 @dataclasses.dataclass(kw_only=True)
 class Stack:
   """`num_layers` equal layers. `unroll` of them are written out in each step of the scan (on a CPU all of them run
   10-40 % faster than one); `remat` says what the backward pass recomputes: nothing, all but matrix products, all but
-  what experts were sent and sent back, all."""
+  what experts were sent and sent back, all. `block`: where the norms of a residual branch are."""
   num_layers: int
   attention: Any
   mlp: Any
   unroll: int = 1
   remat: str = 'none'
+  block: PreNorm | PostNorm | SandwichNorm = added(make=PreNorm)
 
   def check(self):
     yield from positive(self, 'num_layers', 'unroll')
@@ -171,26 +286,66 @@ class Stack:
 
 
 @dataclasses.dataclass(kw_only=True)
+class Repeated:
+  """A pattern of unequal `layers`, `num_repeats` times: windows of all but every sixth layer, say (Gemma 3). The rest is as
+  in `Stack`; `unroll` counts repeats."""
+  num_repeats: int
+  layers: tuple[Layer, ...]
+  unroll: int = 1
+  remat: str = 'none'
+  block: PreNorm | PostNorm | SandwichNorm = dataclasses.field(default_factory=PreNorm)
+
+  def check(self):
+    yield from positive(self, 'num_repeats', 'unroll')
+    yield from one_of(self, 'remat', REMAT)
+    if not self.layers: yield 'layers', self.layers, 'must hold at least one Layer'
+
+  @property
+  def num_layers(self) -> int: return self.num_repeats * len(self.layers)
+
+  def build(self, site: Site, *, rngs):
+    from efficient_lm.models.transformer import Repeated
+    return Repeated(self, site, rngs=rngs)
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class Learned:
+  """A table of `length` positions that is trained and added to the embedding (GPT-2, OPT). No text may be longer."""
+  length: int
+
+  def check(self):
+    yield from positive(self, 'length')
+
+
+@dataclasses.dataclass(kw_only=True)
 class Transformer:
-  """Decoder-only language model: embedding, stacks of pre-norm layers, final norm, head. `tied` reuses the embedding
-  as head; `dtype` is that of the computation, parameters and their gradients stay float32."""
+  """Decoder-only language model: embedding, stacks of layers, final norm, head. `tied` reuses the embedding as head;
+  `dtype` is that of the computation, parameters and their gradients stay float32. `norm`: of all layers and the final one;
+  `positions`: None, or a table of them; the embedding is multiplied by `embed_scale`, rounded to the dtype of the
+  computation (Gemma: sqrt(dim)); with a `softcap` logits are softcap * tanh(logits / softcap)."""
   vocab_size: int
   dim: int
-  stacks: tuple[Stack, ...]
+  stacks: tuple[Stack | Repeated, ...]
   tied: bool = False
   norm_eps: float = 1e-6
   dtype: str = 'float32'
+  norm: RMS | LayerNorm = added(make=RMS)
+  positions: Learned | None = added(None)
+  embed_scale: float = added(1.0)
+  softcap: float | None = added(None)
 
   def check(self):
     yield from positive(self, 'vocab_size', 'dim')
     if not self.stacks: yield 'stacks', self.stacks, 'must hold at least one Stack'
     if self.norm_eps <= 0: yield 'norm_eps', self.norm_eps, 'must be positive'
     yield from one_of(self, 'dtype', DTYPES)
+    if self.embed_scale <= 0: yield 'embed_scale', self.embed_scale, 'must be positive'
+    yield from positive_or_none(self, 'softcap')
 
   def build(self, *, rngs):
     from efficient_lm.models.transformer import Transformer
     depth = sum(stack.num_layers for stack in self.stacks)
-    return Transformer(self, Site(self.dim, depth, self.norm_eps), rngs=rngs)
+    return Transformer(self, Site(self.dim, depth, self.norm_eps, self.norm), rngs=rngs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from efficient_lm.config import fields
 from efficient_lm.config.experiment import RUN_JSON
 from efficient_lm.config.sources import is_source
 from efficient_lm.errors import CheckpointError
+from efficient_lm.models.added import stored
 
 BEGUN = 'begun.json'
 MANIFEST = os.path.join('manifest', 'metadata')   # of a checkpoint's step, as Orbax stores JSON
@@ -81,7 +82,7 @@ def settings_of(stage, sources: dict[str, str], without: tuple[str, ...] = ()) -
     if isinstance(value, tuple): return [plain(one) for one in value]
     if not fields.is_config(value): return fields.to_json(value)
     return {'class': fields.name_of(type(value)), **{field.name: plain(getattr(value, field.name))
-            for field in dataclasses.fields(value) if field.name not in without}}
+            for field in stored(value) if field.name not in without}}
   return plain(stage)
 
 
