@@ -42,7 +42,9 @@ def _sparse(keys: Keys, kind: str) -> list[bool]:
 def _experts(keys: Keys, kind: str) -> spec.MoE:
   """Gates are normalised over the chosen experts where `norm_topk_prob` says so; Mixtral always does."""
   key, default = NUM_EXPERTS[kind]
-  if kind == 'qwen3_moe' and keys.get(key) is None: key = 'num_local_experts'   # as some versions have written it
+  other = {'num_experts': 'num_local_experts', 'num_local_experts': 'num_experts'}[key]   # as other versions have written it
+  if keys.get(key) is None and keys.get(other) is not None: key, other = other, key
+  if keys.get(other, keys.get(key)) != keys.get(key): keys.refuse(other, f'says something else than {key}')
   hidden = keys.whole('moe_intermediate_size' if kind.startswith('qwen') else 'intermediate_size')
   if kind.startswith('qwen'): keys.get('intermediate_size')   # of layers without experts, of which there may be none
   normalize = True if kind == 'mixtral' else keys.flag('norm_topk_prob', False)
@@ -72,6 +74,6 @@ def expert_parts(moe: spec.MoE, prefix: str, names: dict[str, str] | None = None
     parts[f'mlp/experts/{own}/array'] = Part(f'{prefix}experts.{{e}}.{names[own]}.weight', layout)
   if isinstance(moe.shared, spec.SigmoidGated):
     parts |= llama.mlp_parts(moe.shared.inner, 'mlp/shared/inner', f'{prefix}shared_expert.')
-    parts['mlp/shared/gate_out/array'] = Part(f'{prefix}shared_expert_gate.weight', 'O D')
+    parts['mlp/shared/gate_out/array'] = Part(f'{prefix}shared_expert_gate.weight', 'E D')
   if moe.num_shared: parts |= llama.mlp_parts(None, 'mlp/shared', f'{prefix}shared_experts.')
   return parts
