@@ -2,7 +2,7 @@
 
   python -m efficient_lm.generate --run=runs/moe --prompt='def '
 
-  --run=FOLDER        workdir of a training run
+  --run=FOLDER        workdir of a training run, or a Hugging Face folder
   --stage=N           the model of stage number N instead of that of the last
   --prompt=TEXT       what to continue (default 'def ')
   --tokens=N          how many tokens to draw at most (default 400); the end of a document ends the text

@@ -33,7 +33,8 @@ def rewrite(tree, kind: type, change: Callable[[str, Any], Any], where: str = ''
     found.append(path)
     return change(path_name(path), node)
   result = jax.tree_util.tree_map_with_path(visit, tree, is_leaf=lambda node: isinstance(node, kind))
-  if not found: raise IncompatibleError(f'no {kind.__name__} on a path that matches {where!r}; {_paths(tree, kind)}')
+  names = ' or '.join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+  if not found: raise IncompatibleError(f'no {names} on a path that matches {where!r}; {_paths(tree, kind)}')
   return result
 
 

@@ -266,7 +266,71 @@ class BytePairs(_Codec):
                        'stops': self.stops, **foreign, 'model': json.loads(self.model)})
 
 
-def from_json(text: str) -> ByteTokenizer | SymbolTokenizer | BytePairs:
+class SentencePieces(_Codec):
+  """A tokenizer made by SentencePiece (Kudo and Richardson 2018, arXiv:1808.06226), as Llama 2, Mistral and Gemma have one:
+  '▁' stands for a space, and bytes have ids of their own ('<0x0A>') for what no piece has. Most begin a text with a space
+  that it does not have: `decode_bytes` gives it back, and bits per byte counts it.
+
+  Attributes:
+    specials, template: as those of BytePairs.
+  """
+
+  def __init__(self, model: str, vocab_size: int, *, bos: int | None, eod: int | None, stops: Sequence[int] | None = None,
+               template: str | None = None):
+    """As BytePairs, one of others. Raises ValueError for a model that changes text in other ways."""
+    self.model = json.dumps(json.loads(model))
+    self.vocab_size, self.bos, self.eod, self.template = vocab_size, bos, eod, template
+    self._stops = super().stops if stops is None else tuple(stops)
+    self._encoder = tokenizers.Tokenizer.from_str(model)
+    _plain(self._encoder)
+    added = self._encoder.get_added_tokens_decoder()
+    self.specials = {token.content: index for index, token in added.items() if token.special}
+    marks = {mark for mark in (bos, eod) if mark is not None}
+    if not {*marks, *self.stops, *self._encoder.get_vocab().values()} <= {*range(vocab_size)}:
+      raise ValueError(f'bos, eod, stops and all tokens must be ids below {vocab_size}')
+    self._pieces = [b''] * vocab_size
+    for piece, index in self._encoder.get_vocab().items():
+      if index not in added: self._pieces[index] = _bytes_of_piece(piece)
+      elif not added[index].special: self._pieces[index] = piece.encode()
+    for index in marks: self._pieces[index] = b''
+    if self.decode_bytes(self.encode(_PROBE)).removeprefix(b' ') != _PROBE.encode(): raise ValueError('it changes the text')
+
+  @property
+  def stops(self) -> tuple[int, ...]:
+    return self._stops
+
+  @functools.cached_property
+  def key(self) -> str:
+    model = json.loads(self.model)
+    parts = [model['model'], model.get('normalizer'), model.get('pre_tokenizer'), model.get('added_tokens'), self.bos, self.eod]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+  @property
+  def bytes_V(self) -> np.ndarray:
+    return np.array([len(piece) for piece in self._pieces], np.int32)
+
+  def encode(self, text: str | bytes) -> np.ndarray:
+    return self.encode_all([text])[0]
+
+  def encode_all(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
+    """Bytes that are no UTF-8 are encoded as the character that replaces them."""
+    texts = [_bytes(document).decode('utf-8', 'replace') for document in documents]
+    return [np.array(one.ids, np.int32) for one in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
+
+  def decode_bytes(self, ids) -> bytes:
+    return b''.join(self._pieces[index] for index in np.asarray(ids).tolist())
+
+  def to_json(self) -> str:
+    return json.dumps({'kind': 'sentencepiece', 'vocab_size': self.vocab_size, 'bos': self.bos, 'eod': self.eod,
+                       'stops': self.stops, 'template': self.template, 'model': json.loads(self.model)})
+
+
+def _bytes_of_piece(piece: str) -> bytes:
+  found = re.fullmatch('<0x([0-9A-Fa-f]{2})>', piece)
+  return bytes.fromhex(found[1]) if found else piece.replace('▁', ' ').encode()
+
+
+def from_json(text: str) -> ByteTokenizer | SymbolTokenizer | BytePairs | SentencePieces:
   """The inverse of `to_json`; what was stored before documents began with a mark has bos None. Raises ConfigError."""
   try:
     saved = json.loads(text)
@@ -277,10 +341,13 @@ def from_json(text: str) -> ByteTokenizer | SymbolTokenizer | BytePairs:
         return BytePairs(json.dumps(saved['model']), saved['vocab_size'], bos=saved.get('bos'),
                          eod=saved.get('eod', saved['vocab_size'] - 1), stops=saved.get('stops'),
                          foreign=saved.get('foreign', False), template=saved.get('template'))
+      case 'sentencepiece':
+        return SentencePieces(json.dumps(saved['model']), saved['vocab_size'], bos=saved['bos'], eod=saved['eod'],
+                              stops=saved['stops'], template=saved['template'])
   except ImportError: raise
   except Exception as error:  # the package raises bare Exceptions for a bad model
     raise ConfigError('tokenizer', text[:40], f'is no saved tokenizer ({type(error).__name__})') from error
-  raise ConfigError('tokenizer', saved['kind'], 'bytes, symbols or bpe are the kinds there are')
+  raise ConfigError('tokenizer', saved['kind'], 'bytes, symbols, bpe and sentencepiece are the kinds there are')
 
 
 def _checked(tokenizer):
@@ -290,18 +357,23 @@ def _checked(tokenizer):
 
 def _text_only(encoder, foreign: bool):
   """The encoder, set to give every text exactly the ids of its own characters. Raises ValueError where it cannot."""
-  encoder.no_truncation()
-  encoder.no_padding()
-  encoder.encode_special_tokens = True  # '<|endoftext|>' in a document is a word like any other
+  _plain(encoder)
   normalizer, added = encoder.normalizer, encoder.get_added_tokens_decoder().values()
   if normalizer is not None and not (foreign and isinstance(normalizer, tokenizers.normalizers.NFC)):
     raise ValueError('a normalizer changes the text')
-  if encoder.model.dropout: raise ValueError('dropout encodes a text differently each time')
   if not foreign and any(not token.special for token in added):
     raise ValueError('added tokens that are not special have no place among byte pairs')
   if any(token.lstrip or token.rstrip or token.single_word for token in added if not token.special):
     raise ValueError('added tokens that take the spaces beside them change the text')
   return encoder
+
+
+def _plain(encoder):
+  """Sets an encoder to give all of a text its ids, every time the same. Raises ValueError where it cannot."""
+  encoder.no_truncation()
+  encoder.no_padding()
+  encoder.encode_special_tokens = True  # '<|endoftext|>' in a document is a word like any other
+  if getattr(encoder.model, 'dropout', None): raise ValueError('dropout encodes a text differently each time')
 
 
 def _byte_of_character() -> dict[str, int]:

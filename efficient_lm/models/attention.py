@@ -5,12 +5,15 @@ each other (within their document, where `segments_BT` is given). With one, T ne
 to all that the cache holds up to themselves; the updated cache is returned. `models/cache.py` says what it holds. One new
 token of each sequence (T = 1) may have a `start` of its own, start_B: then sequences are of several lengths.
 """
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from efficient_lm.models.cache import KeyValues, attend
 from efficient_lm.models.layers import RMSNorm, apply_rope
+from efficient_lm.models.mlp import add_biases
 from efficient_lm.ops.attention import attention
 from efficient_lm.parallel.sharding import constrain
 from efficient_lm.weights.weight import initial
@@ -18,6 +21,8 @@ from efficient_lm.weights.weight import initial
 
 class GroupedQueryAttention(nnx.Module):
   """N query heads share K key-value heads (Ainslie et al. 2023); the cache holds the K rotated keys and the values."""
+  # Of models that were stored before there were any: what is None is no attribute of its own.
+  scaling = softcap = scale = None
 
   def __init__(self, spec, site, *, rngs: nnx.Rngs):
     N, K, H, D = spec.num_heads, spec.num_kv_heads, spec.head_dim, site.dim
@@ -29,8 +34,12 @@ class GroupedQueryAttention(nnx.Module):
     norms = {'': None, 'H': ((H,), (H,), 'H', 'H'), 'NH': ((N, H), (K, H), 'NH', 'KH')}[spec.qk_norm]
     self.query_norm = RMSNorm(norms[0], norms[2], site.norm_eps) if norms else None
     self.key_norm = RMSNorm(norms[1], norms[3], site.norm_eps) if norms else None
-    self.theta, self.layout, self.window = spec.rope.theta, spec.rope.layout, spec.window
-    self.cache_shape = (K, H)
+    self.theta, self.layout = (spec.rope.theta, spec.rope.layout) if spec.rope else (None, None)
+    self.window, self.cache_shape = spec.window, (K, H)
+    if spec.rope and spec.rope.scaling: self.scaling = dataclasses.replace(spec.rope.scaling)
+    if spec.softcap is not None: self.softcap = spec.softcap
+    if spec.scale is not None: self.scale = spec.scale
+    add_biases(self, spec.biases)
 
   def init_cache(self, batch: int, length: int, dtype, form):
     K, H = self.cache_shape
@@ -41,12 +50,13 @@ class GroupedQueryAttention(nnx.Module):
     k_BTKH = self.key.contract('BTD,DKH->BTKH', x_BTD)
     v_BTKH = self.value.contract('BTD,DKH->BTKH', x_BTD)
     if self.query_norm is not None: q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
-    q_BTNH = constrain(apply_rope(q_BTNH, positions_BT, self.theta, self.layout), 'BTNH')
-    k_BTKH = apply_rope(k_BTKH, positions_BT, self.theta, self.layout)
-    if cache is None: o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, window=self.window)
+    if self.theta is not None:
+      q_BTNH, k_BTKH = (apply_rope(x, positions_BT, self.theta, self.layout, self.scaling) for x in (q_BTNH, k_BTKH))
+    q_BTNH, options = constrain(q_BTNH, 'BTNH'), dict(window=self.window, scale=self.scale, softcap=self.softcap)
+    if cache is None: o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, **options)
     else:
       cache = cache.append(k_BTKH, v_BTKH, start)
-      o_BTNH = cache.attend(q_BTNH, start, segments_BT, self.window)
+      o_BTNH = cache.attend(q_BTNH, start, segments_BT, **options)
     return self.output.contract('BTNH,NHD->BTD', o_BTNH), cache
 
 
@@ -57,6 +67,7 @@ class LatentAttention(nnx.Module):
   expands the latent into heads. Decoding does the reverse (the paper's absorption): queries are mapped into the latent
   space, where attention is that of N queries and a single key-value head, so the cache is R + H numbers a token.
   """
+  scaling = None   # of models that were stored before there were any
 
   def __init__(self, spec, site, *, rngs: nnx.Rngs):
     D, N, R, Q = site.dim, spec.num_heads, spec.kv_rank, spec.query_rank
@@ -79,6 +90,9 @@ class LatentAttention(nnx.Module):
     self.output = initial(key(), dict(N=N, H=value, D=D), 'NHD', 'NH', scale=(2 * site.depth) ** -.5)
     self.theta, self.layout = spec.rope.theta, spec.rope.layout
     self.scale, self.cache_sizes = (nope + rope) ** -.5, (R, rope)
+    if spec.rope.scaling:
+      self.scaling = dataclasses.replace(spec.rope.scaling)
+      self.scale *= self.scaling.softmax
 
   def init_cache(self, batch: int, length: int, dtype, form):
     latent, key = (form.rows(batch, 1, length, size, dtype) for size in self.cache_sizes)
@@ -90,13 +104,13 @@ class LatentAttention(nnx.Module):
     else: c, letter = self.query_norm(self.query_down.contract('BTD,DR->BTR', x_BTD)), 'R'
     nope_BTNH = self.query_nope.contract(f'BT{letter},{letter}NH->BTNH', c)
     rope_BTNH = self.query_rope.contract(f'BT{letter},{letter}NH->BTNH', c)
-    return nope_BTNH, apply_rope(rope_BTNH, positions_BT, self.theta, self.layout)
+    return nope_BTNH, apply_rope(rope_BTNH, positions_BT, self.theta, self.layout, self.scaling)
 
   def __call__(self, x_BTD, positions_BT, segments_BT=None, cache=None, start=0):
     nope_BTNH, rope_BTNH = self._queries(x_BTD, positions_BT)
     c_BTR = self.latent_norm(self.latent_down.contract('BTD,DR->BTR', x_BTD))
     k_BT1H = self.key_rope.contract('BTD,DH->BTH', x_BTD)[:, :, None]
-    k_BT1H = apply_rope(k_BT1H, positions_BT, self.theta, self.layout)
+    k_BT1H = apply_rope(k_BT1H, positions_BT, self.theta, self.layout, self.scaling)
     if cache is None:
       o_BTNH = self._expanded(nope_BTNH, rope_BTNH, c_BTR, k_BT1H, segments_BT)
     else:

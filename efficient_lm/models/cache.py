@@ -119,24 +119,25 @@ class KeyValues:
     """With keys and values of tokens start … start + T - 1."""
     return KeyValues(self.keys.append(k_BTKH, start), self.values.append(v_BTKH, start))
 
-  def attend(self, q_BTNH, start, segments_BS=None, window: int | None = None):
+  def attend(self, q_BTNH, start, segments_BS=None, **options):
     """What queries start … start + T - 1 see of the tokens up to themselves, their own included. Where T is 1, `start` may
     be one for each sequence.
 
     One token reads the cache as it is stored, by `ops.decode_attention`. Several tokens, and any with segments, read it
-    dequantized, by `ops.attention`; a prompt that starts at 0 reads only the slots that it has filled.
+    dequantized, by `ops.attention`; a prompt that starts at 0 reads only the slots that it has filled. options: window,
+    scale and softcap of both operations.
     """
     T, dtype = q_BTNH.shape[1], q_BTNH.dtype
-    if T == 1 and segments_BS is None: return self._decode(q_BTNH[:, 0], start + 1, window)[:, None]
+    if T == 1 and segments_BS is None: return self._decode(q_BTNH[:, 0], start + 1, options)[:, None]
     end = T if isinstance(start, int) and start == 0 else None
     k_BSKH, v_BSKH = self.keys.read(dtype, end), self.values.read(dtype, end)
-    if end is None: return attention(q_BTNH, k_BSKH, v_BSKH, start=start, segments_BS=segments_BS, window=window)
-    return attend(q_BTNH, k_BSKH, v_BSKH, None if segments_BS is None else segments_BS[:, :end], window=window)
+    if end is None: return attention(q_BTNH, k_BSKH, v_BSKH, start=start, segments_BS=segments_BS, **options)
+    return attend(q_BTNH, k_BSKH, v_BSKH, None if segments_BS is None else segments_BS[:, :end], **options)
 
-  def _decode(self, q_BNH, length, window):
+  def _decode(self, q_BNH, length, options):
     stored = (self.keys.x_BKSH, self.values.x_BKSH, self.keys.scale_BKS, self.values.scale_BKS)
     stored = [x for x in stored if x is not None]
     def run(q_BNH, lengths_B, k, v, *scales):
-      return decode_attention(q_BNH, k, v, lengths_B, window=window, **dict(zip(('k_scale_BKS', 'v_scale_BKS'), scales)))
+      return decode_attention(q_BNH, k, v, lengths_B, **options, **dict(zip(('k_scale_BKS', 'v_scale_BKS'), scales)))
     letters = ('BNH', 'B', 'BKSH', 'BKSH', 'BKS', 'BKS')[:2 + len(stored)]
     return by_shard(run, letters, 'BNH')(q_BNH, jnp.broadcast_to(jnp.int32(length), q_BNH.shape[:1]), *stored)

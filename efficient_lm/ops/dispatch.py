@@ -65,6 +65,12 @@ class Implementation:
   refuses: Callable[..., str] = lambda *arguments, **options: ''
 
 
+def given(**options) -> dict:
+  """The options that are not None: implementations that do not know an option are called as without it, where it is not
+  asked for, and refuse it by name where it is."""
+  return {name: value for name, value in options.items() if value is not None}
+
+
 def run(op: str, implementations: Mapping[str, Implementation], name: str, *arguments, **options):
   """Computes `op` by the implementation `name`, or, if that is 'auto', by the first one that suits device and arguments.
 

@@ -8,9 +8,7 @@ from jax import lax
 
 from efficient_lm.ops.low_precision_matmul import low_precision_contract, low_precision_grouped_matmul
 from efficient_lm.weights.step_counter import StepCounter, counting
-from efficient_lm.weights.weight import Frozen, Weight, Wrapper
-
-ROWS = 1024   # rows of logits that `nll` has at a time
+from efficient_lm.weights.weight import Frozen, Weight, Wrapper, by_pieces
 
 
 class LowPrecision(Wrapper):
@@ -45,21 +43,10 @@ class LowPrecision(Wrapper):
     """As Weight, by logits of about ROWS tokens at a time, which the backward pass computes again."""
     hidden_BTD = self._counted(self.prepare_input(hidden_BTD, 'BTD'))
     head_DV, key = self.materialize().astype(hidden_BTD.dtype), self._key()
-    B, T, _ = hidden_BTD.shape
-    # Cut along T, which the mesh never splits.
-    num_pieces = next(n for n in range(1, T + 1) if T % n == 0 and (B * T // n <= ROWS or n == T))
-
-    @jax.checkpoint
-    def piece(arguments):
-      i, hidden_BtD, labels_Bt = arguments
-      logits_BtV = low_precision_contract('BTD,DV->BTV', hidden_BtD, head_DV, dtype=jnp.float32, **dict(self.formats),
-                                          key=None if key is None else jax.random.fold_in(key, i))
-      logsumexp_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
-      return logsumexp_Bt - jnp.take_along_axis(logits_BtV, labels_Bt[..., None], -1)[..., 0], logsumexp_Bt
-
-    cut = lambda a: jnp.moveaxis(a.reshape(B, num_pieces, T // num_pieces, *a.shape[2:]), 1, 0)
-    found = lax.map(piece, (jnp.arange(num_pieces), cut(hidden_BTD), cut(labels_BT)))
-    return tuple(jnp.moveaxis(a, 0, 1).reshape(B, T) for a in found)
+    def logits(hidden_BtD, piece):
+      return low_precision_contract('BTD,DV->BTV', hidden_BtD, head_DV, dtype=jnp.float32, **dict(self.formats),
+                                    key=None if key is None else jax.random.fold_in(key, piece))
+    return by_pieces(logits, hidden_BTD, labels_BT)
 
   def _counted(self, x):
     return x if self.counter is None else counting(x, self.counter)

@@ -2,6 +2,7 @@
 import jax.numpy as jnp
 
 from efficient_lm.ops.hadamard import hadamard
+from efficient_lm.weights.biased import Biased
 from efficient_lm.weights.layout import Layout
 from efficient_lm.weights.weight import Weight, Wrapper
 
@@ -45,10 +46,12 @@ class Rotated(Wrapper):
 
 
 def within(weight: Weight, change):
-  """`change` applied to what a rotation holds, which is what is observed and quantized; to the weight itself without one."""
+  """`change` applied to what a bias and a rotation hold, which is what is observed and quantized; to the weight itself
+  without them."""
+  if isinstance(weight, Biased): return weight.around(lambda inner: within(inner, change))
   return Rotated(within(weight.inner, change), weight.block) if isinstance(weight, Rotated) else change(weight)
 
 
 def innermost(weight: Weight) -> Weight:
   """What `within` changes."""
-  return innermost(weight.inner) if isinstance(weight, Rotated) else weight
+  return innermost(weight.inner) if isinstance(weight, (Biased, Rotated)) else weight

@@ -17,6 +17,7 @@ from efficient_lm.weights.invariants import Experts
 # Tags of an array that a pruning technique prunes: its number among those of this training, and whether zeros that the array
 # brings are those of an earlier mask.
 PRUNED_BY, MASKED_BEFORE = 'pruned_by', 'masked_before'
+ROWS = 1024   # of logits that a head has at a time where no fused product computes its loss
 
 
 class Frozen(nnx.Variable):
@@ -96,7 +97,7 @@ class Weight(nnx.Module):
   def take(self, ids):
     """Rows of an embedding: ids of any shape -> that shape + (D,)."""
     # Gathered over its width first: the partitioner knows no way from a table cut both ways to rows cut by batch.
-    return sharding.constrain(self.materialize(), 'VD')[ids]
+    return sharding.constrain(self.materialize(), self.axes)[ids]
 
 
 class Wrapper(Weight):
@@ -192,6 +193,21 @@ class Transposed(Weight):
     return self.inner.prepare_input(x, axes)
 
 
+class SoftCapped(Wrapper):
+  """A head whose products are bounded: cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118, section 2)."""
+
+  def __init__(self, inner: Weight, cap: float):
+    self.inner, self.cap = inner, cap
+
+  def contract(self, equation, x, dtype=None):
+    logits = self.inner.contract(equation, x, jnp.float32)
+    return (self.cap * jnp.tanh(logits / self.cap)).astype(dtype or x.dtype)
+
+  def nll(self, hidden_BTD, labels_BT):
+    """As Weight, by logits of about ROWS tokens at a time, which the backward pass computes again."""
+    return by_pieces(lambda hidden_BtD, _: self.contract('BTD,DV->BTV', hidden_BtD, jnp.float32), hidden_BTD, labels_BT)
+
+
 class OutputsFirst(Weight):
   """The values of `inner`, kept with its outputs in front ('NHD' for 'DNH'): what one output needs lies together, as the
   product with a single row reads it fastest on a CPU. For decoding; not to be trained."""
@@ -229,6 +245,25 @@ def _nll(hidden_BTD, head_DV, labels_BT):
   largest_BT = lax.pmax(lax.stop_gradient(part_BT), 'tensor')
   logsumexp_BT = largest_BT + jnp.log(lax.psum(jnp.exp(part_BT - largest_BT), 'tensor'))
   return logsumexp_BT - lax.psum(jnp.where(here_BT, part_BT - nll_BT, 0), 'tensor'), logsumexp_BT
+
+
+def by_pieces(logits, hidden_BTD, labels_BT):
+  """Negative log-likelihood of labels and the log normaliser, (B, T) float32 each, of logits(hidden_BtD, piece) -> (B, t, V)
+  float32, which are made for about ROWS tokens at a time, and again in the backward pass. `piece`: the number of these."""
+  B, T, _ = hidden_BTD.shape
+  # Cut along T, which the mesh never splits.
+  num_pieces = next(n for n in range(1, T + 1) if T % n == 0 and (B * T // n <= ROWS or n == T))
+
+  @jax.checkpoint
+  def piece(arguments):
+    i, hidden_BtD, labels_Bt = arguments
+    logits_BtV = logits(hidden_BtD, i)
+    logsumexp_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
+    return logsumexp_Bt - jnp.take_along_axis(logits_BtV, labels_Bt[..., None], -1)[..., 0], logsumexp_Bt
+
+  cut = lambda a: jnp.moveaxis(a.reshape(B, num_pieces, T // num_pieces, *a.shape[2:]), 1, 0)
+  found = lax.map(piece, (jnp.arange(num_pieces), cut(hidden_BTD), cut(labels_BT)))
+  return tuple(jnp.moveaxis(a, 0, 1).reshape(B, T) for a in found)
 
 
 def initial(key, sizes: dict[str, int], axes: str, inputs: str, scale: float = 1.0) -> Dense:

@@ -103,7 +103,7 @@ def test_nll_is_that_of_its_logits_in_pieces_as_in_one(formats, monkeypatch):
   logsumexp = jax.nn.logsumexp(logits, -1)
   wanted = logsumexp - jnp.take_along_axis(logits, labels[..., None], -1)[..., 0], logsumexp
   for rows in (1024, 4):
-    monkeypatch.setattr('efficient_lm.weights.low_precision.ROWS', rows)
+    monkeypatch.setattr('efficient_lm.weights.weight.ROWS', rows)
     for got, one in zip(jax.jit(lambda w, h: w.nll(h, labels))(weight, hidden), wanted, strict=True):
       np.testing.assert_allclose(got, one, rtol=1e-5, atol=1e-5)
   slope = jax.jit(jax.grad(lambda hidden: jnp.sum(weight.nll(hidden, labels)[0])))(hidden)

@@ -56,12 +56,14 @@ class Experts(nnx.Module):
 
 
 class MoE(nnx.Module):
-  """y = sum over the chosen experts of gate_e(x) * expert_e(x), plus the shared experts, which see every token."""
+  """y = sum over the chosen experts of gate_e(x) * expert_e(x), plus the shared experts, or a shared layer of any kind,
+  which see every token."""
 
   def __init__(self, spec, site, *, rngs: nnx.Rngs):
     self.router = initial(rngs.params(), dict(D=site.dim, E=spec.num_experts), 'DE', 'D')
     self.experts = Experts(spec.num_experts, spec.hidden, site, rngs=rngs)
-    self.shared = FeedForward(spec.num_shared * spec.hidden, site, rngs=rngs) if spec.num_shared else None
+    if spec.shared is not None: self.shared = spec.shared.build(site, rngs=rngs)
+    else: self.shared = FeedForward(spec.num_shared * spec.hidden, site, rngs=rngs) if spec.num_shared else None
     rates = [term.rate for term in spec.balance if isinstance(term, routing.LossFreeBias)]
     self.load_bias = LoadBias(jnp.zeros(spec.num_experts), axes='E', rate=rates[0]) if rates else None
     # Copies: a module's static parts must not change with the config that it was built from.

@@ -9,7 +9,7 @@ from efficient_lm.ops.attention import cudnn, reference, xla
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window: int | None = None,
-              scale: float | None = None, implementation: str = 'auto'):
+              scale: float | None = None, softcap: float | None = None, implementation: str = 'auto'):
   """o_BTNH = softmax(scale * q k^T) v over the visible keys, softmax in float32. Differentiable in q, k and v.
 
   Query t is the token at key index start + t. It sees key s iff s <= start + t; and start + t - s < window, when a
@@ -23,6 +23,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window: int 
     segments_BS: int32 document ids, for packed sequences.
     window: the number of keys a query sees at most, itself included.
     scale: of the scores; H ** -0.5 by default.
+    softcap: bounds them, softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118, section 2); None: not at all.
     implementation: 'auto', 'reference', 'xla', 'cudnn' (NVIDIA GPUs) or 'splash' (TPU) for training, or 'jax' for
       jax.nn.dot_product_attention.
 
@@ -35,7 +36,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window: int 
                      'heads must divide, and every query needs its own key')
   scale = H ** -0.5 if scale is None else scale
   return dispatch.run('attention', IMPLEMENTATIONS, implementation, q_BTNH, k_BSKH, v_BSKH, start=start,
-                      segments_BS=segments_BS, window=window, scale=scale)
+                      segments_BS=segments_BS, window=window, scale=scale, **dispatch.given(softcap=softcap))
 
 
 def _jax(q_BTNH, k_BSKH, v_BSKH, *, start, segments_BS, window, scale):
@@ -43,7 +44,8 @@ def _jax(q_BTNH, k_BSKH, v_BSKH, *, start, segments_BS, window, scale):
   return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale)
 
 
-def _dims_differ(q_BTNH, k_BSKH, v_BSKH, **_) -> str:
+def _refused_by_jax(q_BTNH, k_BSKH, v_BSKH, *, softcap=None, **_) -> str:
+  if softcap is not None: return 'it has no soft cap'
   return '' if v_BSKH.shape[-1] == k_BSKH.shape[-1] else 'values and keys need the same head dim'
 
 
@@ -57,6 +59,6 @@ IMPLEMENTATIONS = {
   'cudnn': dispatch.Implementation(cudnn.attention, on=('gpu',), refuses=cudnn.refuses),
   'splash': mosaic.kernel(_splash, 'attention', 'tpu'),
   'xla': dispatch.Implementation(xla.attention),
-  'jax': dispatch.Implementation(_jax, refuses=_dims_differ),
+  'jax': dispatch.Implementation(_jax, refuses=_refused_by_jax),
   'reference': dispatch.Implementation(reference.attention),
 }

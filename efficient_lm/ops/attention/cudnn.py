@@ -33,10 +33,11 @@ def attention(q_BTNH, k_BTKH, v_BTKH, *, start=0, segments_BS=None, window=None,
   return o_BTNH[..., :value]
 
 
-def refuses(q_BTNH, k_BSKH, v_BSKH, *, start, segments_BS, window, scale) -> str:
+def refuses(q_BTNH, k_BSKH, v_BSKH, *, start, segments_BS, window, scale, softcap=None) -> str:
   """Why cuDNN cannot take such arguments, '' if it can."""
   here, width, T = dispatch.device(), _width(q_BTNH.shape[-1], v_BSKH.shape[-1]), q_BTNH.shape[1]
   limit = 256 if {'hopper', 'blackwell'} & set(here.families) else 128
+  if softcap is not None: return 'it has no soft cap'
   if not here.kind.startswith('NVIDIA'): return f'{here.kind} has no cuDNN'
   # JAX asks cuDNN and the GPU what they can do while it traces, not when it compiles for a mesh's devices.
   if jax.default_backend() != 'gpu': return 'it is traced on a machine with a GPU only'

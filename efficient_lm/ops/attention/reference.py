@@ -21,11 +21,12 @@ def visible(T: int, S: int, start=0, segments_BS=None, window: int | None = None
   return mask_TS & (segments_BT[:, :, None] == segments_BS[:, None, :])
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window=None, scale: float):
+def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window=None, scale: float, softcap=None):
   """o = softmax(scale * q k^T) v over the visible keys, for G = N / K query heads per key-value head."""
   (B, T, N, H), (_, S, K, _) = q_BTNH.shape, k_BSKH.shape
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
   scores_BKGTS = scale * jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+  if softcap is not None: scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
   mask_BTS = visible(T, S, start, segments_BS, window)
   # Every query sees itself, so no row is without a finite score.
   p_BKGTS = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf), axis=-1)

@@ -31,9 +31,10 @@ def attention(q_BTNH, k_BTKH, v_BTKH, *, start=0, segments_BS=None, window=None,
   return o_BNTH[:, :, :T].swapaxes(1, 2)
 
 
-def refuses(q_BTNH, k_BSKH, v_BSKH, *, start, segments_BS, window, scale) -> str:
+def refuses(q_BTNH, k_BSKH, v_BSKH, *, start, segments_BS, window, scale, softcap=None) -> str:
   """Why the kernels cannot take such arguments, '' if they can."""
   T = q_BTNH.shape[1]
+  if softcap is not None: return 'a soft cap is not passed on to it'
   if not (isinstance(start, int) and start == 0) or k_BSKH.shape[1] != T: return 'it is for training, without a cache'
   if T < LANES: return f'{T} tokens are less than one block of {LANES}'
   return ''

@@ -17,19 +17,19 @@ from efficient_lm.ops.attention import reference
 MIN_STRIP, MAX_STRIPS = 128, 16
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window=None, scale: float):
+def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window=None, scale: float, softcap=None):
   """See the API. Without a cache, attention is computed in strips, with their gradient; with one, over all of its slots."""
   if isinstance(start, int) and start == 0 and q_BTNH.shape[1] == k_BSKH.shape[1]:
-    return _strips(q_BTNH, k_BSKH, v_BSKH, segments_BS, window, scale)
-  return _cached(q_BTNH, k_BSKH, v_BSKH, start, segments_BS, window, scale)
+    return _strips(q_BTNH, k_BSKH, v_BSKH, segments_BS, window, scale, softcap)
+  return _cached(q_BTNH, k_BSKH, v_BSKH, start, segments_BS, window, scale, softcap)
 
 
-def _cached(q_BTNH, k_BSKH, v_BSKH, start, segments_BS, window, scale):
+def _cached(q_BTNH, k_BSKH, v_BSKH, start, segments_BS, window, scale, softcap):
   """The equation, in products that read a cache of layout (B, K, S, H) without copying it."""
   K = k_BSKH.shape[2]
   k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
   mask_BTS = reference.visible(q_BTNH.shape[1], k_BKSH.shape[2], start, segments_BS, window)
-  scores_BKGTS = scale * _against_keys(_heads(q_BTNH, K), k_BKSH)
+  scores_BKGTS = _capped(scale * _against_keys(_heads(q_BTNH, K), k_BKSH), softcap)
   p_BKGTS = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BKGTS, -jnp.inf), axis=-1)
   return _tokens(_times_keys(p_BKGTS.astype(v_BKSH.dtype), v_BKSH)).astype(v_BKSH.dtype)
 
@@ -41,17 +41,18 @@ def _spans(T: int, window: int | None):
     yield begin, min(begin + strip, T), 0 if window is None else max(0, begin - window + 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _strips(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale):
-  return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _strips(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale, softcap):
+  return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale, softcap)[0]
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale):
+def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale, softcap):
   # With heads in front, strips are contiguous in memory, and batched products need no further transposition.
   q_BKGTH, k_BKTH, v_BKTH = _heads(q_BTNH, k_BTKH.shape[2]), k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
   o, lse = [], []
   for begin, end, first in _spans(q_BTNH.shape[1], window):
-    s_BKGTS = _scores(q_BKGTH[..., begin:end, :], k_BKTH[:, :, first:end], segments_BT, (begin, end, first), window, scale)
+    s_BKGTS = _scores(q_BKGTH[..., begin:end, :], k_BKTH[:, :, first:end], segments_BT, (begin, end, first), window, scale,
+                      softcap)
     m_BKGT1 = jnp.max(s_BKGTS, -1, keepdims=True)
     p_BKGTS = jnp.exp(s_BKGTS - m_BKGT1)
     z_BKGT1 = jnp.sum(p_BKGTS, -1, keepdims=True)
@@ -61,8 +62,9 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale):
   return o_BTNH, (q_BKGTH, k_BKTH, v_BKTH, segments_BT, o_BTNH, jnp.concatenate(lse, -2))
 
 
-def _backward(window, scale, saved, do_BTNH):
-  """With p = softmax(s) and dp = do v^T: ds = p * (dp - sum(do * o)); algorithm 4, lines 13 to 22."""
+def _backward(window, scale, softcap, saved, do_BTNH):
+  """With p = softmax(s) and dp = do v^T: ds = p * (dp - sum(do * o)); algorithm 4, lines 13 to 22. Of a capped score s that
+  is multiplied by its slope, 1 - (s / softcap)^2."""
   q_BKGTH, k_BKTH, v_BKTH, segments_BT, o_BTNH, lse_BKGT1 = saved
   _, K, _, T, _ = q_BKGTH.shape
   do_BKGTH = _heads(do_BTNH.astype(v_BKTH.dtype), K)
@@ -72,9 +74,10 @@ def _backward(window, scale, saved, do_BTNH):
   for begin, end, first in _spans(T, window):
     q, do = q_BKGTH[..., begin:end, :], do_BKGTH[..., begin:end, :]
     k, v = k_BKTH[:, :, first:end], v_BKTH[:, :, first:end]
-    s_BKGTS = _scores(q, k, segments_BT, (begin, end, first), window, scale)
+    s_BKGTS = _scores(q, k, segments_BT, (begin, end, first), window, scale, softcap)
     p_BKGTS = jnp.exp(s_BKGTS - lse_BKGT1[..., begin:end, :])
     ds_BKGTS = scale * p_BKGTS * (_against_keys(do, v) - delta_BKGT1[..., begin:end, :])
+    if softcap is not None: ds_BKGTS = jnp.where(p_BKGTS > 0, ds_BKGTS * (1 - jnp.square(s_BKGTS / softcap)), 0)
     ds_BKGTS = ds_BKGTS.astype(q.dtype)
     dq.append(_times_keys(ds_BKGTS, k))
     dk_BKTH = dk_BKTH.at[:, :, first:end].add(_times_queries(ds_BKGTS, q))
@@ -97,12 +100,16 @@ def _tokens(x_BKGTH):
   return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
 
 
-def _scores(q_BKGTH, k_BKSH, segments_BT, span, window, scale):
-  """scale * q k^T in float32, -inf where a query does not see a key."""
+def _capped(scores, softcap):
+  return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _scores(q_BKGTH, k_BKSH, segments_BT, span, window, scale, softcap):
+  """scale * q k^T in float32, capped, -inf where a query does not see a key."""
   begin, end, first = span
   if segments_BT is not None: segments_BT = segments_BT[:, first:end]
   mask_BTS = reference.visible(end - begin, end - first, begin - first, segments_BT, window)
-  return jnp.where(mask_BTS[:, None, None], scale * _against_keys(q_BKGTH, k_BKSH), -jnp.inf)
+  return jnp.where(mask_BTS[:, None, None], _capped(scale * _against_keys(q_BKGTH, k_BKSH), softcap), -jnp.inf)
 
 
 def _product(a, b, a_axis: int, b_axis: int):

@@ -9,7 +9,8 @@ from efficient_lm.ops.decode_attention import reference, xla
 
 
 def decode_attention(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=None, page_table_BS=None,
-                     window: int | None = None, scale: float | None = None, implementation: str = 'auto'):
+                     window: int | None = None, scale: float | None = None, softcap: float | None = None,
+                     implementation: str = 'auto'):
   """o_BNH = softmax(scale * q k^T) v over the slots first … length - 1 of each sequence, softmax in float32.
 
   first is 0, or max(0, length - window). Slots outside may hold any finite numbers: they do not affect the result. A
@@ -33,6 +34,7 @@ def decode_attention(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_sc
       used but must be valid pages.
     window: the number of tokens that the query sees at most, its own included.
     scale: of the scores; H ** -0.5 by default.
+    softcap: bounds them, softcap * tanh(score / softcap); None: not at all.
     implementation: 'auto' or one of IMPLEMENTATIONS.
 
   Raises:
@@ -49,7 +51,7 @@ def decode_attention(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_sc
   q_BNH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS = _without_gradient((q_BNH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS))
   return dispatch.run('decode_attention', IMPLEMENTATIONS, implementation, q_BNH, k_BKSH, v_BKSH, lengths_B.astype('int32'),
                       k_scale_BKS=k_scale_BKS, v_scale_BKS=v_scale_BKS, page_table_BS=page_table_BS, window=window,
-                      scale=H ** -0.5 if scale is None else scale)
+                      scale=H ** -0.5 if scale is None else scale, **dispatch.given(softcap=softcap))
 
 
 @jax.custom_jvp

@@ -15,17 +15,17 @@ BLOCK, MIN_SLOTS = 2 ** 18, 64
 
 
 def whole(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=None, page_table_BS=None, window=None,
-          scale: float):
+          scale: float, softcap=None):
   """All slots at once, masked: two products and a softmax, for devices with enough bandwidth to read all slots."""
   q_BKGH = _heads(q_BNH, k_BKSH.shape[1])
   k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS = _gathered(k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, page_table_BS)
   seen_BS = _seen(jnp.arange(k_BKSH.shape[2]), first_slots(lengths_B, window), lengths_B)
-  o_BKGH, m_BKG1, l_BKG1 = _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale)
+  o_BKGH, m_BKG1, l_BKG1 = _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale, softcap)
   return combine(o_BKGH[..., None, :], m_BKG1, l_BKG1).reshape(*q_BNH.shape[:2], -1).astype(q_BNH.dtype)
 
 
 def blocks(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=None, page_table_BS=None, window=None,
-           scale: float):
+           scale: float, softcap=None):
   """For CPUs: one block of slots at a time, up to the end of the longest sequence, so that converted keys and values stay in
   a core's cache, and slots that no query sees cost nothing.
 
@@ -39,7 +39,7 @@ def blocks(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=No
   first_B = first_slots(lengths_B, window)
 
   def at_once():
-    return _partial(q_BKGH, *cache, _seen(jnp.arange(S), first_B, lengths_B), scale)[::2]
+    return _partial(q_BKGH, *cache, _seen(jnp.arange(S), first_B, lengths_B), scale, softcap)[::2]
 
   def step(i, carry):
     o_BKGH, m_BKG1, l_BKG1 = carry
@@ -47,7 +47,7 @@ def blocks(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=No
     start = jnp.minimum(i * size, S - size)
     block = (None if x is None else _slots(x, page_table_BS, start, size) for x in cache)
     seen_BS = _seen(start + jnp.arange(size), jnp.maximum(first_B, i * size), lengths_B)
-    o, m, total = _partial(q_BKGH, *block, seen_BS, scale)
+    o, m, total = _partial(q_BKGH, *block, seen_BS, scale, softcap)
     new_m = jnp.maximum(m_BKG1, m)
     old, now = jnp.exp(m_BKG1 - new_m), jnp.exp(m - new_m)
     return o_BKGH * old + o * now, new_m, l_BKG1 * old + total * now
@@ -97,11 +97,12 @@ def _slots(x, page_table_BS, start, size: int):
   return x[lax.dynamic_index_in_dim(page_table_BS, start // size, axis=1, keepdims=False)]
 
 
-def _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale: float):
+def _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale: float, softcap):
   """Over the visible slots: the sum of e^(s - m) v, m = max s, and the sum of e^(s - m)."""
   seen_B11S = seen_BS[:, None, None]
   s_BKGS = scale * _against_keys(q_BKGH, k_BKSH)
   if k_scale_BKS is not None: s_BKGS *= k_scale_BKS[:, :, None]
+  if softcap is not None: s_BKGS = softcap * jnp.tanh(s_BKGS / softcap)
   s_BKGS = jnp.where(seen_B11S, s_BKGS, LOWEST)
   m_BKG1 = jnp.max(s_BKGS, axis=-1, keepdims=True)
   p_BKGS = jnp.where(seen_B11S, jnp.exp(s_BKGS - m_BKG1), 0)
