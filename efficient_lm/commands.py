@@ -15,6 +15,7 @@ from absl import flags
 from efficient_lm.config import experiment
 from efficient_lm.errors import CheckpointError, ConfigError, IncompatibleError, NonFinite, Preempted
 from efficient_lm.interop import folder
+from efficient_lm.interop.gguf.source import Gguf, file_of
 from efficient_lm.interop.huggingface import HuggingFace
 from efficient_lm.models import spec
 from efficient_lm.runs import FromRun
@@ -46,26 +47,27 @@ def default_workdir() -> str:
 def define_run():
   """Defines --run, --stage and --config, for a command that reads a trained model."""
   if 'run' in FLAGS: return
-  flags.DEFINE_string('run', None, 'workdir of a training run, or a Hugging Face folder')
+  flags.DEFINE_string('run', None, 'workdir of a training run, a Hugging Face folder, or a GGUF file')
   flags.DEFINE_integer('stage', None, 'number of a stage, for its model instead of that of the last')
   if 'config' not in FLAGS: define_config()
 
 
-def run_source() -> FromRun | HuggingFace:
-  """What --run and --stage name, refused before anything heavy is loaded if it holds no model: the workdir of a run, or a
-  Hugging Face folder, by what its config.json says. Raises ConfigError."""
+def run_source() -> FromRun | HuggingFace | Gguf:
+  """What --run and --stage name, refused before anything heavy is loaded if it holds no model: the workdir of a run, a
+  Hugging Face folder, by what its config.json says, or a GGUF file or a folder with one. Raises ConfigError."""
   if FLAGS.config: experiment.execute(FLAGS.config)
   if not FLAGS.run: raise ConfigError('--run', FLAGS.run, 'is missing: write --run=runs/moe, say')
-  if folder.holds_model(FLAGS.run): return _hugging_face()
+  if folder.holds_model(FLAGS.run): return _stored(HuggingFace)
+  if file_of(FLAGS.run): return _stored(Gguf)
   source = FromRun(path=FLAGS.run, stage=FLAGS.stage)
   for field, value, fix in source.check(): raise ConfigError(f'--{"run" if field == "path" else field}', value, fix)
   experiment.read(FLAGS.run)
   return source
 
 
-def _hugging_face() -> HuggingFace:
-  if FLAGS.stage is not None: raise ConfigError('--stage', FLAGS.stage, 'must be left out: a Hugging Face folder has no stages')
-  source = HuggingFace(path=FLAGS.run)
+def _stored(kind: type) -> HuggingFace | Gguf:
+  if FLAGS.stage is not None: raise ConfigError('--stage', FLAGS.stage, 'must be left out: only runs have stages')
+  source = kind(path=FLAGS.run)
   source.spec()
   return source
 

@@ -50,7 +50,12 @@ class File:
   path: str
   metadata: dict[str, Any]
   tensors: dict[str, Entry]
+  head_bytes: int
   _map: mmap.mmap
+
+  def head(self) -> bytes:
+    """All that stands before the data: metadata and table."""
+    return self._map[:self.head_bytes]
 
   def bytes_of(self, name: str) -> np.ndarray:
     """The bytes of a tensor as they lie in the file (uint8, read-only, mapped)."""
@@ -151,7 +156,7 @@ def _parse(path: str, mapped) -> File:
     name = cursor.text(f'the name of tensor {i}', MAX_NAME)
     if name in table: raise _Damaged(f'is damaged: it has the tensor {quoted(name)} twice')
     table[name] = _line(cursor, quoted(name))
-  return File(path, metadata, _placed(table, cursor, metadata), mapped)
+  return File(path, metadata, _placed(table, cursor, metadata), cursor.at, mapped)
 
 
 def quoted(name: str) -> str:

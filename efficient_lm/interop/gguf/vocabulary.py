@@ -95,6 +95,20 @@ def read(file: File) -> Vocabulary:
                     template if isinstance(template, str) else None)
 
 
+def tokenizer(file: File):
+  """The tokenizer itself (`data.tokenizers`). Raises IncompatibleError as `read` does, and where the package `tokenizers`
+  makes nothing of the file's."""
+  from efficient_lm.data import tokenizers
+  found = read(file)
+  marks = dict(bos=found.bos, eod=found.eod, stops=found.stops, template=found.template)
+  try:
+    if file.metadata['tokenizer.ggml.model'] == 'llama': return tokenizers.SentencePieces(found.model, found.size, **marks)
+    return tokenizers.BytePairs(found.model, found.size, foreign=True, **marks)
+  except ImportError: raise
+  except Exception as error:   # the package raises bare Exceptions for a bad model
+    raise _refused(file, f'its tokenizer cannot be used: {" ".join(str(error).split())[:120]}') from error
+
+
 def _refused(file: File, why: str) -> IncompatibleError:
   return IncompatibleError(f'{file.path}: {why}')
 

@@ -1,4 +1,4 @@
-"""A file is read as it was written, or refused in one line that names it: never a traceback, a hang or a large allocation."""
+"""A file is read as it was written, or refused in a line that names it: never a traceback, a hang, a large allocation."""
 import os
 import struct
 import tracemalloc
@@ -24,8 +24,8 @@ def written(tmp_path, raw: bytes, name='model.gguf') -> str:
 @pytest.mark.parametrize('version', [2, 3])
 def test_what_was_written_is_read(tmp_path, version):
   metadata = {'general.architecture': 'llama', 'a': ('u8', 200), 'b': ('i8', -3), 'c': ('u16', 60000), 'd': ('i16', -300),
-              'e': ('u32', 2 ** 32 - 1), 'f': ('i32', -7), 'g': 0.5, 'h': True, 'i': ('u64', 2 ** 63), 'j': ('i64', -2 ** 62),
-              'k': ('f64', 1 / 3), 'words': ['', 'é', 'x' * 300], 'ints': [1, 2, 3], 'none': [], 'flags': [True, False]}
+              'e': ('u32', 2 ** 32 - 1), 'f': ('i32', -7), 'g': 0.5, 'h': True, 'i': ('u64', 2 ** 63),
+              'j': ('i64', -2 ** 62), 'k': ('f64', 1 / 3), 'words': ['', 'é', 'x' * 300], 'ints': [1, 2, 3], 'none': [], 'flags': [True, False]}
   half = ('F16', (2, 3), np.arange(6, dtype=np.float16).tobytes())
   quantized = ('Q8_0', (2, 32), (np.float16(2).tobytes() + bytes(range(32))) * 2)
   path = written(tmp_path, writing.file(metadata, {'n': NUMBERS, 'h': half, 'q': quantized}, version))
@@ -67,14 +67,16 @@ def table(*lines: bytes, data: bytes = bytes(64)) -> bytes:
 LONG = 2 ** 63
 HOSTILE = {
   'nothing': b'', 'three letters': b'GGU', 'another format': b'PK\x03\x04' + bytes(100), 'magic alone': b'GGUF',
-  'version 0': head(0, 0, 0), 'version 1': head(0, 0, 1), 'version 4': head(0, 0, 4), 'the other byte order': head(0, 0, 3 << 24),
+  'version 0': head(0, 0, 0), 'version 1': head(0, 0, 1), 'version 4': head(0, 0, 4),
+  'the other byte order': head(0, 0, 3 << 24),
   'no counts': head(0, 0)[:8], 'more tensors than bytes': head(LONG, 0), 'more keys than bytes': head(0, LONG),
   'all counts at their largest': head(2 ** 64 - 1, 2 ** 64 - 1), 'more keys than read': head(0, 70_000) + bytes(2 ** 20),
   'more tensors than read': head(70_000, 0) + bytes(2 ** 21), 'a key that is not there': head(0, 1) + bytes(4),
   'a name longer than the file': head(0, 1) + struct.pack('<Q', LONG) + bytes(32),
   'a name longer than names are': head(0, 1) + struct.pack('<Q', 2 ** 17) + bytes(2 ** 18),
   'a name that is no text': one(writing.text(b'\xff\xfe') + writing.value(1)),
-  'a key twice': one(key('a', 1), key('a', 1)), 'a type that does not exist': one(writing.text('a') + struct.pack('<IQQ', 13, 0, 0)),
+  'a key twice': one(key('a', 1), key('a', 1)),
+  'a type that does not exist': one(writing.text('a') + struct.pack('<IQQ', 13, 0, 0)),
   'a type far off': one(writing.text('a') + struct.pack('<IQQ', 2 ** 32 - 1, 0, 0)),
   'a string longer than the file': one(writing.text('a') + struct.pack('<IQ', 8, LONG)),
   'a string that is no text': one(writing.text('a') + struct.pack('<I', 8) + writing.text(b'a\xc3')),
@@ -87,7 +89,8 @@ HOSTILE = {
   'a bool of two': one(writing.text('a') + struct.pack('<IBI', 7, 2, 0)),
   'bools of two': one(writing.text('a') + struct.pack('<IIQBB', 9, 7, 2, 1, 2)),
   'alignment 0': one(key('general.alignment', 0)), 'alignment 3': one(key('general.alignment', 3)),
-  'alignment 2 ** 31': one(key('general.alignment', 2 ** 31)), 'alignment in words': one(key('general.alignment', 'x' * 500)),
+  'alignment 2 ** 31': one(key('general.alignment', 2 ** 31)),
+  'alignment in words': one(key('general.alignment', 'x' * 500)),
   'alignment in numbers': one(key('general.alignment', [32, 32])), 'alignment true': one(key('general.alignment', 0.5)),
   'no dimensions': table(line('a', (), 0, 0)), 'five dimensions': table(line('a', (1, 1, 1, 1, 2), 0, 0)),
   'dimensions without end': head(1, 0) + writing.text('a') + struct.pack('<I', 2 ** 32 - 1) + bytes(64),
@@ -95,13 +98,17 @@ HOSTILE = {
   'dimensions whose product overflows': table(line('a', (2 ** 32, 2 ** 32), 0, 0)),
   'four dimensions whose product overflows': table(line('a', (2 ** 16,) * 4, 0, 0)),
   'a kind that is not read': table(line('a', (32,), 20, 0)), 'a kind that is gone': table(line('a', (32,), 4, 0)),
-  'a kind that does not exist': table(line('a', (32,), 10 ** 9, 0)), 'a row of half a block': table(line('a', (2, 16), 8, 0)),
-  'an offset past the end': table(line('a', (4,), 0, 2 ** 20)), 'an offset that overflows': table(line('a', (4,), 0, 2 ** 64 - 32)),
+  'a kind that does not exist': table(line('a', (32,), 10 ** 9, 0)),
+  'a row of half a block': table(line('a', (2, 16), 8, 0)),
+  'an offset past the end': table(line('a', (4,), 0, 2 ** 20)),
+  'an offset that overflows': table(line('a', (4,), 0, 2 ** 64 - 32)),
   'an offset between': table(line('a', (4,), 0, 4)), 'the end past the end': table(line('a', (17,), 0, 0)),
   'a tensor twice': table(line('a', (4,), 0, 0), line('a', (4,), 0, 32)),
   'a tensor in another': table(line('a', (16,), 0, 0), line('b', (4,), 0, 32)),
-  'two tensors in one place': table(line('a', (4,), 0, 0), line('b', (4,), 0, 0)), 'no data': table(line('a', (4,), 0, 0), data=b''),
-  'a table cut short': table(line('a', (4,), 0, 0), data=b'')[:-24], 'a name of controls': table(line('\n\r\x1b[2J', (4,), 20, 0)),
+  'two tensors in one place': table(line('a', (4,), 0, 0), line('b', (4,), 0, 0)),
+  'no data': table(line('a', (4,), 0, 0), data=b''),
+  'a table cut short': table(line('a', (4,), 0, 0), data=b'')[:-24],
+  'a name of controls': table(line('\n\r\x1b[2J', (4,), 20, 0)),
   'a name of a page': table(line('é' * 30_000, (4,), 20, 0)),
 }
 

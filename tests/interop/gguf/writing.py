@@ -3,10 +3,10 @@ import struct
 
 import numpy as np
 
-SCALARS = {'u8': (0, 'B'), 'i8': (1, 'b'), 'u16': (2, 'H'), 'i16': (3, 'h'), 'u32': (4, 'I'), 'i32': (5, 'i'), 'f32': (6, 'f'),
-           'bool': (7, 'B'), 'u64': (10, 'Q'), 'i64': (11, 'q'), 'f64': (12, 'd')}
-KINDS = {'F32': 0, 'F16': 1, 'Q4_0': 2, 'Q4_1': 3, 'Q5_0': 6, 'Q5_1': 7, 'Q8_0': 8, 'Q2_K': 10, 'Q3_K': 11, 'Q4_K': 12, 'Q5_K': 13,
-         'Q6_K': 14, 'IQ4_NL': 20, 'BF16': 30, 'TQ1_0': 34, 'TQ2_0': 35, 'MXFP4': 39}
+SCALARS = {'u8': (0, 'B'), 'i8': (1, 'b'), 'u16': (2, 'H'), 'i16': (3, 'h'), 'u32': (4, 'I'), 'i32': (5, 'i'),
+           'f32': (6, 'f'), 'bool': (7, 'B'), 'u64': (10, 'Q'), 'i64': (11, 'q'), 'f64': (12, 'd')}
+KINDS = {'F32': 0, 'F16': 1, 'Q4_0': 2, 'Q4_1': 3, 'Q5_0': 6, 'Q5_1': 7, 'Q8_0': 8, 'Q2_K': 10, 'Q3_K': 11, 'Q4_K': 12,
+         'Q5_K': 13, 'Q6_K': 14, 'IQ4_NL': 20, 'BF16': 30, 'TQ1_0': 34, 'TQ2_0': 35, 'MXFP4': 39}
 
 
 def text(value: str | bytes) -> bytes:
@@ -24,7 +24,8 @@ def value(given) -> bytes:
   if isinstance(given, float): return value(('f32', given))
   if isinstance(given, str): return struct.pack('<I', 8) + text(given)
   parts = [value(one) for one in given] or [value('')]
-  return struct.pack('<I', 9) + parts[0][:4] + struct.pack('<Q', len(given)) + b''.join(part[4:] for part in parts[:len(given)])
+  numbers = b''.join(part[4:] for part in parts[:len(given)])
+  return struct.pack('<I', 9) + parts[0][:4] + struct.pack('<Q', len(given)) + numbers
 
 
 def key(name: str, given) -> bytes:
