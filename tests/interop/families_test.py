@@ -107,7 +107,7 @@ REFUSED = [   # fixture, what is changed in its config, words of the line
   ('llama', {'rope_parameters': {'rope_type': 'longrope', 'rope_theta': 1e4}}, "'longrope' cannot be read"),
   ('llama', {'rope_parameters': {'rope_type': 'dynamic', 'factor': 2.0}}, "'dynamic' cannot be read"),
   ('llama', {'rope_parameters': {'rope_type': 'linear'}}, 'rope_parameters.factor = None: a number above 0'),
-  ('llama', {'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4, 'partial_rotary_factor': 0.5}}, 'only None or 1'),
+  ('llama', {'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5}}, 'only None or 1'),
   ('llama', {'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4, 'short_factor': [1.0]}}, 'short_factor'),
   ('llama', {'rope_parameters': {'rope_theta': 1e4}, 'rope_theta': 1e6}, 'says something else than rope_parameters'),
   ('llama', {'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'says something else than rope_parameters'),

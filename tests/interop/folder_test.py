@@ -12,6 +12,7 @@ from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.interop import families, folder
 from efficient_lm.interop.huggingface import HuggingFace
 
+INDEX = 'model.safetensors.index.json'
 LLAMA = pathlib.Path(__file__).parent / 'fixtures' / 'llama'
 
 
@@ -31,7 +32,7 @@ def sharded(path: pathlib.Path, num_files: int = 3) -> pathlib.Path:
     file = f'model-{i + 1:05}-of-{num_files:05}.safetensors'
     save_file({name: arrays[name] for name in names[i::num_files]}, path / file)
     weight_map |= dict.fromkeys(names[i::num_files], file)
-  (path / 'model.safetensors.index.json').write_text(json.dumps({'metadata': {'total_size': 1}, 'weight_map': weight_map}))
+  (path / INDEX).write_text(json.dumps({'metadata': {'total_size': 1}, 'weight_map': weight_map}))
   return path
 
 
@@ -43,11 +44,13 @@ def test_shards_are_one_checkpoint(tmp_path):
 
 def test_a_folder_of_a_run_is_none_of_hugging_face(tmp_path):
   (tmp_path / 'config.json').write_text('{"class": "Experiment", "seed": 0}')
-  assert folder.holds_model(str(LLAMA)) and not folder.holds_model(str(tmp_path)) and not folder.holds_model('/no/such/folder')
+  assert folder.holds_model(str(LLAMA))
+  assert not folder.holds_model(str(tmp_path)) and not folder.holds_model('/no/such/folder')
 
 
-@pytest.mark.parametrize(('file', 'words'), [('pytorch_model.bin', 'save it again as safetensors'),
-                                             ('adapter_config.json', 'merge it into its base model'), ('other', 'holds neither')])
+@pytest.mark.parametrize(('file', 'words'), [
+  ('pytorch_model.bin', 'save it again as safetensors'), ('adapter_config.json', 'merge it into its base model'),
+  ('other', 'holds neither')])
 def test_folders_of_other_kinds_say_what_makes_one_of_them(tmp_path, file, words):
   path = copied(tmp_path)
   (path / 'model.safetensors').rename(path / file)
@@ -58,7 +61,7 @@ def test_folders_of_other_kinds_say_what_makes_one_of_them(tmp_path, file, words
 
 def _index(change):
   def act(path):
-    file = sharded(path) / 'model.safetensors.index.json'
+    file = sharded(path) / INDEX
     index = json.loads(file.read_text())
     change(index)
     file.write_text(json.dumps(index))
@@ -80,17 +83,18 @@ def _config(**changes):
   return act
 
 
-OUTSIDE = ['../secret.safetensors', '/etc/passwd', 'a/b.safetensors', '..', '.', '', 'model.bin', '..\\x.safetensors', None, 3,
-           'C:\\x.safetensors', 'x\0.safetensors', '.hidden.safetensors', 'x' * 300 + '.safetensors', '~/x.txt', ['a']]
+OUTSIDE = ['../secret.safetensors', '/etc/passwd', 'a/b.safetensors', '..', '.', '', 'model.bin', '..\\x.safetensors', None,
+           3, 'C:\\x.safetensors', 'x\0.safetensors', '.hidden.safetensors', 'x' * 300 + '.safetensors', '~/x.txt', ['a']]
 NOT_JSON = [b'', b'{', b'[]', b'null', b'\xff\xfe', b'{"a": 1, "a": 2}', b'[' * 200_000, b'{"model_type": NaN', b'"text"']
 NUMBERS = [-1, 0, 1.5, 10 ** 9, 10 ** 30, 'x', [], {}, True]
 HOSTILE = [
   *(_named(name) for name in OUTSIDE), _named('model-00009-of-00003.safetensors'),
   _index(lambda index: index.update(weight_map={})), _index(lambda index: index.update(weight_map=[1])),
-  _index(lambda index: index.pop('weight_map')), _index(lambda index: index['weight_map'].pop(next(iter(index['weight_map'])))),
+  _index(lambda index: index.pop('weight_map')),
+  _index(lambda index: index['weight_map'].pop(next(iter(index['weight_map'])))),
   _index(lambda index: index['weight_map'].update(more='model-00001-of-00003.safetensors')),
   *(_bytes('config.json', content) for content in NOT_JSON),
-  *((lambda path, content=content: (sharded(path) / 'model.safetensors.index.json').write_bytes(content)) for content in NOT_JSON),
+  *((lambda path, content=content: (sharded(path) / INDEX).write_bytes(content)) for content in NOT_JSON),
   *(_config(**{key: value}) for key in ('num_hidden_layers', 'vocab_size', 'hidden_size', 'intermediate_size',
                                         'num_attention_heads') for value in NUMBERS),
   *(_config(rope_parameters=value) for value in ([], 'x', {'rope_type': []}, {'rope_theta': -1.0}, {'rope_type': 'yarn'})),
@@ -113,7 +117,7 @@ def test_a_hundred_hostile_folders_are_a_line_each_and_touch_nothing_outside(tmp
     act(path)
     content = {file: file.stat().st_size for file in path.iterdir()}
     source = HuggingFace(path=str(path))
-    with pytest.raises((ConfigError, CheckpointError)) as caught: opened.append((number, source.spec(), folder.read(str(path))))
+    with pytest.raises((ConfigError, CheckpointError)) as caught: opened.append((source.spec(), folder.read(str(path))))
     lines.append(str(caught.value))
     assert '\n' not in lines[-1] and len(lines[-1]) < 600 and f'model{number}' in lines[-1], lines[-1]
     assert content == {file: file.stat().st_size for file in path.iterdir()}

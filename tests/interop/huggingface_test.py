@@ -31,7 +31,8 @@ def path(tmp_path_factory) -> str:
   (path / 'config.json').write_text(json.dumps(config))
   arrays, rng = load_file(FIXTURES / 'llama' / 'model.safetensors'), np.random.default_rng(0)
   wide = {name: rng.normal(size=(323, 32)).astype(np.float32) for name in ('lm_head.weight', 'model.embed_tokens.weight')}
-  save_file({name: wide.get(name, array) for name, array in arrays.items() if 'layers.1' not in name}, path / 'model.safetensors')
+  kept = {name: wide.get(name, array) for name, array in arrays.items() if 'layers.1' not in name}
+  save_file(kept, path / 'model.safetensors')
   return str(path)
 
 

@@ -47,7 +47,7 @@ def test_one_plus_a_norm_is_kept_in_float32():
   spec, found = checkpoint('gemma2')
   model = leaves(load.load(spec, found))
   stored = found.tensors['model.norm.weight'].read()
-  assert {path for path, leaf in model.items() if leaf.dtype == np.float32} == {path for path in model if path.endswith('/scale')}
+  assert {path for path in model if model[path].dtype == np.float32} == {path for path in model if path.endswith('/scale')}
   np.testing.assert_array_equal(model['norm/scale'], np.float32(1) + stored.astype(np.float32))
 
 
@@ -75,7 +75,8 @@ def test_a_model_on_eight_devices_is_the_same_and_computes_what_transformers_com
   for path, leaf in leaves(over).items(): np.testing.assert_array_equal(leaf, whole[path])
   assert sum(out.nbytes for _, out in largest) == 2 * sum(leaf.nbytes for leaf in whole.values())   # of both models
   expected = np.load(FIXTURES / name / 'expected.npz')
-  with jax.set_mesh(mesh): got = jax.jit(lambda model, tokens: model(tokens).logits_BTV)(over, np.repeat(expected['tokens_BT'], 8, 0))
+  tokens_BT = np.repeat(expected['tokens_BT'], 8, 0)
+  with jax.set_mesh(mesh): got = jax.jit(lambda model, tokens_BT: model(tokens_BT).logits_BTV)(over, tokens_BT)
   distance = np.linalg.norm(got[3] - expected['whole_BTV'][0]) / np.linalg.norm(expected['whole_BTV'])
   assert distance < 1e-5   # as in families_test
 
@@ -127,7 +128,7 @@ def test_what_other_writers_add_or_leave_out_is_understood():
     arrays['h.0.attn.bias'] = np.tri(8)[None, None]
   plain, older = (leaves(load.load(*checkpoint('gpt2', change))) for change in (None, old))
   for path, leaf in plain.items(): np.testing.assert_array_equal(leaf, older[path])
-  load.abstract(*checkpoint('llama', lambda arrays: arrays.update({'model.layers.0.self_attn.rotary_emb.inv_freq': np.ones(4)})))
-  load.abstract(*checkpoint('deepseek_v3', lambda arrays: arrays.update({'model.layers.2.enorm.weight': np.ones(4)})))
-  assert 'model.layers.3.enorm.weight' in refusal(
-    'deepseek_v3', lambda arrays: arrays.update({'model.layers.3.enorm.weight': np.ones(4)}))
+  more = lambda name: lambda arrays: arrays.update({name: np.ones(4)})
+  load.abstract(*checkpoint('llama', more('model.layers.0.self_attn.rotary_emb.inv_freq')))
+  load.abstract(*checkpoint('deepseek_v3', more('model.layers.2.enorm.weight')))
+  assert 'model.layers.3.enorm.weight' in refusal('deepseek_v3', more('model.layers.3.enorm.weight'))

@@ -11,8 +11,9 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 HERE = pathlib.Path(__file__).parent / 'fixtures' / 'tokenizers'
-TEXTS = ['The quick brown fox jumps over the lazy dog.', '  two spaces, a\ttab\n\nand two lines', 'déjà vu — 漢字 😀', '',
-         'e\u0301 composed', 'one<|im_end|>two </s> three', 'x = [1, 22, 333]  # comment\n', 'the the the', ' <code> is added']
+TEXTS = ['The quick brown fox jumps over the lazy dog.', '  two spaces, a\ttab\n\nand two lines',
+         'déjà vu — 漢字 😀', '', 'e\u0301 composed', 'one<|im_end|>two </s> three',
+         'x = [1, 22, 333]  # comment\n', 'the the the', ' <code> is added']
 CORPUS = TEXTS * 4 + [(pathlib.Path(__file__).parent / 'make_fixtures.py').read_text()]
 
 

@@ -36,10 +36,12 @@ def test_what_the_package_writes_is_read_bit_for_bit(tmp_path):
 
 ENTRY = {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]}
 HOSTILE = {
-  'no entry of a tensor': ({'a': 1}, b''), 'a list': (b'[1]', b''), 'no JSON': (b'{"a": ', b''), 'a space first': (b' {}', b''),
+  'no entry of a tensor': ({'a': 1}, b''), 'a list': (b'[1]', b''), 'no JSON': (b'{"a": ', b''),
+  'a space first': (b' {}', b''),
   'a tensor twice': (b'{"a": %s, "a": %s}' % ((json.dumps(ENTRY).encode(),) * 2), bytes(8)),
-  'an unknown dtype': ({'a': ENTRY | {'dtype': 'F128'}}, bytes(8)), 'no dtype': ({'a': ENTRY | {'dtype': None}}, bytes(8)),
-  'a negative size': ({'a': ENTRY | {'shape': [-2]}}, bytes(8)), 'half a number': ({'a': ENTRY | {'shape': [2.0]}}, bytes(8)),
+  'an unknown dtype': ({'a': ENTRY | {'dtype': 'F128'}}, bytes(8)),
+  'no dtype': ({'a': ENTRY | {'dtype': None}}, bytes(8)), 'a negative size': ({'a': ENTRY | {'shape': [-2]}}, bytes(8)),
+  'half a number': ({'a': ENTRY | {'shape': [2.0]}}, bytes(8)),
   'a huge size': ({'a': ENTRY | {'shape': [2 ** 62, 2 ** 62]}}, bytes(8)), 'more than the file': ({'a': ENTRY}, bytes(4)),
   'less than the file': ({'a': ENTRY}, bytes(12)), 'a gap': ({'a': ENTRY | {'data_offsets': [4, 12]}}, bytes(12)),
   'an overlap': ({'a': ENTRY, 'b': ENTRY}, bytes(8)), 'backwards': ({'a': ENTRY | {'data_offsets': [8, 0]}}, bytes(8)),
@@ -68,12 +70,12 @@ def test_whatever_bit_of_a_header_flips_both_agree_whether_it_is_a_file(tmp_path
     if trial < 240: content[rng.integers(size)] ^= 1 << rng.integers(8)
     else: content = content[:rng.integers(len(good))]
     bad.write_bytes(content)
-    try: theirs = {name: None for name in safetensors.safe_open(bad, 'np').__enter__().keys()}
+    try: theirs = set(safetensors.safe_open(bad, 'np').__enter__().keys())
     except Exception: theirs = None
     try: ours = read(bad)
     except CheckpointError as error: ours, refused = None, refused + 1; assert '\n' not in str(error)
     assert ours is None or theirs is not None   # nothing that the package refuses; ours also refuses keys that it overlooks
-    if ours is not None: assert ours.keys() == theirs.keys()
+    if ours is not None: assert ours.keys() == theirs
   assert refused > 150
 
 

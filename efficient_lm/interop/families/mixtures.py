@@ -16,8 +16,10 @@ def mixture(keys: Keys) -> spec.Transformer:
   kind = keys.get('model_type')
   keys.only('hidden_act', 'silu', 'swish', default='silu')   # experts are SwiGLU
   keys.off('clip_qkv')
-  if kind.startswith('qwen'): keys.off('use_sliding_window'), keys.get('sliding_window'), keys.get('max_window_layers')
-  attention = llama.attention(keys, _biases(keys, kind), {'olmoe': 'NH', 'qwen3_moe': 'H'}.get(kind, ''), llama.windows(keys)[0])
+  keys.off('use_sliding_window')
+  if kind.startswith('qwen'): keys.asked |= {'sliding_window', 'max_window_layers', 'intermediate_size'}   # may not be used
+  qk_norm = {'olmoe': 'NH', 'qwen3_moe': 'H'}.get(kind, '')
+  attention = llama.attention(keys, _biases(keys, kind), qk_norm, llama.windows(keys)[0])
   layers = [spec.Layer(attention=attention, mlp=_experts(keys, kind) if sparse else llama.feed_forward(keys))
             for sparse in _sparse(keys, kind)]
   eps = 1e-5 if kind in ('mixtral', 'olmoe') else 1e-6
@@ -46,7 +48,6 @@ def _experts(keys: Keys, kind: str) -> spec.MoE:
   if keys.get(key) is None and keys.get(other) is not None: key, other = other, key
   if keys.get(other, keys.get(key)) != keys.get(key): keys.refuse(other, f'says something else than {key}')
   hidden = keys.whole('moe_intermediate_size' if kind.startswith('qwen') else 'intermediate_size')
-  if kind.startswith('qwen'): keys.get('intermediate_size')   # of layers without experts, of which there may be none
   normalize = True if kind == 'mixtral' else keys.flag('norm_topk_prob', False)
   shared = None
   if kind == 'qwen2_moe': shared = spec.SigmoidGated(inner=spec.SwiGLU(hidden=keys.whole('shared_expert_intermediate_size')))
