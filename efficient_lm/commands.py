@@ -73,8 +73,8 @@ def _stored(kind: type) -> HuggingFace | Gguf:
 
 
 def trained_as(source) -> tuple[Any, int, int]:
-  """How a source is measured: the experiment of a run, or None, and how many texts of how many tokens are read at once: those
-  of its training, or ROWS of what the model was made for, LENGTH at most."""
+  """How a source is measured: the experiment of a run, or None, and how many texts of how many tokens are read at once:
+  those of its training, or ROWS of what the model was made for, LENGTH at most."""
   if not isinstance(source, FromRun): return None, ROWS, min(LENGTH, source.context)
   trained = experiment.read(source.path)
   return trained, trained.train.batch_size // trained.train.accumulate, trained.train.sequence_length
@@ -87,9 +87,9 @@ def define_text():
 
 def check_text(source):
   """Raises ConfigError where --text is no file, or missing for a source that has no text."""
-  if FLAGS.text is None:
-    if not isinstance(source, FromRun): raise ConfigError('--text', None, f'is missing: {source.label} has no text of its own')
-  elif not os.path.isfile(FLAGS.text): raise ConfigError('--text', FLAGS.text, 'there is no such file')
+  if FLAGS.text is None and isinstance(source, FromRun): return
+  if FLAGS.text is None: raise ConfigError('--text', None, f'is missing: {source.label} has no text of its own')
+  if not os.path.isfile(FLAGS.text): raise ConfigError('--text', FLAGS.text, 'there is no such file')
 
 
 def text_batches(source):

@@ -302,7 +302,7 @@ class SentencePieces(_Codec):
   @functools.cached_property
   def key(self) -> str:
     model = json.loads(self.model)
-    parts = [model['model'], model.get('normalizer'), model.get('pre_tokenizer'), model.get('added_tokens'), self.bos, self.eod]
+    parts = [model.get(name) for name in ('model', 'normalizer', 'pre_tokenizer', 'added_tokens')] + [self.bos, self.eod]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
   @property

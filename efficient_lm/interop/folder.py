@@ -15,8 +15,8 @@ OTHERS = {'pytorch_model.bin': 'has weights as pickled Python, which can run cod
 
 
 def read(path: str) -> Checkpoint:
-  """The checkpoint in a folder, none of its tensors read. Raises ConfigError where there is none, CheckpointError where it is
-  damaged: one line that names the file."""
+  """The checkpoint in a folder, none of its tensors read. Raises ConfigError where there is none, CheckpointError where it
+  is damaged: one line that names the file."""
   config, tensors = config_of(path), {}
   for name, names in shards(path).items():
     tensors |= _shard(os.path.join(path, name), names)
@@ -90,8 +90,8 @@ def _first(names: list[str], n: int = 5) -> str:
 
 def _is_plain(name) -> bool:
   """Whether it names a file of tensors in the folder itself."""
-  return (isinstance(name, str) and name.endswith('.safetensors') and not set(name) & set('/\\\0:') and not name.startswith('.')
-          and len(name) < 256)
+  return (isinstance(name, str) and len(name) < 256 and name.endswith('.safetensors') and not name.startswith('.')
+          and not set(name) & set('/\\\0:'))
 
 
 def _other(path: str) -> str:

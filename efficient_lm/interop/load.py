@@ -138,7 +138,8 @@ def _check_shapes(variables, places, tensors, where: str):
     axes, n = axes_of(variable), len(place.lead)
     letters = axes[len(axes) - len(shape[n:]):]
     needed = place.part.shape(dict(zip(letters, shape[n:])))
-    wrong += [f'{name} is {tensors[name].shape} and should be {needed}' for name in place.names if tensors[name].shape != needed]
+    wrong += [f'{name} is {tensors[name].shape} and should be {needed}' for name in place.names
+              if tensors[name].shape != needed]
   _refuse(where, 'has other shapes than its config.json says:', list(dict.fromkeys(wrong)))
 
 

@@ -48,11 +48,12 @@ def unique(pairs) -> dict:
 
 
 def parse(text: bytes | str):
-  """Strict JSON. Raises ValueError for what is none, for an object with a key twice, and for one nested out of all measure."""
+  """Strict JSON. Raises ValueError for what is none, for an object with a key twice, and for one nested without measure."""
   try: return json.loads(text, object_pairs_hook=unique)
   except RecursionError: raise ValueError('its JSON is nested too deeply') from None
   except UnicodeDecodeError: raise ValueError('its JSON is not UTF-8') from None
-  except json.JSONDecodeError as error: raise ValueError(f'its JSON breaks off at character {error.pos}: {error.msg}') from None
+  except json.JSONDecodeError as error:
+    raise ValueError(f'its JSON breaks off at character {error.pos}: {error.msg}') from None
 
 
 def _header(file, size: int) -> tuple[int, dict]:

@@ -27,18 +27,19 @@ def read(path: str) -> tokenizers.BytePairs | tokenizers.SentencePieces:
     stops = _stops(path, eod)
     kind = tokenizers.BytePairs if _byte_level(model) else tokenizers.SentencePieces
     more = {'foreign': True} if _byte_level(model) else {}
-    return kind(json.dumps(model), max(ids.values()) + 1, bos=bos, eod=eod, stops=stops, template=_template(path, settings),
-                **more)
+    size, template = max(ids.values()) + 1, _template(path, settings)
+    return kind(json.dumps(model), size, bos=bos, eod=eod, stops=stops, template=template, **more)
   except ImportError as error:
-    raise ConfigError('path', path, f'its {TOKENIZER} needs the package tokenizers: pip install "efficient_lm[hf]"') from error
+    fix = f'its {TOKENIZER} needs the package tokenizers: pip install "efficient_lm[hf]"'
+    raise ConfigError('path', path, fix) from error
   except (ConfigError, CheckpointError): raise
   except Exception as error:   # the package raises bare Exceptions for a bad model
     raise ConfigError('path', path, f'its {TOKENIZER} cannot be used: {error}') from error
 
 
 def _byte_level(model: dict) -> bool:
-  """Whether text is cut into bytes, as GPT-2's tokenizer does, rather than into SentencePiece's pieces. Raises ValueError for
-  tokenizers of other kinds."""
+  """Whether text is cut into bytes, as GPT-2's tokenizer does, rather than into SentencePiece's pieces. Raises ValueError
+  for tokenizers of other kinds."""
   kind, cut = model.get('model', {}).get('type', 'BPE'), json.dumps(model.get('pre_tokenizer'))
   if kind == 'BPE' and '"ByteLevel"' in cut: return True
   pieces = '▁' in json.dumps([model.get('normalizer'), model.get('pre_tokenizer')], ensure_ascii=False)

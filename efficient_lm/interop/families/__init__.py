@@ -20,9 +20,9 @@ LARGEST_PRODUCT = 1 << 18   # layers times experts: more than any model has
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """architecture: the class whose weights are read, as config.json names it. describe: what a config means; places: where the
-  arrays come from. prefix: of all names but the head's, which some checkpoints leave out. buffers: how names end that are no
-  parameters; ignored: how they begin, of parts that take no part."""
+  """architecture: the class whose weights are read, as config.json names it. describe: what a config means; places: where
+  the arrays come from. prefix: of all names but the head's, which some checkpoints leave out. buffers: how names end that
+  are no parameters; ignored: how they begin, of parts that take no part."""
   architecture: str
   describe: Callable[[Keys], spec.Transformer]
   places: Callable[[spec.Transformer, Keys], dict[str, Place]]
@@ -78,7 +78,8 @@ def family_of(config: Mapping[str, Any], where: str = 'config.json') -> Family:
 def _check(model: spec.Transformer, where: str):
   """Raises ConfigError for what the description refuses of itself."""
   for node in _nodes(model):
-    for field, value, fix in getattr(node, 'check', tuple)(): raise ConfigError(f'{where}: {type(node).__name__}.{field}', value, fix)
+    for field, value, fix in getattr(node, 'check', tuple)():
+      raise ConfigError(f'{where}: {type(node).__name__}.{field}', value, fix)
     if isinstance(node, spec.MoE) and node.num_experts * sum(stack.num_layers for stack in model.stacks) > LARGEST_PRODUCT:
       raise ConfigError(f'{where}: number of experts', node.num_experts, 'is more, times the layers, than any model has')
 

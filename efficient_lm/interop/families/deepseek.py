@@ -26,7 +26,8 @@ def latent(keys: Keys) -> spec.Transformer:
 
 def _attention(keys: Keys) -> spec.Latent:
   heads, rope_dim = keys.whole('num_attention_heads'), keys.whole('qk_rope_head_dim', 64)
-  if keys.whole('num_key_value_heads', heads) != heads: keys.refuse('num_key_value_heads', f'must be {heads}, as queries have')
+  if keys.whole('num_key_value_heads', heads) != heads:
+    keys.refuse('num_key_value_heads', f'must be {heads}, as queries have')
   for key, size in (('qk_head_dim', keys.whole('qk_nope_head_dim', 128) + rope_dim), ('head_dim', rope_dim)):
     if keys.get(key, size) != size: keys.refuse(key, f'must be {size}, by the sizes of its parts')
   layout = 'interleaved' if keys.flag('rope_interleave', True) else 'half'
@@ -48,9 +49,10 @@ def _experts(keys: Keys) -> spec.MoE:
 
 def ignored(keys: Keys) -> tuple[str, ...]:
   """How the names of tensors begin that are left out: those of layers for multi-token prediction."""
-  n, more = keys.whole('num_hidden_layers', most=MOST_LAYERS), keys.get('num_nextn_predict_layers') or keys.get('num_mtp_layers')
-  if more is None: more = 1
-  if not isinstance(more, int) or not 0 <= more <= MOST_LAYERS: keys.refuse('num_nextn_predict_layers', 'a whole number is needed')
+  n = keys.whole('num_hidden_layers', most=MOST_LAYERS)
+  more = keys.get('num_nextn_predict_layers', keys.get('num_mtp_layers', 1))
+  if not isinstance(more, int) or not 0 <= more <= MOST_LAYERS:
+    keys.refuse('num_nextn_predict_layers', 'a whole number is needed')
   return tuple(f'model.layers.{n + i}.' for i in range(more))
 
 

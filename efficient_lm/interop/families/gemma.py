@@ -15,7 +15,7 @@ SANDWICH = {'attention_norm': 'input_layernorm', 'attention_out_norm': 'post_att
 
 
 def gemma(keys: Keys) -> spec.Transformer:
-  """The description of both. Gemma 2 has a window in every other layer, Gemma 3 in five of six, and RoPE of its own there."""
+  """The description. Gemma 2 has a window in every other layer, Gemma 3 in five of six, and RoPE of its own there."""
   second = keys.get('model_type') == 'gemma2'
   keys.off('use_bidirectional_attention')
   activation = llama.activation_of(keys, 'hidden_activation', 'gelu_pytorch_tanh')

@@ -17,7 +17,8 @@ def gpt2(keys: Keys) -> spec.Transformer:
   if dim % heads: keys.refuse('n_head', f'must divide n_embd = {dim}')
   attention = spec.GroupedQuery(num_heads=heads, num_kv_heads=heads, head_dim=dim // heads, rope=None, biases=llama.ALL,
                                 scale=None if keys.flag('scale_attn_weights', True) else 1.0)
-  mlp = spec.Plain(hidden=keys.whole('n_inner', 4 * dim), activation=llama.activation_of(keys, 'activation_function', 'gelu_new'))
+  activation = llama.activation_of(keys, 'activation_function', 'gelu_new')
+  mlp = spec.Plain(hidden=keys.whole('n_inner', 4 * dim), activation=activation)
   stack = spec.Stack(num_layers=keys.whole('n_layer', most=MOST_LAYERS), attention=attention, mlp=mlp)
   return spec.Transformer(
     vocab_size=keys.whole('vocab_size'), dim=dim, stacks=(stack,), tied=keys.flag('tie_word_embeddings', True),
@@ -44,8 +45,7 @@ def opt(keys: Keys) -> spec.Transformer:
 
 
 def gpt2_places(model: spec.Transformer, keys: Keys) -> dict[str, Place]:
-  """Matrices are (inputs, outputs) here; queries, keys and values come from one. The first checkpoints had no 'transformer.'
-  before their names."""
+  """Matrices are (inputs, outputs); queries, keys and values come from one."""
   del keys
   head = {} if model.tied else {'own_head/array': Part('lm_head.weight', 'V D')}
   return of_layers(model, 'transformer.h.{l}.', _gpt2_parts) | alone(head | _norm('norm', 'transformer.ln_f') | {
@@ -64,10 +64,12 @@ def _gpt2_parts(layer: spec.Layer, stack) -> Parts:
 
 
 def opt_places(model: spec.Transformer, keys: Keys) -> dict[str, Place]:
+  """Matrices are (outputs, inputs), each by itself."""
   del keys
   head = {} if model.tied else {'own_head/array': Part('lm_head.weight', 'V D')}
   table = Part('model.decoder.embed_positions.weight', 'T D', ('T', OFFSET, model.positions.length + OFFSET))
-  return of_layers(model, 'model.decoder.layers.{l}.', _opt_parts) | alone(head | _norm('norm', 'model.decoder.final_layer_norm') | {
+  norm = _norm('norm', 'model.decoder.final_layer_norm')
+  return of_layers(model, 'model.decoder.layers.{l}.', _opt_parts) | alone(head | norm | {
     'embed/array': Part('model.decoder.embed_tokens.weight', 'V D'), 'positions/array': table})
 
 

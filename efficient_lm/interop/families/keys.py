@@ -10,22 +10,24 @@ from typing import Any
 
 from efficient_lm.errors import ConfigError
 
-HARMLESS = frozenset('''
+NO_NUMBERS = '''
   model_type architectures auto_map transformers_version torch_dtype dtype use_cache return_dict output_attentions
   output_hidden_states output_router_logits torchscript use_bfloat16 initializer_range init_std initializer_factor
-  attention_dropout hidden_dropout hidden_dropout_prob dropout embd_pdrop resid_pdrop attn_pdrop layerdrop activation_dropout
-  classifier_dropout router_aux_loss_coef router_z_loss_coef aux_loss_alpha seq_aux router_jitter_noise pretraining_tp
-  max_position_embeddings model_max_length bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
+  attention_dropout hidden_dropout hidden_dropout_prob dropout embd_pdrop resid_pdrop attn_pdrop layerdrop
+  activation_dropout classifier_dropout router_aux_loss_coef router_z_loss_coef aux_loss_alpha seq_aux router_jitter_noise
+  pretraining_tp max_position_embeddings model_max_length bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
   decoder_start_token_id forced_eos_token_id prefix problem_type id2label label2id num_labels task_specific_params
   finetuning_task summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout n_ctx
-  gradient_checkpointing chunk_size_feed_forward is_decoder tokenizer_class cache_implementation ep_size max_length min_length do_sample
-  temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size num_beams num_return_sequences
-  early_stopping suppress_tokens begin_suppress_tokens bad_words_ids _name_or_path _attn_implementation
-  _attn_implementation_autoset attn_implementation _from_auto _commit_hash unsloth_version unsloth_fixed
-'''.split())
+  gradient_checkpointing chunk_size_feed_forward is_decoder is_llama_config tokenizer_class cache_implementation ep_size
+  max_length min_length do_sample temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+  num_beams num_return_sequences early_stopping suppress_tokens begin_suppress_tokens bad_words_ids _name_or_path
+  _attn_implementation _attn_implementation_autoset attn_implementation _flash_attn_2_enabled _from_auto _commit_hash
+  unsloth_version unsloth_fixed transformers.js_config'''
+HARMLESS = frozenset(NO_NUMBERS.split())
 # Keys of what some other family computes: harmless while they are off, for a family that does not ask for them.
 OFF = ('attention_bias', 'mlp_bias', 'clip_qkv', 'use_sliding_window', 'add_cross_attention', 'cross_attention_hidden_size',
-       'is_encoder_decoder', 'tie_encoder_decoder', 'pruned_heads', 'qk_layernorm', 'use_qk_norm', 'use_mrope')
+       'is_encoder_decoder', 'tie_encoder_decoder', 'pruned_heads', 'qk_layernorm', 'use_qk_norm', 'use_mrope',
+       'rope_interleaved')
 MOST = 100_000_000          # of a whole number: more than any size of a model
 MOST_LAYERS, MOST_EXPERTS = 1024, 4096
 

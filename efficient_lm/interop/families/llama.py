@@ -71,6 +71,7 @@ def feed_forward(keys: Keys, bias_key: str | None = None):
 
 
 def activation_of(keys: Keys, key: str, default: str) -> str:
+  """The activation that a key names, in our words."""
   return ACTIVATIONS[keys.only(key, *ACTIVATIONS, default=default)]
 
 
@@ -102,6 +103,7 @@ def windowed_layers(keys: Keys, types: list[str]) -> list[bool]:
 
 
 def whole_or_none(keys: Keys, key: str) -> int | None:
+  """As `Keys.whole`; None where it is missing or null."""
   return None if keys.get(key) is None else keys.whole(key)
 
 
@@ -126,6 +128,7 @@ def dense_parts(layer: spec.Layer, stack) -> Parts:
 
 
 def norms(names: dict[str, str], plus: float = 0.0) -> Parts:
+  """Of the norms of a layer, by their path."""
   return {f'{path}/scale': Part(f'{name}.weight', 'D', plus=plus) for path, name in names.items()}
 
 
@@ -142,6 +145,7 @@ def attention_parts(attention: spec.GroupedQuery, plus: float = 0.0) -> Parts:
 
 
 def mlp_parts(mlp, path: str = 'mlp', prefix: str = 'mlp.') -> Parts:
+  """Of a gated layer at `path`; `prefix` begins the names of its tensors."""
   parts = {}
   for own, (name, layout, outputs) in MLP.items():
     bias = Part(f'{prefix}{name}.bias', outputs) if own in getattr(mlp, 'biases', ()) else None

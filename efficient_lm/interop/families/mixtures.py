@@ -16,8 +16,10 @@ def mixture(keys: Keys) -> spec.Transformer:
   kind = keys.get('model_type')
   keys.only('hidden_act', 'silu', 'swish', default='silu')   # experts are SwiGLU
   keys.off('clip_qkv')
-  if kind.startswith('qwen'): keys.off('use_sliding_window'), keys.get('sliding_window'), keys.get('max_window_layers')
-  attention = llama.attention(keys, _biases(keys, kind), {'olmoe': 'NH', 'qwen3_moe': 'H'}.get(kind, ''), llama.windows(keys)[0])
+  keys.off('use_sliding_window')
+  if kind.startswith('qwen'): keys.asked |= {'sliding_window', 'max_window_layers', 'intermediate_size'}   # may not be used
+  qk_norm = {'olmoe': 'NH', 'qwen3_moe': 'H'}.get(kind, '')
+  attention = llama.attention(keys, _biases(keys, kind), qk_norm, llama.windows(keys)[0])
   layers = [spec.Layer(attention=attention, mlp=_experts(keys, kind) if sparse else llama.feed_forward(keys))
             for sparse in _sparse(keys, kind)]
   eps = 1e-5 if kind in ('mixtral', 'olmoe') else 1e-6
@@ -42,9 +44,10 @@ def _sparse(keys: Keys, kind: str) -> list[bool]:
 def _experts(keys: Keys, kind: str) -> spec.MoE:
   """Gates are normalised over the chosen experts where `norm_topk_prob` says so; Mixtral always does."""
   key, default = NUM_EXPERTS[kind]
-  if kind == 'qwen3_moe' and keys.get(key) is None: key = 'num_local_experts'   # as some versions have written it
+  other = {'num_experts': 'num_local_experts', 'num_local_experts': 'num_experts'}[key]   # as other versions have written it
+  if keys.get(key) is None and keys.get(other) is not None: key, other = other, key
+  if keys.get(other, keys.get(key)) != keys.get(key): keys.refuse(other, f'says something else than {key}')
   hidden = keys.whole('moe_intermediate_size' if kind.startswith('qwen') else 'intermediate_size')
-  if kind.startswith('qwen'): keys.get('intermediate_size')   # of layers without experts, of which there may be none
   normalize = True if kind == 'mixtral' else keys.flag('norm_topk_prob', False)
   shared = None
   if kind == 'qwen2_moe': shared = spec.SigmoidGated(inner=spec.SwiGLU(hidden=keys.whole('shared_expert_intermediate_size')))
@@ -72,6 +75,6 @@ def expert_parts(moe: spec.MoE, prefix: str, names: dict[str, str] | None = None
     parts[f'mlp/experts/{own}/array'] = Part(f'{prefix}experts.{{e}}.{names[own]}.weight', layout)
   if isinstance(moe.shared, spec.SigmoidGated):
     parts |= llama.mlp_parts(moe.shared.inner, 'mlp/shared/inner', f'{prefix}shared_expert.')
-    parts['mlp/shared/gate_out/array'] = Part(f'{prefix}shared_expert_gate.weight', 'O D')
+    parts['mlp/shared/gate_out/array'] = Part(f'{prefix}shared_expert_gate.weight', 'E D')
   if moe.num_shared: parts |= llama.mlp_parts(None, 'mlp/shared', f'{prefix}shared_experts.')
   return parts

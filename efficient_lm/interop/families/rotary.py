@@ -29,7 +29,7 @@ def by_layer_type(keys: Keys, theta: float, local_theta: float) -> dict[str, Rop
   length = keys.whole('max_position_embeddings', 131_072)
   full, local = (nested.table(name) if nested else None for name in ('full_attention', 'sliding_attention'))
   if nested: nested.finish()
-  if old is not None and full is not None: keys.refuse('rope_scaling', 'stands beside rope_parameters: one of them is needed')
+  if None not in (old, full): keys.refuse('rope_scaling', 'stands beside rope_parameters: one of them is needed')
   full = full or old
   return {'full_attention': _rope(full, theta, 'half', length) if full else Rope(theta=theta),
           'sliding_attention': _rope(local, local_theta, 'half', length) if local else Rope(theta=local_theta)}
@@ -37,16 +37,17 @@ def by_layer_type(keys: Keys, theta: float, local_theta: float) -> dict[str, Rop
 
 def _rope(table: Keys, theta: float, layout: str, length: int) -> Rope:
   kind, older = table.get('rope_type'), table.get('type')
-  if kind is not None and older is not None and kind != older: table.refuse('type', f'says something else than rope_type, {kind}')
+  if None not in (kind, older) and kind != older: table.refuse('type', f'says something else than rope_type, {kind}')
   theta = table.number('rope_theta', theta)
   table.only('partial_rotary_factor', None, 1, 1.0)
-  match kind or older or 'default':
+  match next((one for one in (kind, older) if one is not None), 'default'):
     case 'default': scaling = None
     case 'linear': scaling = LinearScaling(factor=table.number('factor'))
     case 'llama3': scaling = _llama3(table, length)
     case 'yarn': scaling = _yarn(table, length)
     case other:
-      table.refuse('rope_type' if kind else 'type', f'{other!r} cannot be read: there are default, linear, llama3 and yarn')
+      fix = f'{other!r} cannot be read: there are default, linear, llama3 and yarn'
+      table.refuse('type' if kind is None else 'rope_type', fix)
   table.finish()
   return Rope(theta=theta, layout=layout, scaling=scaling)
 
