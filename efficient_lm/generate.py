@@ -50,8 +50,8 @@ def check():
   if FLAGS.top_p is not None and not 0 < FLAGS.top_p <= 1:
     raise ConfigError('--top_p', FLAGS.top_p, 'must be above 0 and at most 1')
   if not 0 <= FLAGS.seed < SEEDS: raise ConfigError('--seed', FLAGS.seed, f'must be at least 0 and below {SEEDS}')
-  if FLAGS.system is not None and not FLAGS.chat: raise ConfigError('--system', FLAGS.system, 'belongs to --chat: write both')
-  if FLAGS.chat and not FLAGS['prompt'].present: raise ConfigError('--prompt', None, 'is missing: with --chat it is the message')
+  if FLAGS.system is not None and not FLAGS.chat: raise ConfigError('--system', FLAGS.system, 'needs --chat')
+  if FLAGS.chat and not FLAGS['prompt'].present: raise ConfigError('--prompt', None, 'is missing: it is the message')
   if FLAGS.stop == '': raise ConfigError('--stop', FLAGS.stop, 'must hold at least one character')
 
 

@@ -1,11 +1,11 @@
 """Chats as a model was trained on them: its template, in Jinja, writes messages and marks as one text, and that becomes ids.
 
 Templates are written for transformers (`apply_chat_template`), whose environment this is: sandboxed, whitespace around
-blocks trimmed, and a few functions. A template is a program of strangers; the sandbox keeps it from everything but the
+blocks trimmed, and a few functions. A template is a program of strangers; the sandbox keeps it from all but the
 messages, though not from taking long.
 
-Marks that a template writes become their ids. The same characters in a message do not: before a template sees them, each mark
-is hidden behind a character that stands nowhere else, and afterwards it is encoded as the letters that it is made of. So
+Marks that a template writes become their ids. The same characters in a message do not: before a template sees them, each
+mark is hidden behind a character that stands nowhere else, and afterwards it is encoded as the letters that it is made of. So
 nobody can end a message from within it.
 """
 import datetime
@@ -90,7 +90,8 @@ def _environment():
   made = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                       extensions=[Generation, jinja2.ext.loopcontrols])
   made.filters['tojson'] = to_json
-  made.globals |= {'raise_exception': refuse, 'strftime_now': now, 'namespace': Namespace, 'dict': lambda **made: dict(**made)}
+  made.globals |= {'raise_exception': refuse, 'strftime_now': now, 'namespace': Namespace}
+  made.globals['dict'] = lambda **values: values
   return made
 
 
