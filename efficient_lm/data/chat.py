@@ -5,8 +5,8 @@ blocks trimmed, and a few functions. A template is a program of strangers; the s
 messages, though not from taking long.
 
 Marks that a template writes become their ids. The same characters in a message do not: before a template sees them, each
-mark is hidden behind a character that stands nowhere else, and afterwards it is encoded as the letters that it is made of. So
-nobody can end a message from within it.
+mark is hidden behind a character that stands nowhere else, and afterwards it is encoded as the letters that it is made of.
+So nobody can end a message from within it.
 """
 import datetime
 import itertools

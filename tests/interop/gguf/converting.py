@@ -69,7 +69,8 @@ def _metadata(config: dict, architecture: str) -> dict:
       'feed_forward_length': 'n_inner', 'attention.head_count': 'n_head',
       'attention.layer_norm_epsilon': 'layer_norm_epsilon'}.items()}
   names = {'context_length': 'max_position_embeddings', 'embedding_length': 'hidden_size',
-           'block_count': 'num_hidden_layers', 'feed_forward_length': 'intermediate_size', 'attention.head_count': 'num_attention_heads',
+           'block_count': 'num_hidden_layers', 'feed_forward_length': 'intermediate_size',
+           'attention.head_count': 'num_attention_heads',
            'attention.head_count_kv': 'num_key_value_heads', 'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
            'attention.key_length': 'head_dim', 'attention.value_length': 'head_dim', 'expert_count': 'num_experts',
            'expert_used_count': 'num_experts_per_tok', 'expert_feed_forward_length': 'moe_intermediate_size',

@@ -11,7 +11,7 @@ from efficient_lm.interop import families, folder
 from efficient_lm.interop.gguf import names, reader
 from tests.interop.gguf import writing
 from tests.interop.gguf.converting import convert
-from tests.interop.gguf.models import LLAMA, K, N, small
+from tests.interop.gguf.models import LLAMA, N, small
 
 FIXTURES = pathlib.Path(__file__).parent.parent / 'fixtures'
 PUBLISHED = {'rope_type': 'llama3', 'rope_theta': 5e5, 'factor': 32.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
@@ -74,34 +74,6 @@ def test_rows_of_quantized_queries_are_ordered_as_their_numbers_are(tmp_path):
   np.testing.assert_array_equal(found, numbers[[4 * n + i for n in range(N) for i in (0, 2, 1, 3)]])
 
 
-@pytest.mark.parametrize('change, words', [
-  ({'general.architecture': 'bloom'}, 'bloom'), ({'general.architecture': 7}, 'general.architecture'),
-  ({'general.type': 'adapter'}, 'adapter'), ({'split.count': ('u16', 3)}, 'join the parts'),
-  ({'llama.block_count': 3}, 'has 2 layers, not block_count = 3'), ({'llama.block_count': 2 ** 31}, 'block_count'),
-  ({'llama.block_count': -1.0}, 'block_count'), ({'llama.attention.head_count': 2 ** 30}, 'attn_q'),
-  ({'llama.attention.head_count': [4, 2]}, 'must be one int'), ({'llama.embedding_length': 32}, 'shape'),
-  ({'llama.feed_forward_length': 25}, 'ffn_up'), ({'llama.attention.head_count_kv': 4}, 'attn_k'),
-  ({'llama.rope.dimension_count': 2}, 'rope.dimension_count'), ({'llama.attention.value_length': 8}, 'value_length'),
-  ({'llama.rope.scaling.type': 'longrope'}, 'linear and yarn'), ({'llama.attention.causal': False}, 'causal'),
-  ({'llama.attention.layer_norm_rms_epsilon': float('nan')}, 'epsilon'), ({'llama.logit_scale': 0.5}, 'logit_scale'),
-  ({'llama.attention.sliding_window': 5}, 'sliding_window'), ({'llama.vocab_size': 7}, 'vocab_size'),
-  ({'llama.expert_count': 4}, 'ffn_gate_inp'), ({'llama.rope.scaling.yarn_log_multiplier': 0.1}, 'yarn_log_multiplier')],
-  ids=str)
-def test_metadata_that_is_not_understood_is_refused_in_a_line(tmp_path, change, words):
-  metadata, tensors = small(LLAMA)
-  with pytest.raises(IncompatibleError) as refused: opened(tmp_path, {**metadata, **change}, tensors)
-  line = str(refused.value)
-  assert line.startswith(str(tmp_path)) and words in line and line.isprintable() and len(line) < 400
-
-
-@pytest.mark.parametrize('key', sorted(set(LLAMA) - {'llama.rope.freq_base', 'llama.rope.dimension_count',
-                                                    'llama.attention.head_count_kv', 'llama.attention.key_length'}))
-def test_a_key_that_is_needed_is_missed(tmp_path, key):
-  metadata, tensors = small(LLAMA)
-  del metadata[key]
-  with pytest.raises(IncompatibleError, match=key.split('.')[-1]): opened(tmp_path, metadata, tensors)
-
-
 @pytest.mark.parametrize('name', ['token_embd.weight', 'blk.0.attn_q.weight', 'blk.0.ffn_up.weight'])
 def test_a_tensor_that_sizes_are_read_from_is_missed(tmp_path, name):
   metadata, tensors = small(LLAMA)
@@ -115,18 +87,6 @@ def test_a_tensor_without_a_place_is_refused(tmp_path, name):
   metadata, tensors = small(LLAMA)
   with pytest.raises(IncompatibleError, match=r'no place for the tensor|layers, not block_count'):
     opened(tmp_path, metadata, {**tensors, name: np.zeros(4, np.float32)})
-
-
-def test_frequencies_that_no_published_model_has_are_refused(tmp_path):
-  metadata, tensors = small(LLAMA)
-  with pytest.raises(IncompatibleError, match=r'rope_freqs\.weight is not the scaling of Llama 3.1'):
-    opened(tmp_path, metadata, {**tensors, 'rope_freqs.weight': np.array([1, 1.5], np.float32)})
-
-
-def test_one_number_for_each_layer_is_one_number_where_all_agree(tmp_path):
-  metadata, tensors = small(LLAMA)
-  found = opened(tmp_path, {**metadata, 'llama.attention.head_count_kv': [K, K]}, tensors)
-  assert found.config['num_key_value_heads'] == K
 
 
 def test_a_head_of_its_own_is_used_though_the_model_may_be_tied(tmp_path):
