@@ -23,7 +23,8 @@ class Gguf:
   def check(self):
     if not self.path: yield 'path', self.path, 'must name a .gguf file'
     for field in ('dtype', 'parameters'):
-      if getattr(self, field) not in DTYPES: yield field, getattr(self, field), 'must be float32, bfloat16 or float16, or None'
+      value = getattr(self, field)
+      if value not in DTYPES: yield field, value, 'must be float32, bfloat16 or float16, or None'
 
   @property
   def label(self) -> str:

@@ -61,6 +61,9 @@ ENDS = ('<|im_end|>', '<|endoftext|>', '<|eot_id|>', '<|eom_id|>', '<|end_of_tex
         '</s>', '<|return|>', '<|call|>', '<｜end▁of▁sentence｜>', '<EOT>', '<|END_OF_TURN_TOKEN|>')
 
 
+LONGEST = 256   # characters of a piece that is merged: every pair that makes it is looked for
+
+
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
   """model: JSON of the package `tokenizers`. bos: the id that begins a text, None where nothing does. eod: the id that ends
@@ -79,6 +82,9 @@ def read(file: File) -> Vocabulary:
   kind, tokens = get('model'), get('tokens')
   if kind not in ('gpt2', 'llama'): raise _refused(file, f'tokenizer.ggml.model = {_shown(kind)}: gpt2 and llama are read')
   if not isinstance(tokens, list) or not tokens: raise _refused(file, 'has no list tokenizer.ggml.tokens')
+  embedding = file.tensors.get('token_embd.weight')
+  if embedding is not None and len(tokens) > embedding.shape[0]:
+    raise _refused(file, f'has {len(tokens)} tokens, and an embedding of {embedding.shape[0]}')
   types = get('token_type')
   if types is None: types = np.ones(len(tokens), np.int32)
   if not isinstance(types, np.ndarray) or len(types) != len(tokens):
@@ -155,4 +161,33 @@ def _byte_pairs(file: File, tokens: list[str], types: list[int]) -> tuple[dict, 
 
 
 def _sentence_piece(file: File, tokens: list[str], types: list[int]) -> tuple[dict, bool]:
-  raise _refused(file, 'SentencePiece is not read yet')
+  """Pieces are merged by their scores, the best pair first; the package merges by a list of pairs, which follows."""
+  get = lambda name, default=None: file.metadata.get(f'tokenizer.ggml.{name}', default)
+  gemma = str(file.metadata.get('general.architecture')).startswith('gemma')
+  if gemma: tokens = ['▁' * len(token) if token.isspace() and set(token) == {' '} else token for token in tokens]
+  ids, scores = _ids(file, tokens, types), get('scores')
+  if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
+    raise _refused(file, 'has not one tokenizer.ggml.scores for each token')
+  # Gemma's scores do not rise with the order in which its pieces were made; their places do.
+  order = -np.arange(len(tokens)) if gemma else scores
+  mergeable = {token: float(order[i]) for token, i in ids.items() if types[i] in (NORMAL, USER_DEFINED)}
+  longest = max(map(len, mergeable), default=0)
+  if longest > LONGEST: raise _refused(file, f'has a piece of {longest} characters: {LONGEST} are read')
+  unknown = [token for token, i in ids.items() if types[i] == UNKNOWN]
+  spaces = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}
+  before = [{'type': 'Prepend', 'prepend': '▁'}] if get('add_space_prefix', True) else []
+  model = dict(type='BPE', dropout=None, unk_token=unknown[0] if unknown else None, continuing_subword_prefix=None,
+               end_of_word_suffix=None, fuse_unk=True, byte_fallback=BYTE in types, ignore_merges=False, vocab=ids,
+               merges=_merges(mergeable, ids))
+  decoders = [{'type': 'Replace', 'pattern': {'String': '▁'}, 'content': ' '}, {'type': 'ByteFallback'}, {'type': 'Fuse'}]
+  return dict(version='1.0', truncation=None, padding=None, added_tokens=_added(tokens, types),
+              normalizer={'type': 'Sequence', 'normalizers': [*before, spaces]}, pre_tokenizer=None, post_processor=None,
+              decoder={'type': 'Sequence', 'decoders': decoders}, model=model), True
+
+
+def _merges(scores: dict[str, float], ids: dict[str, int]) -> list[list[str]]:
+  """All pairs of pieces that make a piece, those of the best piece first; of one piece's, in the order of transformers."""
+  pairs = [(score, i, len(piece) - i, piece) for piece, score in scores.items() for i in range(1, len(piece))
+           if piece[:i] in ids and piece[i:] in ids]
+  pairs.sort(key=lambda pair: pair[:3], reverse=True)
+  return [[piece[:i], piece[i:]] for _, i, _, piece in pairs]

@@ -10,7 +10,8 @@ TOKENIZER = {'tokenizer.ggml.model': 'gpt2', 'tokenizer.ggml.pre': 'gpt-2', 'tok
              'tokenizer.ggml.token_type': [('i32', kind) for kind in [3, 3] + [1] * 259],
              'tokenizer.ggml.merges': ['h e', 'l l', 'he ll']}
 LLAMA = {'general.architecture': 'llama', 'llama.block_count': L, 'llama.embedding_length': D,
-         'llama.feed_forward_length': F, 'llama.attention.head_count': N, 'llama.attention.head_count_kv': K, 'llama.context_length': 64,
+         'llama.feed_forward_length': F, 'llama.attention.head_count': N, 'llama.attention.head_count_kv': K,
+         'llama.attention.key_length': H, 'llama.context_length': 64,
          'llama.attention.layer_norm_rms_epsilon': 1e-5, 'llama.rope.freq_base': 5e4, 'llama.rope.dimension_count': H}
 
 

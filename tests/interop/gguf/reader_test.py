@@ -25,7 +25,8 @@ def written(tmp_path, raw: bytes, name='model.gguf') -> str:
 def test_what_was_written_is_read(tmp_path, version):
   metadata = {'general.architecture': 'llama', 'a': ('u8', 200), 'b': ('i8', -3), 'c': ('u16', 60000), 'd': ('i16', -300),
               'e': ('u32', 2 ** 32 - 1), 'f': ('i32', -7), 'g': 0.5, 'h': True, 'i': ('u64', 2 ** 63),
-              'j': ('i64', -2 ** 62), 'k': ('f64', 1 / 3), 'words': ['', 'é', 'x' * 300], 'ints': [1, 2, 3], 'none': [], 'flags': [True, False]}
+              'j': ('i64', -2 ** 62), 'k': ('f64', 1 / 3), 'words': ['', 'é', 'x' * 300], 'ints': [1, 2, 3],
+              'none': [], 'flags': [True, False]}
   half = ('F16', (2, 3), np.arange(6, dtype=np.float16).tobytes())
   quantized = ('Q8_0', (2, 32), (np.float16(2).tobytes() + bytes(range(32))) * 2)
   path = written(tmp_path, writing.file(metadata, {'n': NUMBERS, 'h': half, 'q': quantized}, version))
@@ -139,7 +140,8 @@ def test_what_is_no_file_is_refused_without_waiting_for_it(tmp_path):
 
 
 def test_refusals_say_what_is_wrong(tmp_path):
-  wanted = {'another format': 'no GGUF file', 'version 1': 'version 1: 2 and 3 are read', 'the other byte order': 'big-endian',
+  wanted = {'another format': 'no GGUF file', 'version 1': 'version 1: 2 and 3 are read',
+            'the other byte order': 'big-endian',
             'a kind that is not read': "'a' as IQ4_NL", 'a tensor in another': 'overlap', 'a key twice': "'a' twice"}
   for case, words in wanted.items(): assert words in refusal(written(tmp_path, HOSTILE[case])), case
 
