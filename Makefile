@@ -9,6 +9,7 @@
 #                     every kernel and a train step compiled for TPUs and for NVIDIA GPUs, none of which has to be here
 #   make bench        training and decoding against PyTorch, on the device at hand
 #   make bench-ops    every operation against its roofline and its baselines
+#   make smollm2      fetches SmolLM2-135M-Instruct (98 MB, Apache-2.0) into models/smollm2, for --run=models/smollm2
 #   make notebooks    runs the notebooks of experiments/ anew, from the results beside them
 #   ARGS passes more words on: make moe ARGS="--config.train.steps=50"
 PYTHON ?= python3
@@ -20,7 +21,7 @@ CUDA := .venv-cuda
 PIP := -m pip install --quiet --disable-pip-version-check
 CONFIGS := $(basename $(notdir $(wildcard configs/*.py)))
 
-.PHONY: $(CONFIGS) test test-changed test-next test-faults check-tpu-compile check-gpu-compile lint bench bench-ops notebooks clean
+.PHONY: $(CONFIGS) test test-changed test-next test-faults check-tpu-compile check-gpu-compile lint bench bench-ops notebooks smollm2 clean
 
 $(VENV)/.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed: make PYTHON=python3.11")'
@@ -79,6 +80,9 @@ bench-ops: $(VENV)/.stamp
 notebooks: $(VENV)/.stamp
 	$(VENV)/bin/python -m jupytext --quiet --to ipynb experiments/*/notebook.py
 	$(VENV)/bin/jupyter-execute --inplace experiments/*/notebook.ipynb
+
+smollm2: $(VENV)/.stamp
+	$(VENV)/bin/python -m efficient_lm.interop.smollm2
 
 clean:
 	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) .testmondata* .pytest_cache .ruff_cache .hypothesis

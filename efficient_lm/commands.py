@@ -8,16 +8,21 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 
 from efficient_lm.config import experiment
 from efficient_lm.errors import CheckpointError, ConfigError, IncompatibleError, NonFinite, Preempted
+from efficient_lm.interop import folder
+from efficient_lm.interop.gguf.source import Gguf, file_of
+from efficient_lm.interop.huggingface import HuggingFace
 from efficient_lm.models import spec
 from efficient_lm.runs import FromRun
 from efficient_lm.runs.allocator import use_huge_pages
 
 FLAGS = flags.FLAGS
+ROWS, LENGTH = 4, 1024   # of a model that no run here has trained
 INTERRUPTED = 130   # what a shell reports of a program that SIGINT ended
 
 
@@ -42,19 +47,61 @@ def default_workdir() -> str:
 def define_run():
   """Defines --run, --stage and --config, for a command that reads a trained model."""
   if 'run' in FLAGS: return
-  flags.DEFINE_string('run', None, 'workdir of a training run')
+  flags.DEFINE_string('run', None, 'workdir of a training run, a Hugging Face folder, or a GGUF file')
   flags.DEFINE_integer('stage', None, 'number of a stage, for its model instead of that of the last')
   if 'config' not in FLAGS: define_config()
 
 
-def run_source() -> FromRun:
-  """What --run and --stage name, refused before anything heavy is loaded if it is no workdir. Raises ConfigError."""
+def run_source() -> FromRun | HuggingFace | Gguf:
+  """What --run and --stage name, refused before anything heavy is loaded if it holds no model: the workdir of a run, a
+  Hugging Face folder, by what its config.json says, or a GGUF file or a folder with one. Raises ConfigError."""
   if FLAGS.config: experiment.execute(FLAGS.config)
   if not FLAGS.run: raise ConfigError('--run', FLAGS.run, 'is missing: write --run=runs/moe, say')
+  if folder.holds_model(FLAGS.run): return _stored(HuggingFace)
+  if file_of(FLAGS.run): return _stored(Gguf)
   source = FromRun(path=FLAGS.run, stage=FLAGS.stage)
   for field, value, fix in source.check(): raise ConfigError(f'--{"run" if field == "path" else field}', value, fix)
   experiment.read(FLAGS.run)
   return source
+
+
+def _stored(kind: type) -> HuggingFace | Gguf:
+  if FLAGS.stage is not None: raise ConfigError('--stage', FLAGS.stage, 'must be left out: only runs have stages')
+  source = kind(path=FLAGS.run)
+  source.spec()
+  return source
+
+
+def trained_as(source) -> tuple[Any, int, int]:
+  """How a source is measured: the experiment of a run, or None, and how many texts of how many tokens are read at once:
+  those of its training, or ROWS of what the model was made for, LENGTH at most."""
+  if not isinstance(source, FromRun): return None, ROWS, min(LENGTH, source.context)
+  trained = experiment.read(source.path)
+  return trained, trained.train.batch_size // trained.train.accumulate, trained.train.sequence_length
+
+
+def define_text():
+  """Defines --text, for a command that reads text beside that of a run."""
+  if 'text' not in FLAGS: flags.DEFINE_string('text', None, 'text file')
+
+
+def check_text(source):
+  """Raises ConfigError where --text is no file, or missing for a source that has no text."""
+  if FLAGS.text is None and isinstance(source, FromRun): return
+  if FLAGS.text is None: raise ConfigError('--text', None, f'is missing: {source.label} has no text of its own')
+  if not os.path.isfile(FLAGS.text): raise ConfigError('--text', FLAGS.text, 'there is no such file')
+
+
+def text_batches(source):
+  """Batches of the file --text, cut into rows as `trained_as` says. Raises ConfigError for one with nothing to predict."""
+  from efficient_lm.data.packing import Rows, pack
+  from efficient_lm.data.pipeline import in_sequence
+  _, rows, length = trained_as(source)
+  with open(FLAGS.text, 'rb') as file: content = file.read()
+  try: stream = pack(source.tokenizer(), [content])
+  except ValueError as error: raise ConfigError('--text', FLAGS.text, str(error)) from error
+  if stream.num_targets < 1: raise ConfigError('--text', FLAGS.text, 'holds nothing to predict')
+  return in_sequence(Rows(stream, length), batch_size=rows)
 
 
 def define_cache():

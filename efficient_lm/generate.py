@@ -2,9 +2,11 @@
 
   python -m efficient_lm.generate --run=runs/moe --prompt='def '
 
-  --run=FOLDER        workdir of a training run
+  --run=FOLDER        workdir of a training run, a Hugging Face folder, or a GGUF file
   --stage=N           the model of stage number N instead of that of the last
   --prompt=TEXT       what to continue (default 'def ')
+  --chat              --prompt is a message, to which the model replies: for models that were trained on chats
+  --system=TEXT       with --chat, what stands before the message (default: what the model's template has there)
   --tokens=N          how many tokens to draw at most (default 400); the end of a document ends the text
   --stop=TEXT         end where this has been drawn, too
   --temperature=X     0 takes the most likely token each time (default 0.8)
@@ -27,6 +29,8 @@ from efficient_lm.errors import ConfigError
 FLAGS = flags.FLAGS
 commands.define_run()
 flags.DEFINE_string('prompt', 'def ', 'text to continue')
+flags.DEFINE_bool('chat', False, 'reply to the prompt')
+flags.DEFINE_string('system', None, 'what stands before the message of a chat')
 flags.DEFINE_integer('tokens', 400, 'tokens to draw')
 flags.DEFINE_string('stop', None, 'text to end at')
 flags.DEFINE_float('temperature', 0.8, '0 is greedy')
@@ -46,23 +50,24 @@ def check():
   if FLAGS.top_p is not None and not 0 < FLAGS.top_p <= 1:
     raise ConfigError('--top_p', FLAGS.top_p, 'must be above 0 and at most 1')
   if not 0 <= FLAGS.seed < SEEDS: raise ConfigError('--seed', FLAGS.seed, f'must be at least 0 and below {SEEDS}')
+  if FLAGS.system is not None and not FLAGS.chat: raise ConfigError('--system', FLAGS.system, 'needs --chat')
+  if FLAGS.chat and not FLAGS['prompt'].present: raise ConfigError('--prompt', None, 'is missing: it is the message')
   if FLAGS.stop == '': raise ConfigError('--stop', FLAGS.stop, 'must hold at least one character')
 
 
 def main(overrides: list[str]):
-  """Prints the prompt and its continuation as it is drawn, then the speed on standard error."""
+  """Prints the prompt and its continuation, or the reply, as it is drawn, then the speed on standard error."""
   source = commands.run_source()
   check()
   form = commands.cache_format()
   from efficient_lm.models import decode
   tokenizer = source.tokenizer()
-  try: prompt = tokenizer.prompt(FLAGS.prompt)
-  except ValueError as error: raise ConfigError('--prompt', FLAGS.prompt, str(error)) from error
+  prompt = prompt_ids(tokenizer)
   model = decode.ready(source.load(), donate=True)
   check_memory(model, len(prompt), form)
   sampling = decode.Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
   shown = Shown(FLAGS.stop)
-  shown.write(FLAGS.prompt.encode('utf-8', 'surrogateescape'))
+  if not FLAGS.chat: shown.write(FLAGS.prompt.encode('utf-8', 'surrogateescape'))
   drawn, clock = 0, None
   for ids in decode.stream(model, prompt[None], FLAGS.tokens, sampling=sampling, seed=FLAGS.seed,
                            vocab_size=tokenizer.vocab_size, cache=form, stops=tokenizer.stops):
@@ -71,6 +76,16 @@ def main(overrides: list[str]):
     else: drawn += ids.shape[1]
   shown.close()
   if drawn: print(f'{drawn / (time.perf_counter() - clock):.0f} tokens per second', file=sys.stderr)
+
+
+def prompt_ids(tokenizer):
+  """Of the text to continue, or of the chat to reply to. Raises ConfigError."""
+  if FLAGS.chat:
+    from efficient_lm.data import chat
+    system = [] if FLAGS.system is None else [{'role': 'system', 'content': FLAGS.system}]
+    return chat.encode(tokenizer, [*system, {'role': 'user', 'content': FLAGS.prompt}])
+  try: return tokenizer.prompt(FLAGS.prompt)
+  except ValueError as error: raise ConfigError('--prompt', FLAGS.prompt, str(error)) from error
 
 
 def check_memory(model, prompt: int, form):

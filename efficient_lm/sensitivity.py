@@ -2,14 +2,15 @@
 
   python -m efficient_lm.sensitivity --run=runs/baseline --budget=400000
 
-  --run=FOLDER      workdir of a training run
+  --run=FOLDER      workdir of a training run, or a Hugging Face folder
   --stage=N         the model of stage number N instead of that of the last
   --formats=A,B     of int8, int4, int3, int2, nf4, mxfp8, mxfp4, nvfp4 (default int2,int3,int4,int8)
   --group=N         inputs that share a scale in int8 to int2 and nf4 (default 32), or fewer where N does not divide
   --each_layer      each layer by itself (default: all layers of a stack that is run by one loop have one format)
   --where=PATTERN   a regular expression that finds the weights (default: the matrices of the layers)
   --budget=BYTES    of those weights together: prints a plan, rules to be pasted into a config, and its divergence
-  --sequences=N     of training text to measure on (default 32)
+  --text=FILE       any text file to measure on (default: the training text of the run; a Hugging Face folder has none)
+  --sequences=N     of that text (default 32)
   --config=FILE     a config file whose own classes the run was made with
 """
 import itertools
@@ -19,7 +20,6 @@ from absl import flags
 
 from efficient_lm import commands, formats
 from efficient_lm.compression import rules
-from efficient_lm.config import experiment
 from efficient_lm.errors import ConfigError, IncompatibleError
 
 FORMATS = {
@@ -30,6 +30,7 @@ FORMATS = {
 
 FLAGS = flags.FLAGS
 commands.define_run()
+commands.define_text()
 flags.DEFINE_list('formats', 'int2,int3,int4,int8', 'to choose from')
 flags.DEFINE_integer('group', 32, 'inputs that share a scale')
 flags.DEFINE_bool('each_layer', False, 'layers apart')
@@ -41,6 +42,7 @@ flags.DEFINE_integer('sequences', 32, 'to measure on')
 def main(overrides: list[str]):
   """Measures each weight in each format, then, under a budget, a plan beside one format for all."""
   source = commands.run_source()
+  commands.check_text(source)
   choices, where = chosen_formats(), FLAGS.where or rules.LAYERS
   if FLAGS.sequences < 1: raise ConfigError('--sequences', FLAGS.sequences, 'must be at least 1')
   try: re.compile(where)
@@ -51,7 +53,7 @@ def main(overrides: list[str]):
   from efficient_lm.parallel.sharding import single_device_mesh
   mesh = single_device_mesh()
   with jax.set_mesh(mesh):
-    model, batches = source.load(mesh), batches_of(experiment.read(FLAGS.run), source.tokenizer(), mesh)
+    model, batches = source.load(mesh), batches_of(source, mesh)
     if FLAGS.each_layer: model = unrolled(model)
     found = measured(model, batches, choices, where)
     print_table(found, choices)
@@ -67,14 +69,16 @@ def chosen_formats() -> list:
   return [FORMATS[name](scales) for name in FLAGS.formats]
 
 
-def batches_of(trained, tokenizer, mesh) -> list:
-  """Training text that follows what the run was trained on."""
+def batches_of(source, mesh) -> list:
+  """The file --text, or training text that follows what the run was trained on."""
   from efficient_lm.compression.calibration import first_batches
   from efficient_lm.parallel.sharding import place
-  training = trained.train
-  corpus = trained.data.open(seed=trained.seed, tokenizer=tokenizer)
-  batches = corpus.batches(batch_size=training.batch_size, sequence_length=training.sequence_length)
-  return first_batches((place(batch, mesh) for batch in batches.iterate(training.steps)), FLAGS.sequences)
+  if FLAGS.text is not None:
+    return first_batches((place(batch, mesh) for batch in commands.text_batches(source)), FLAGS.sequences)
+  trained, _, length = commands.trained_as(source)
+  corpus = trained.data.open(seed=trained.seed, tokenizer=source.tokenizer())
+  batches = corpus.batches(batch_size=trained.train.batch_size, sequence_length=length)
+  return first_batches((place(batch, mesh) for batch in batches.iterate(trained.train.steps)), FLAGS.sequences)
 
 
 def measured(model, batches, choices, where: str) -> list:

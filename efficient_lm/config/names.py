@@ -15,7 +15,8 @@ from efficient_lm.errors import ConfigError
 
 PACKAGE = 'efficient_lm'
 NAMESPACES = ('config', 'runs', 'data', 'formats', 'models.spec', 'models.rope', 'models.moe.routing', 'techniques',
-              'techniques.pruning.prune_once', 'training.optimizers', 'training.train')
+              'techniques.pruning.prune_once', 'training.optimizers', 'training.train', 'interop.huggingface',
+              'interop.gguf.source')
 _outside: dict[str, type] = {}   # those of config files that have been read, by name
 
 

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -185,30 +186,43 @@ class BPE:
 
 
 class BytePairs(_Codec):
-  """A learned BPE. Bytes that are not UTF-8 become ids of single bytes: every document survives."""
+  """A learned BPE. Bytes that are not UTF-8 become ids of single bytes: every document survives.
+
+  One of others (`foreign`) may fall short of that, and gives the ids that transformers gives: it may compose characters
+  (NFC) first, may know words that no merging makes and that stand whole wherever they occur, and bytes that it has no id
+  for drop out of a text.
+
+  Attributes:
+    specials: the ids of its marks, by their text; no text encodes to them.
+    template: Jinja of the chats that it was trained on, or None.
+  """
 
   def __init__(self, model: str, vocab_size: int, *, bos: int | None, eod: int | None,
-               stops: Sequence[int] | None = None):
+               stops: Sequence[int] | None = None, foreign: bool = False, template: str | None = None):
     """model: JSON of the package `tokenizers`. stops: default (eod,).
 
     Raises ValueError for a model that does not fit in `vocab_size` beside the marks or that changes text.
     """
     self.model = json.dumps(json.loads(model))
     self.vocab_size, self.bos, self.eod = vocab_size, bos, eod
+    self.foreign, self.template = foreign, template
     self._stops = super().stops if stops is None else tuple(stops)
-    self._encoder = _text_only(tokenizers.Tokenizer.from_str(model))
+    self._encoder = _text_only(tokenizers.Tokenizer.from_str(model), foreign)
     byte_of = _byte_of_character()
-    special = self._encoder.get_added_tokens_decoder()
+    added = self._encoder.get_added_tokens_decoder()
+    self.specials = {token.content: index for index, token in added.items() if token.special}
     marks = {mark for mark in (bos, eod) if mark is not None}
     self._pieces = [b''] * vocab_size
     for piece, index in self._encoder.get_vocab().items():
-      if index >= vocab_size or (index in marks and index not in special):
+      if index >= vocab_size or (index in marks and index not in added and not foreign):
         raise ValueError(f'token {index} does not fit in a vocabulary of {vocab_size} with the marks {sorted(marks)}')
-      if index not in special: self._pieces[index] = bytes(byte_of[character] for character in piece)
+      if index not in added: self._pieces[index] = bytes(byte_of[character] for character in piece)
+      elif not added[index].special: self._pieces[index] = piece.encode()
     if not {*marks, *self.stops} <= {*range(vocab_size)}: raise ValueError('bos, eod and stops must be ids')
-    self._byte_ids = {piece[0]: index for index, piece in enumerate(self._pieces) if len(piece) == 1}
-    if len(self._byte_ids) < 256: raise ValueError('a byte without an id would be lost')
-    if self.decode_bytes(self.encode(_PROBE)) != _PROBE.encode(): raise ValueError('it changes the text')
+    self._byte_ids = {piece[0]: index for index, piece in enumerate(self._pieces) if len(piece) == 1 and index not in added}
+    if len(self._byte_ids) < 256 and not foreign: raise ValueError('a byte without an id would be lost')
+    probe = unicodedata.normalize('NFC', _PROBE) if self._encoder.normalizer is not None else _PROBE
+    if self.decode_bytes(self.encode(_PROBE)) != probe.encode(): raise ValueError('it changes the text')
 
   @property
   def stops(self) -> tuple[int, ...]:
@@ -221,6 +235,7 @@ class BytePairs(_Codec):
     bpe = {name: value for name, value in model['model'].items() if value not in (None, False)}
     bpe['merges'] = [merge.split(' ') if isinstance(merge, str) else merge for merge in bpe['merges']]
     parts = [bpe, model.get('pre_tokenizer'), self.bos, self.eod]
+    if self.foreign: parts += [model.get('normalizer'), [t['content'] for t in model['added_tokens'] if not t['special']]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
   @property
@@ -237,7 +252,7 @@ class BytePairs(_Codec):
     encoded = iter(self._encoder.encode_batch_fast(texts, add_special_tokens=False))
 
     def ids(index, piece):
-      found = [self._byte_ids[byte] for byte in _bytes(piece)] if index % 2 else next(encoded).ids
+      found = [self._byte_ids[b] for b in _bytes(piece) if b in self._byte_ids] if index % 2 else next(encoded).ids
       return np.array(found, np.int32)
 
     return [np.concatenate([ids(*item) for item in enumerate(pieces)]) for pieces in split]
@@ -246,11 +261,76 @@ class BytePairs(_Codec):
     return b''.join(self._pieces[index] for index in np.asarray(ids).tolist())
 
   def to_json(self) -> str:
+    foreign = {'foreign': True, 'template': self.template} if self.foreign else {}
     return json.dumps({'kind': 'bpe', 'vocab_size': self.vocab_size, 'bos': self.bos, 'eod': self.eod,
-                       'stops': self.stops, 'model': json.loads(self.model)})
+                       'stops': self.stops, **foreign, 'model': json.loads(self.model)})
 
 
-def from_json(text: str) -> ByteTokenizer | SymbolTokenizer | BytePairs:
+class SentencePieces(_Codec):
+  """A tokenizer made by SentencePiece (Kudo and Richardson 2018, arXiv:1808.06226), as Llama 2, Mistral and Gemma have one:
+  '▁' stands for a space, and bytes have ids of their own ('<0x0A>') for what no piece has. Most begin a text with a space
+  that it does not have: `decode_bytes` gives it back, and bits per byte counts it.
+
+  Attributes:
+    specials, template: as those of BytePairs.
+  """
+
+  def __init__(self, model: str, vocab_size: int, *, bos: int | None, eod: int | None, stops: Sequence[int] | None = None,
+               template: str | None = None):
+    """As BytePairs, one of others. Raises ValueError for a model that changes text in other ways."""
+    self.model = json.dumps(json.loads(model))
+    self.vocab_size, self.bos, self.eod, self.template = vocab_size, bos, eod, template
+    self._stops = super().stops if stops is None else tuple(stops)
+    self._encoder = tokenizers.Tokenizer.from_str(model)
+    _plain(self._encoder)
+    added = self._encoder.get_added_tokens_decoder()
+    self.specials = {token.content: index for index, token in added.items() if token.special}
+    marks = {mark for mark in (bos, eod) if mark is not None}
+    if not {*marks, *self.stops, *self._encoder.get_vocab().values()} <= {*range(vocab_size)}:
+      raise ValueError(f'bos, eod, stops and all tokens must be ids below {vocab_size}')
+    self._pieces = [b''] * vocab_size
+    for piece, index in self._encoder.get_vocab().items():
+      if index not in added: self._pieces[index] = _bytes_of_piece(piece)
+      elif not added[index].special: self._pieces[index] = piece.encode()
+    for index in marks: self._pieces[index] = b''
+    if self.decode_bytes(self.encode(_PROBE)).removeprefix(b' ') != _PROBE.encode(): raise ValueError('it changes the text')
+
+  @property
+  def stops(self) -> tuple[int, ...]:
+    return self._stops
+
+  @functools.cached_property
+  def key(self) -> str:
+    model = json.loads(self.model)
+    parts = [model.get(name) for name in ('model', 'normalizer', 'pre_tokenizer', 'added_tokens')] + [self.bos, self.eod]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+  @property
+  def bytes_V(self) -> np.ndarray:
+    return np.array([len(piece) for piece in self._pieces], np.int32)
+
+  def encode(self, text: str | bytes) -> np.ndarray:
+    return self.encode_all([text])[0]
+
+  def encode_all(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
+    """Bytes that are no UTF-8 are encoded as the character that replaces them."""
+    texts = [_bytes(document).decode('utf-8', 'replace') for document in documents]
+    return [np.array(one.ids, np.int32) for one in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
+
+  def decode_bytes(self, ids) -> bytes:
+    return b''.join(self._pieces[index] for index in np.asarray(ids).tolist())
+
+  def to_json(self) -> str:
+    return json.dumps({'kind': 'sentencepiece', 'vocab_size': self.vocab_size, 'bos': self.bos, 'eod': self.eod,
+                       'stops': self.stops, 'template': self.template, 'model': json.loads(self.model)})
+
+
+def _bytes_of_piece(piece: str) -> bytes:
+  found = re.fullmatch('<0x([0-9A-Fa-f]{2})>', piece)
+  return bytes.fromhex(found[1]) if found else piece.replace('▁', ' ').encode()
+
+
+def from_json(text: str) -> ByteTokenizer | SymbolTokenizer | BytePairs | SentencePieces:
   """The inverse of `to_json`; what was stored before documents began with a mark has bos None. Raises ConfigError."""
   try:
     saved = json.loads(text)
@@ -259,11 +339,15 @@ def from_json(text: str) -> ByteTokenizer | SymbolTokenizer | BytePairs:
       case 'symbols': return _checked(SymbolTokenizer(saved['symbols']))
       case 'bpe':
         return BytePairs(json.dumps(saved['model']), saved['vocab_size'], bos=saved.get('bos'),
-                         eod=saved.get('eod', saved['vocab_size'] - 1), stops=saved.get('stops'))
+                         eod=saved.get('eod', saved['vocab_size'] - 1), stops=saved.get('stops'),
+                         foreign=saved.get('foreign', False), template=saved.get('template'))
+      case 'sentencepiece':
+        return SentencePieces(json.dumps(saved['model']), saved['vocab_size'], bos=saved['bos'], eod=saved['eod'],
+                              stops=saved['stops'], template=saved['template'])
   except ImportError: raise
   except Exception as error:  # the package raises bare Exceptions for a bad model
     raise ConfigError('tokenizer', text[:40], f'is no saved tokenizer ({type(error).__name__})') from error
-  raise ConfigError('tokenizer', saved['kind'], 'bytes, symbols or bpe are the kinds there are')
+  raise ConfigError('tokenizer', saved['kind'], 'bytes, symbols, bpe and sentencepiece are the kinds there are')
 
 
 def _checked(tokenizer):
@@ -271,16 +355,25 @@ def _checked(tokenizer):
   return tokenizer
 
 
-def _text_only(encoder):
+def _text_only(encoder, foreign: bool):
   """The encoder, set to give every text exactly the ids of its own characters. Raises ValueError where it cannot."""
+  _plain(encoder)
+  normalizer, added = encoder.normalizer, encoder.get_added_tokens_decoder().values()
+  if normalizer is not None and not (foreign and isinstance(normalizer, tokenizers.normalizers.NFC)):
+    raise ValueError('a normalizer changes the text')
+  if not foreign and any(not token.special for token in added):
+    raise ValueError('added tokens that are not special have no place among byte pairs')
+  if any(token.lstrip or token.rstrip or token.single_word for token in added if not token.special):
+    raise ValueError('added tokens that take the spaces beside them change the text')
+  return encoder
+
+
+def _plain(encoder):
+  """Sets an encoder to give all of a text its ids, every time the same. Raises ValueError where it cannot."""
   encoder.no_truncation()
   encoder.no_padding()
   encoder.encode_special_tokens = True  # '<|endoftext|>' in a document is a word like any other
-  if encoder.normalizer is not None: raise ValueError('a normalizer changes the text')
-  if encoder.model.dropout: raise ValueError('dropout encodes a text differently each time')
-  if any(not token.special for token in encoder.get_added_tokens_decoder().values()):
-    raise ValueError('added tokens that are not special have no place among byte pairs')
-  return encoder
+  if getattr(encoder.model, 'dropout', None): raise ValueError('dropout encodes a text differently each time')
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -2,10 +2,12 @@
 
 Both layers are called as `layer(x_BTD, positions_BT, segments_BT, cache, start)`. Without a cache the T tokens attend to
 each other (within their document, where `segments_BT` is given). With one, T new tokens are written at `start` and attend
-to all that the cache holds up to themselves; the updated cache is returned. `models/cache.py` says what it holds.
+to all that the cache holds up to themselves; the updated cache is returned. `models/cache.py` says what it holds. One new
+token of each sequence (T = 1) may have a `start` of its own, start_B: then sequences are of several lengths.
 """
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -127,5 +129,7 @@ class LatentAttention(nnx.Module):
     dtype = nope_BTNH.dtype
     q = jnp.concatenate([self.key_up.contract('BTNH,RNH->BTNR', nope_BTNH), rope_BTNH], -1)
     c_BS1R, k_BS1H = cache['latent'].read(dtype), cache['key'].read(dtype)
-    o_BTNR = attention(q, jnp.concatenate([c_BS1R, k_BS1H], -1), c_BS1R, start=start, scale=self.scale)
+    attend = lambda q, k, v, start: attention(q, k, v, start=start, scale=self.scale)
+    alone = lambda q, k, v, start: attend(q[None], k[None], v[None], start)[0]   # one sequence of the batch
+    o_BTNR = (jax.vmap(alone) if jnp.ndim(start) else attend)(q, jnp.concatenate([c_BS1R, k_BS1H], -1), c_BS1R, start)
     return self.value_up.contract('BTNR,RNH->BTNH', o_BTNR)

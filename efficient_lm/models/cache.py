@@ -9,6 +9,7 @@ only where tokens share a scale: at once, the scale of a token already covers th
 a capacity drops no token that is read through a cache; without a cache it drops those that training would drop.
 """
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,11 @@ from efficient_lm.parallel.sharding import by_shard, constrain
 
 
 def write(x_BKSH, new_BKTH, start):
-  """Puts `new` into the slots from `start` on; scales, (B, K, S), likewise."""
-  written = lax.dynamic_update_slice_in_dim(x_BKSH, new_BKTH.astype(x_BKSH.dtype), start, axis=2)
+  """Puts `new` into the slots from `start` on, which may be one number or one for each sequence; scales, (B, K, S),
+  likewise."""
+  put = lambda x, new, at, axis: lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), at, axis)
+  if jnp.ndim(start): written = jax.vmap(functools.partial(put, axis=1))(x_BKSH, new_BKTH, start)
+  else: written = put(x_BKSH, new_BKTH, start, 2)
   return constrain(written, 'BKSH'[:x_BKSH.ndim])
 
 
@@ -116,7 +120,8 @@ class KeyValues:
     return KeyValues(self.keys.append(k_BTKH, start), self.values.append(v_BTKH, start))
 
   def attend(self, q_BTNH, start, segments_BS=None, **options):
-    """What queries start … start + T - 1 see of the tokens up to themselves, their own included.
+    """What queries start … start + T - 1 see of the tokens up to themselves, their own included. Where T is 1, `start` may
+    be one for each sequence.
 
     One token reads the cache as it is stored, by `ops.decode_attention`. Several tokens, and any with segments, read it
     dequantized, by `ops.attention`; a prompt that starts at 0 reads only the slots that it has filled. options: window,
@@ -135,4 +140,4 @@ class KeyValues:
     def run(q_BNH, lengths_B, k, v, *scales):
       return decode_attention(q_BNH, k, v, lengths_B, **options, **dict(zip(('k_scale_BKS', 'v_scale_BKS'), scales)))
     letters = ('BNH', 'B', 'BKSH', 'BKSH', 'BKS', 'BKS')[:2 + len(stored)]
-    return by_shard(run, letters, 'BNH')(q_BNH, jnp.full(q_BNH.shape[:1], length, jnp.int32), *stored)
+    return by_shard(run, letters, 'BNH')(q_BNH, jnp.broadcast_to(jnp.int32(length), q_BNH.shape[:1]), *stored)

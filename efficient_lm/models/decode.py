@@ -100,25 +100,32 @@ def _outputs_first(weight: Dense, donate: bool) -> Weight:
 
 
 @functools.partial(jax.jit, static_argnames=('length', 'vocab_size', 'cache'))
-def prefill(model, prompt_BT, *, length: int, vocab_size: int, cache=specs.FloatCache()):
-  """Reads the prompt into a cache of `length` slots: the logits after its last token, (B, vocab_size), and the cache."""
+def prefill(model, prompt_BT, lengths_B=None, *, length: int, vocab_size: int, cache=specs.FloatCache()):
+  """Reads the prompt into a cache of `length` slots: the logits after its last token, (B, vocab_size), and the cache.
+
+  lengths_B: of prompts that are filled up on the right. What follows a prompt is not seen by it, and the tokens drawn take
+  its slots one by one before any of them sees it.
+  """
   outputs = model(prompt_BT, cache=model.init_cache(prompt_BT.shape[0], length, cache))
-  last = dataclasses.replace(outputs, hidden_BTD=outputs.hidden_BTD[:, -1:])
-  return last.logits_BTV[:, 0, :vocab_size], outputs.cache
+  if lengths_B is None: hidden_BTD = outputs.hidden_BTD[:, -1:]
+  else: hidden_BTD = jnp.take_along_axis(outputs.hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
+  return dataclasses.replace(outputs, hidden_BTD=hidden_BTD).logits_BTV[:, 0, :vocab_size], outputs.cache
 
 
 @functools.partial(jax.jit, static_argnames=('count', 'vocab_size'), donate_argnames='cache')
 def burst(model, logits_BV, cache, start, key, sampling, *, count: int, vocab_size: int):
-  """Draws `count` tokens: ids (B, count), and the logits and cache after the last of them.
+  """Draws `count` tokens: ids (B, count), and the logits and cache after the last of them. start: the slot of the first one,
+  or one for each row, start_B.
 
-  Token i of the text uses the key folded with i, so that a text does not depend on how it was cut into bursts.
+  Token i of the text (of the longest one, if they differ) uses the key folded with i, so that a text does not depend on how
+  it was cut into bursts.
   """
   def one(carry, index):
     logits_BV, cache = carry
-    ids_B = sampling(logits_BV, jax.random.fold_in(key, index))
+    ids_B = sampling(logits_BV, jax.random.fold_in(key, jnp.max(index)))
     outputs = model(ids_B[:, None], cache=cache, start=index)
     return (outputs.logits_BTV[:, 0, :vocab_size], outputs.cache), ids_B
-  (logits_BV, cache), ids = lax.scan(one, (logits_BV, cache), start + jnp.arange(count))
+  (logits_BV, cache), ids = lax.scan(one, (logits_BV, cache), start + jnp.arange(count).reshape(-1, *[1] * jnp.ndim(start)))
   return ids.T, logits_BV, cache
 
 
@@ -144,34 +151,45 @@ def stream(model, prompt_BT, num_tokens: int, *, sampling=Sampling(), seed: int 
 
   Args:
     model: made `ready` at each call, or once for all of them by the caller.
-    prompt_BT: at least one token; all prompts of a batch have the same length.
+    prompt_BT: at least one token each. Rows may be of several lengths: each is continued as it would be alone.
     vocab_size: of the tokenizer; the model's padding of the vocabulary is never drawn.
     cache: the format of what is kept of the tokens read: see `models/spec.py`.
     stops: ids that end a row. All ids after its first stop are that stop.
 
   Raises:
-    ValueError: an empty prompt, or prompts of several lengths; at the first token that is asked for.
+    ValueError: an empty prompt, or prompts of several lengths in a cache whose tokens share scales, which would differ from
+      those of a prompt alone; at the first token that is asked for.
     IncompatibleError: more tokens than the model has positions; likewise.
   """
-  lengths = {len(row) for row in prompt_BT}
-  if len(lengths) > 1: raise ValueError(f'prompts of {sorted(lengths)} tokens: those of a batch must have one length')
-  if lengths in (set(), {0}): raise ValueError('prompt = []: must hold at least one token')
-  prompt_BT = jnp.asarray(prompt_BT, jnp.int32)
+  prompt_BT, lengths_B = _filled(prompt_BT)
+  if lengths_B is not None and getattr(cache, 'group', 1) > 1:
+    raise ValueError(f'a cache of {cache.group} tokens to a scale: prompts of several lengths need one of 1')
   num_bursts = -(-num_tokens // burst_size)
-  start = prompt_BT.shape[1]
-  model.refuse_longer(start + num_tokens)
+  longest = prompt_BT.shape[1]
+  model.refuse_longer(longest + num_tokens)
   # The last burst goes on past what is asked for, but not past the model's positions.
-  length = min(start + num_bursts * burst_size, model.max_length or start + num_bursts * burst_size)
+  length = min(longest + num_bursts * burst_size, model.max_length or longest + num_bursts * burst_size)
+  start = longest if lengths_B is None else lengths_B
   model, key = ready(model), jax.random.key(seed)
-  logits_BV, slots = wait_on_cpu(prefill(model, prompt_BT, length=length, vocab_size=vocab_size, cache=cache))
+  logits_BV, slots = wait_on_cpu(prefill(model, prompt_BT, lengths_B, length=length, vocab_size=vocab_size, cache=cache))
   ended_B = np.full(prompt_BT.shape[0], -1)
   for i in range(num_bursts):
-    begin = start + i * burst_size
-    ids, logits_BV, slots = burst(model, logits_BV, slots, begin, key, sampling,
-                                  count=min(burst_size, length - begin), vocab_size=vocab_size)
+    drawn = i * burst_size
+    ids, logits_BV, slots = burst(model, logits_BV, slots, start + drawn, key, sampling,
+                                  count=min(burst_size, length - longest - drawn), vocab_size=vocab_size)
     ids_BT, ended_B = _ended(np.asarray(ids)[:, :num_tokens - i * burst_size], ended_B, stops)
     yield ids_BT
     if (ended_B >= 0).all(): return
+
+
+def _filled(prompts):
+  """Prompts as one array, shorter ones filled up on the right, and their lengths where these differ, or None."""
+  lengths = [len(row) for row in prompts]
+  if not lengths or not min(lengths): raise ValueError('prompt = []: must hold at least one token')
+  if len(set(lengths)) == 1: return jnp.asarray(prompts, jnp.int32), None
+  filled_BT = np.zeros((len(lengths), max(lengths)), np.int32)
+  for row, prompt in zip(filled_BT, prompts, strict=True): row[:len(prompt)] = prompt
+  return jnp.asarray(filled_BT), jnp.asarray(lengths, jnp.int32)
 
 
 def _ended(ids_BT, ended_B, stops):

@@ -218,7 +218,7 @@ class Transformer(nnx.Module):
   def __call__(self, tokens_BT, positions_BT=None, segments_BT=None, cache=None, start=0) -> Outputs:
     """Reads tokens; `positions_BT` default to start, start + 1 …; see `models/attention.py` for segments and cache."""
     if positions_BT is None:
-      positions_BT = jnp.broadcast_to(start + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+      positions_BT = jnp.broadcast_to(jnp.expand_dims(start, -1) + jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     self.refuse_longer(tokens_BT.shape[1])
     x_BTD = self.embedded(tokens_BT, positions_BT)
     auxes, caches = [], []

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.interop.folder import holds_model
 from efficient_lm.runs import ledger, record, tracking
 
 
@@ -42,6 +43,7 @@ def load(folder) -> Result:
   folder = Path(folder)
   if not any((folder / name).is_file() for name in ('config.json', 'metrics.jsonl', 'ledger.json')):
     raise ConfigError('run', str(folder), 'holds no config.json, metrics.jsonl or ledger.json; name the workdir of a run')
+  if holds_model(str(folder)): raise ConfigError('run', str(folder), 'is a Hugging Face folder: it has no rows to report')
   config = folder / 'config.json'
   samples = sorted((folder / 'samples').glob('*.txt'), key=lambda path: (path.stat().st_mtime_ns, path.name))
   try:

@@ -21,9 +21,10 @@ PROMPT = np.random.default_rng(1).integers(0, TOKENIZER, (2, 4)).astype(np.int32
 @functools.cache
 def drawn(kind='dense'):
   """A model with numbers drawn by numpy, in which the padding of the vocabulary is likely."""
-  mlp = {'dense': spec.SwiGLU(hidden=24),
-         'experts': spec.MoE(num_experts=4, hidden=8, router=routing.SoftmaxTopK(top_k=2))}[kind]
-  stack = spec.Stack(num_layers=2, attention=spec.GroupedQuery(num_heads=2, num_kv_heads=1, head_dim=8), mlp=mlp)
+  mlp = {'experts': spec.MoE(num_experts=4, hidden=8, router=routing.SoftmaxTopK(top_k=2))}.get(kind, spec.SwiGLU(hidden=24))
+  attention = spec.GroupedQuery(num_heads=2, num_kv_heads=1, head_dim=8, window=3 if kind == 'windowed' else None)
+  if kind == 'latent': attention = spec.Latent(num_heads=2, query_rank=None, kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8)
+  stack = spec.Stack(num_layers=2, attention=attention, mlp=mlp)
   described = spec.Transformer(vocab_size=V, dim=16, stacks=(stack,))
   rng = np.random.default_rng(0)
   abstract = jax.eval_shape(lambda: described.build(rngs=nnx.Rngs(0)))
@@ -33,9 +34,9 @@ def drawn(kind='dense'):
   return model
 
 
-def text(num_tokens=9, sampling=Sampling(), seed=0, burst_size=5, kind='dense', prompt=PROMPT, stops=()):
+def text(num_tokens=9, sampling=Sampling(), seed=0, kind='dense', prompt=PROMPT, **options):
   pieces = stream(drawn(kind), prompt, num_tokens, sampling=sampling, seed=seed, vocab_size=TOKENIZER,
-                  burst_size=burst_size, stops=stops)
+                  **{'burst_size': 5, **options})
   return np.concatenate(list(pieces), 1)
 
 
@@ -125,9 +126,24 @@ def test_an_empty_prompt_is_an_error(prompt):
   with pytest.raises(ValueError, match='at least one token'): text(prompt=prompt)
 
 
-def test_prompts_of_several_lengths_are_refused_in_a_line():
-  with pytest.raises(ValueError) as refusal: text(prompt=[[1, 2, 3], [1], [1, 2]])
-  assert str(refusal.value) == 'prompts of [1, 2, 3] tokens: those of a batch must have one length'
+@pytest.mark.parametrize('kind, cache', [('windowed', 'int8'), ('latent', 'int4'), ('experts', 'float')])
+def test_prompts_of_several_lengths_are_continued_as_each_alone(kind, cache):
+  """Greedily, past the longest prompt, and in bursts that are shorter than the gap between the two."""
+  prompts = [[5, 3], [*PROMPT[1], 7, 3, 9, 11, 2]]
+  draw = functools.partial(text, 10, Sampling(0.0), kind=kind, cache=spec.CACHES[cache])
+  together = draw(prompt=prompts)
+  for prompt, row in zip(prompts, together, strict=True): np.testing.assert_array_equal(row, draw(prompt=[prompt])[0])
+
+
+def test_a_prompt_alone_draws_what_one_of_several_lengths_draws_from_the_same_distribution():
+  """Rows of a batch draw independently, and the padding of the vocabulary is never drawn."""
+  ids = text(40, Sampling(3.0), prompt=[[1], [1], [1, 2, 3]])
+  assert ids.max() < TOKENIZER and np.any(ids[0] != ids[1])
+
+
+def test_tokens_that_share_scales_with_others_refuse_prompts_of_several_lengths():
+  with pytest.raises(ValueError, match='a cache of 4 tokens to a scale: prompts of several lengths need one of 1'):
+    text(prompt=[[1, 2, 3], [1]], cache=spec.IntegerCache(group=4))
 
 
 def live_bytes():

@@ -1,0 +1,38 @@
+"""What a folder or a file of somebody else holds, before any of it is read: a config and named tensors.
+
+Every reader of files (`safetensors.py`, and whatever adapts another format) gives a Checkpoint in the words of Hugging Face:
+the config spelled as a config.json, tensors under the names and in the orientation, (outputs, inputs), that transformers
+writes. Families, loading and all that follows are one code for all of them.
+"""
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """One tensor, not yet read. `dtype` is numpy's or ml_dtypes' (bfloat16, float8); `fetch` gives its array, a view of a
+  mapped file where the file allows it, of exactly this shape and dtype."""
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  fetch: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+
+  @classmethod
+  def of(cls, array) -> 'Tensor':
+    """A tensor that is in memory already."""
+    array = np.asarray(array)
+    return cls(array.shape, array.dtype, lambda: array)
+
+  def read(self) -> np.ndarray:
+    """The array. Read only: it may be a view of a file."""
+    return self.fetch()
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """config: as a config.json; tensors: by name, in the order of the file. `where` names the folder or file in messages."""
+  config: Mapping[str, Any]
+  tensors: Mapping[str, Tensor]
+  where: str = 'checkpoint'

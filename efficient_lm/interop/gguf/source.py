@@ -1,0 +1,98 @@
+"""A GGUF file as a source (`config.sources`): one file with the model, its config and its tokenizer."""
+import dataclasses
+import hashlib
+import os
+
+from efficient_lm.errors import ConfigError
+from efficient_lm.interop import families
+from efficient_lm.interop.gguf import config, names, reader, vocabulary
+
+DTYPES = (None, 'float32', 'bfloat16', 'float16')
+SAMPLE = 4096   # bytes
+
+
+@dataclasses.dataclass(kw_only=True)
+class Gguf:
+  """The model in the file `path`, or in the only GGUF file of a folder. `dtype`: of the computation (None: float32).
+  `parameters`: dtype that its arrays are held in (None: that of the file; float32 for blocks, which are dequantized). A run
+  that trains it should hold them in 'float32': the small steps of an optimizer are lost in 16 bits."""
+  path: str
+  dtype: str | None = None
+  parameters: str | None = None
+
+  def check(self):
+    if not self.path: yield 'path', self.path, 'must name a .gguf file'
+    for field in ('dtype', 'parameters'):
+      value = getattr(self, field)
+      if value not in DTYPES: yield field, value, 'must be float32, bfloat16 or float16, or None'
+
+  @property
+  def label(self) -> str:
+    """What it is called in files and messages."""
+    held = [f'{field} {value}' for field, value in (('computed in', self.dtype), ('held in', self.parameters)) if value]
+    return ', '.join([self.path, *held])
+
+  @property
+  def here(self) -> bool:
+    """Whether it can be read."""
+    return file_of(self.path) is not None
+
+  @property
+  def file(self) -> reader.File:
+    """Raises ConfigError where there is none, CheckpointError for one that is damaged."""
+    found = file_of(self.path)
+    if found is None: raise ConfigError('path', self.path, 'is neither a GGUF file nor a folder with one')
+    return reader.read(found)
+
+  @property
+  def context(self) -> int:
+    """Tokens of a text that the model was made for. Raises as `spec` does."""
+    found = config.config_of(self.file)
+    return found.get('n_positions') or found['max_position_embeddings'] or 2048
+
+  def spec(self):
+    """Raises CheckpointError for a damaged file, IncompatibleError or ConfigError for a model that no model here is."""
+    file = self.file
+    model = families.spec_of(names.checkpoint(file).config, file.path)
+    return model if self.dtype is None else dataclasses.replace(model, dtype=self.dtype)
+
+  def abstract(self):
+    """Raises as `spec` does, and CheckpointError for tensors that are not those of the model."""
+    from efficient_lm.interop import load
+    return load.abstract(self.spec(), names.checkpoint(self.file), self.parameters)
+
+  def load(self, mesh=None):
+    """On `mesh` (default: on one device). Raises as `abstract` does."""
+    from efficient_lm.interop import load
+    return load.load(self.spec(), names.checkpoint(self.file), mesh, self.parameters)
+
+  def tokenizer(self):
+    """Raises IncompatibleError for one that is not understood."""
+    return vocabulary.tokenizer(self.file)
+
+  def key(self) -> str:
+    """A hash of the metadata, the table of tensors, how this source holds them, and the first and last bytes of each. Where
+    the file lies is no part of it."""
+    digest, file = hashlib.sha256(f'{self.dtype} {self.parameters}'.encode()), self.file
+    digest.update(file.head())
+    for name in file.tensors:
+      raw = file.bytes_of(name)
+      digest.update(raw[:SAMPLE].tobytes())
+      digest.update(raw[-SAMPLE:].tobytes())
+    return digest.hexdigest()
+
+
+def file_of(path: str) -> str | None:
+  """The GGUF file that `path` is, or the only one in the folder that it is."""
+  if os.path.isfile(path): return path if is_gguf(path) else None
+  if not os.path.isdir(path): return None
+  found = sorted(name for name in os.listdir(path) if name.endswith('.gguf'))
+  return os.path.join(path, found[0]) if len(found) == 1 else None
+
+
+def is_gguf(path: str) -> bool:
+  """By its name, or by how it begins: caches store files under other names."""
+  if path.endswith('.gguf'): return True
+  try:
+    with open(path, 'rb') as file: return file.read(4) == b'GGUF'
+  except OSError: return False

@@ -1,0 +1,14 @@
+"""What tests of models of others share."""
+import pathlib
+
+import pytest
+
+from efficient_lm.interop.gguf.source import file_of
+
+
+@pytest.fixture(scope='session')
+def smollm2() -> str:
+  """The folder that `make smollm2` makes. Tests that need it skip where it is not."""
+  folder = pathlib.Path(__file__).parent.parent.parent / 'models' / 'smollm2'
+  if file_of(str(folder)) is None: pytest.skip('models/smollm2 is not there: make smollm2')
+  return str(folder)
