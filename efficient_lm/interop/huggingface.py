@@ -3,7 +3,7 @@ import dataclasses
 import hashlib
 import os
 
-from efficient_lm.interop import families, folder
+from efficient_lm.interop import families, folder, fp8
 
 DTYPES = (None, 'float32', 'bfloat16', 'float16')
 IDENTITY = (folder.CONFIG, 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json')
@@ -44,18 +44,22 @@ class HuggingFace:
 
   def spec(self):
     """Raises ConfigError for a config.json that is not there, or says what no model here does."""
-    model = families.spec_of(folder.config_of(self.path), os.path.join(self.path, folder.CONFIG))
+    config = fp8.without(folder.config_of(self.path))
+    model = families.spec_of(config, os.path.join(self.path, folder.CONFIG))
     return model if self.dtype is None else dataclasses.replace(model, dtype=self.dtype)
 
   def abstract(self):
     """Raises ConfigError as `spec` does, CheckpointError for tensors that are damaged, or not those of the config."""
     from efficient_lm.interop import load
-    return load.abstract(self.spec(), folder.read(self.path), self.parameters)
+    return load.abstract(self.spec(), self._checkpoint(), self.parameters)
 
   def load(self, mesh=None):
     """On `mesh` (default: on one device). Raises as `abstract` does."""
     from efficient_lm.interop import load
-    return load.load(self.spec(), folder.read(self.path), mesh, self.parameters)
+    return load.load(self.spec(), self._checkpoint(), mesh, self.parameters)
+
+  def _checkpoint(self):
+    return fp8.dequantized(folder.read(self.path))
 
   def tokenizer(self):
     """Raises ConfigError where the folder has none that can be used."""

@@ -22,7 +22,8 @@ from efficient_lm.tree import is_variable, path_name
 
 STORED = tuple(map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float16)))
 HEAD = 'lm_head.weight'
-SHOWN = 5   # names in a message
+SHOWN = 5    # names in a message
+STRIP = 16   # numbers
 
 
 def abstract(spec, checkpoint: Checkpoint, dtype: str | None = None):
@@ -96,7 +97,8 @@ class Source:
 
 
 def _copy(view: np.ndarray, out: np.ndarray, plus: float):
-  """out = view + plus. In blocks where the file has another order: each number's line of cache is then read once."""
+  """out = view + plus. Where the file has another order, by strips of few of its rows: a matrix of 8192 x 4096 in bfloat16
+  took a fifth of the time of one assignment, half of that in square blocks."""
   if plus: view = view.astype(np.float32) + np.float32(plus)
   elif view.dtype == out.dtype:   # bits; numpy copies its own numbers faster than those of ml_dtypes
     bits = np.dtype(f'u{view.dtype.itemsize}')
@@ -104,9 +106,7 @@ def _copy(view: np.ndarray, out: np.ndarray, plus: float):
   if view.ndim < 2 or view.strides[-1] == view.itemsize:
     out[...] = view
     return
-  step = 64
-  for i in range(0, view.shape[0], step):
-    for j in range(0, view.shape[-1], step): out[i:i + step, ..., j:j + step] = view[i:i + step, ..., j:j + step]
+  for j in range(0, view.shape[-1], STRIP): out[..., j:j + STRIP] = view[..., j:j + STRIP]
 
 
 # ------------------------------------------------------------------ what is checked before

@@ -6,6 +6,7 @@ Run by hand, with torch and transformers installed (transformers 5.24 wrote what
 norms and biases too: what is at its default could be left out unseen. Weights are rounded to the stored dtype first, and
 the logits are those of float32. Texts are longer than sliding windows and than what scaled RoPE was trained on.
 """
+import json
 import os
 import pathlib
 import sys
@@ -14,6 +15,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 HERE = pathlib.Path(__file__).parent / 'fixtures'
 LENGTH, PREFIX = 24, 11   # tokens of the text; of them, read at once before the rest is read one by one
@@ -84,6 +86,29 @@ def make(name: str):
   print(f'{name}: {size / 1024:.0f} KiB')
 
 
+def make_fp8():
+  """DeepSeek-V3's checkpoint in fp8, as the published one is: every matrix but embedding, head and routers in blocks."""
+  source, target, block = HERE / 'deepseek_v3', HERE / 'deepseek_v3_fp8', (8, 4)
+  target.mkdir(exist_ok=True)
+  tensors = {}
+  for name, tensor in load_file(source / 'model.safetensors').items():
+    if tensor.ndim < 2 or 'embed' in name or 'lm_head' in name or 'mlp.gate.' in name: tensors[name] = tensor
+    else:
+      rows, columns = (size // part for size, part in zip(tensor.shape, block))
+      blocks = tensor.float().reshape(rows, block[0], columns, block[1])
+      scales = blocks.abs().amax((1, 3)) / 448
+      tensors[name] = (blocks / scales[:, None, :, None]).reshape(tensor.shape).to(torch.float8_e4m3fn)
+      tensors[name + '_scale_inv'] = scales
+  save_file(tensors, target / 'model.safetensors', {'format': 'pt'})
+  config = json.loads((source / 'config.json').read_text()) | {'dtype': 'float32', 'quantization_config': {
+    'quant_method': 'fp8', 'fmt': 'e4m3', 'activation_scheme': 'dynamic', 'weight_block_size': block}}
+  (target / 'config.json').write_text(json.dumps(config, indent=2))
+  asked = transformers.FineGrainedFP8Config(weight_block_size=block, dequantize=True)
+  model = transformers.DeepseekV3ForCausalLM.from_pretrained(
+    target, dtype=torch.float32, quantization_config=asked, attn_implementation='eager').eval()
+  np.savez_compressed(target / 'expected.npz', **expected(model, config['vocab_size']))
+
+
 def randomize(model, seed: int):
   """Matrices with the deviation that keeps the size of what they multiply, scales around 1 (or 0, where 1 is added), biases
   around 0."""
@@ -112,4 +137,4 @@ def expected(model, vocab_size: int) -> dict[str, np.ndarray]:
 
 
 if __name__ == '__main__':
-  for chosen in sys.argv[1:] or CASES: make(chosen)
+  for chosen in sys.argv[1:] or [*CASES, 'deepseek_v3_fp8']: make_fp8() if chosen == 'deepseek_v3_fp8' else make(chosen)

@@ -100,7 +100,9 @@ class Keys:
   def finish(self):
     """Raises ConfigError for a key that nobody has asked for."""
     self.off(*(key for key in OFF if key not in self.asked))
-    unknown = [key for key, value in self.config.items() if key not in self.asked and value is not None]
+    named = lambda key, value: key.startswith('_') and isinstance(value, str)   # what the writer called something
+    unknown = [key for key, value in self.config.items()
+               if key not in self.asked and value is not None and not named(key, value)]
     if unknown:
       self.refuse(unknown[0], 'is a key that is not known here, and may change the numbers: take it out of config.json if '
                               'it does not')
