@@ -28,7 +28,7 @@ def test_it_is_a_source_that_a_config_can_hold(path):
   assert is_source(found) and found.here and not list(found.check())
   assert found.label == f'{path}, computed in bfloat16' and found.context == 64
   assert found.spec() == dataclasses.replace(Gguf(path=path).spec(), dtype='bfloat16')
-  assert fields.name_of(Gguf).endswith('Gguf')
+  assert fields.from_json(fields.to_json(found)) == found
   assert [problem[0] for problem in Gguf(path='', dtype='int8').check()] == ['path', 'dtype']
 
 
