@@ -10,7 +10,8 @@ A source is a dataclass with
   label        what it is called in files and messages
   here         whether it can be read
 
-and may stand wherever a model is asked for: `Experiment.start`, teachers, --run.
+and may stand wherever a model is asked for: `Experiment.start`, teachers, --run. There are `runs.FromRun`,
+`interop.huggingface.HuggingFace` and `interop.gguf.source.Gguf`.
 """
 import dataclasses
 

@@ -29,7 +29,7 @@ def rope(kind: str = 'default', theta: float = 100.0, **more) -> dict:
 
 
 LLAMA3 = rope('llama3', factor=4.0, low_freq_factor=1.0, high_freq_factor=3.0, original_max_position_embeddings=12)
-YARN = rope('yarn', factor=4.0, original_max_position_embeddings=8, beta_fast=4.0, beta_slow=1.0)
+YARN = rope('yarn', 30.0, factor=4.0, original_max_position_embeddings=16, beta_fast=2.0, beta_slow=0.25)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2)
 CLASSES = {'GPT2': 'GPT2LMHeadModel'}   # that are not named after their family
 # name -> family, its config, the dtype that is stored
