@@ -17,7 +17,8 @@ from efficient_lm.runs import loading, record, run
 from tests import minute
 
 ROOT = pathlib.Path(__file__).parent.parent
-DEFAULTS = {'prompt': 'a', 'tokens': 8, 'stop': None, 'temperature': 0.8, 'top_k': None, 'top_p': None, 'seed': 0}
+DEFAULTS = {'prompt': 'a', 'tokens': 8, 'stop': None, 'temperature': 0.8, 'top_k': None, 'top_p': None, 'seed': 0,
+            'chat': False, 'system': None}
 
 
 @pytest.fixture(scope='module')
@@ -75,7 +76,9 @@ def test_a_stop_text_ends_it_and_is_not_shown(said):
   ({'top_p': 0}, '--top_p = 0'), ({'top_p': 'nan'}, '--top_p = nan'), ({'top_k': 0}, '--top_k = 0'),
   ({'seed': 2 ** 70}, '--seed = 1180591620717411303424'), ({'seed': -1}, '--seed = -1'),
   ({'tokens': 10 ** 11}, '--tokens = 100,000,000,000: keys and values of so many tokens take'),
-  ({'tokens': 0}, '--tokens = 0'), ({'stop': ''}, "--stop = ''")])
+  ({'tokens': 0}, '--tokens = 0'), ({'stop': ''}, "--stop = ''"), ({'system': 'x'}, "--system = 'x': needs --chat"),
+  ({'chat': True, 'prompt': None}, '--prompt = None: is missing'),
+  ({'chat': True}, '--chat = True: this model has no template for chats')])
 def test_what_cannot_be_asked_for_is_one_line(said, words, wrong):
   error = said(code=2, **words)
   assert wrong.replace(',', '') in error.replace(',', '') and error.count('\n') == 1

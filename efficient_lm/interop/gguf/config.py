@@ -92,7 +92,7 @@ def _scaling(keys: Keys) -> dict[str, Any] | None:
   for name, meant in (('yarn_beta_fast', 'beta_fast'), ('yarn_beta_slow', 'beta_slow')):
     if (value := keys.take(f'rope.scaling.{name}', float, None)) is not None: scaling[meant] = value
   keys.only('rope.scaling.yarn_ext_factor', 1.0)
-  keys.only('rope.scaling.attn_factor', 1.0)
+  for name in ('attn_factor', 'yarn_attn_factor'): keys.only(f'rope.scaling.{name}', 1.0)
   return scaling
 
 
@@ -238,6 +238,9 @@ def _check_fits(file: File, config: dict[str, Any]):
               'blk.0.attn_q': (config['num_attention_heads'] * head_dim, width),
               'blk.0.attn_k': (config['num_key_value_heads'] * head_dim, width),
               **({'blk.0.ffn_gate_inp': (experts, width)} if experts else {'blk.0.ffn_up': (hidden, width)})}
+    stacked = [entry.shape[0] for name, entry in file.tensors.items() if name.endswith('_exps.weight')]
+    if any(number != experts for number in stacked):
+      raise IncompatibleError(f'{file.path}: has {max(stacked)} experts in a tensor, its metadata says {experts}')
   for name, shape in wanted.items():
     entry = file.tensors.get(f'{name}.weight')
     if entry is None: raise IncompatibleError(f'{file.path}: the tensor {name}.weight is missing')

@@ -2,9 +2,9 @@
 
 A file names how text is cut before byte pairs are merged (`tokenizer.ggml.pre`); what the names mean stands in engines
 (src/llama-vocab.cpp of llama.cpp) and in the tokenizer.json files that they stand for. A name not known here is refused: a
-wrong cut gives wrong ids for a tenth of the text, and no error. transformers 5 reads the same files, but cuts 'smollm',
-'olmo', 'deepseek-v3' as it does GPT-2's, and merges tokens of 'llama-bpe', 'gpt-4o' and 'tekken' that the vocabulary holds
-whole: its ids differ there, from those of the published tokenizers too, where text has such words.
+wrong cut gives wrong ids for a tenth of the text, and no error. transformers 5.24 reads the same files, but cuts 'smollm',
+'olmo' and 'deepseek-v3' as it does GPT-2's, never composes characters, and always merges: where a text has digits behind
+spaces, say, its ids are not those of the published tokenizer, and not these.
 """
 import dataclasses
 import json
@@ -48,8 +48,11 @@ CUTS = {
   'gpt-2': Cut((_GPT2,)),
   'smollm': Cut((r'\p{N}', _GPT2)),
   'olmo': Cut((_GPT2,), nfc=True),
-  'llama-bpe': Cut((_contractions_first('{1,3}'),), whole=True, bos=True),
+  **dict.fromkeys(('llama-bpe', 'llama3', 'llama-v3', 'falcon3'),
+                  Cut((_contractions_first('{1,3}'),), whole=True, bos=True)),
+  'dbrx': Cut((_contractions_first('{1,3}'),)),
   'qwen2': Cut((_contractions_first(''),), nfc=True),
+  'deepseek-r1-qwen': Cut((_contractions_first(''),)),
   'gpt-4o': Cut((_by_case(f'{_CONTRACTED}?', '{1,3}'),), whole=True),
   'tekken': Cut((_by_case('', ''),), whole=True, bos=True),
   'deepseek-v3': Cut((r'\p{N}{1,3}', '[一-龥぀-ゟ゠-ヿ]+',

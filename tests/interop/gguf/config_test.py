@@ -37,6 +37,8 @@ def test_whether_gates_are_normalised_is_the_architectures(tmp_path, architectur
   metadata['general.architecture'] = architecture
   assert opened(tmp_path, metadata, tensors)['norm_topk_prob'] is normalised
   opened(tmp_path, {**metadata, f'{architecture}.expert_weights_norm': normalised}, tensors)
+  with pytest.raises(IncompatibleError, match='5 experts in a tensor, its metadata says 4'):
+    opened(tmp_path, metadata, {**tensors, 'blk.0.ffn_up_exps.weight': np.zeros((5, F, D), np.float32)})
   for key, value in {'expert_weights_norm': not normalised, 'expert_gating_func': 2, 'expert_weights_scale': 2.5}.items():
     with pytest.raises(IncompatibleError, match=key): opened(tmp_path, {**metadata, f'{architecture}.{key}': value}, tensors)
 

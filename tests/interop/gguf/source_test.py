@@ -11,6 +11,7 @@ from efficient_lm.config.sources import is_source
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.interop.gguf import source
 from efficient_lm.interop.gguf.source import Gguf
+from efficient_lm.models import decode
 from tests.interop.gguf import writing
 from tests.interop.gguf.models import LLAMA, small
 
@@ -27,7 +28,7 @@ def test_it_is_a_source_that_a_config_can_hold(path):
   assert is_source(found) and found.here and not list(found.check())
   assert found.label == f'{path}, computed in bfloat16' and found.context == 64
   assert found.spec() == dataclasses.replace(Gguf(path=path).spec(), dtype='bfloat16')
-  assert fields.name_of(Gguf).endswith('Gguf')
+  assert fields.from_json(fields.to_json(found)) == found
   assert [problem[0] for problem in Gguf(path='', dtype='int8').check()] == ['path', 'dtype']
 
 
@@ -85,6 +86,21 @@ def test_run_may_name_a_file_or_a_folder_with_one(path, tmp_path, run):
   with pytest.raises(ConfigError, match='only runs have stages'): run(path, stage=1)
   (tmp_path / 'small.gguf').write_bytes(b'GGUF')
   with pytest.raises(CheckpointError, match=r'small\.gguf'): run(path)
+
+
+WRITTEN = (", the city of Nova Haven was a thriving metropolis, with towering skyscrapers and bustling streets. But as the "
+           "years went by, the city began to lose its original essence. The once-blue skies of")
+
+
+@pytest.mark.usefixtures('patient')
+def test_the_model_that_is_fetched_writes_what_it_writes_in_transformers(smollm2):
+  """transformers 5.24 from the same file, greedily and in float32: two prompts of other lengths in one batch."""
+  found = Gguf(path=smollm2)
+  tokenizer, model = found.tokenizer(), found.load()
+  prompts = [tokenizer.prompt('Once upon a time'), tokenizer.prompt('The capital of France is')]
+  drawn = decode.stream(model, prompts, 40, sampling=decode.Sampling(0.0), vocab_size=tokenizer.vocab_size)
+  first, second = np.concatenate(list(drawn), 1)
+  assert tokenizer.decode(first) == WRITTEN and tokenizer.decode(second).startswith(' Paris.')
 
 
 def test_the_model_that_is_fetched_is_described_and_reads_text(smollm2):

@@ -85,7 +85,7 @@ PIECES = {
 }
 
 
-@pytest.mark.parametrize('pre', sorted(vocabulary.CUTS))
+@pytest.mark.parametrize('pre', sorted(PIECES))
 def test_text_is_cut_as_the_name_says(tmp_path, pre):
   import tokenizers
   model = json.loads(vocabulary.read(opened(tmp_path, {**small(LLAMA)[0], 'tokenizer.ggml.pre': pre,
@@ -93,6 +93,13 @@ def test_text_is_cut_as_the_name_says(tmp_path, pre):
   cut = tokenizers.Tokenizer.from_str(json.dumps(model)).pre_tokenizer
   for text, pieces in PIECES[pre].items():
     assert [text[begin:end] for _, (begin, end) in cut.pre_tokenize_str(text)] == pieces
+
+
+def test_names_of_one_cut_cut_alike():
+  cuts = vocabulary.CUTS
+  assert cuts['llama-bpe'] == cuts['llama3'] == cuts['llama-v3'] == cuts['falcon3']
+  assert cuts['dbrx'].splits == cuts['llama3'].splits and cuts['deepseek-r1-qwen'].splits == cuts['qwen2'].splits
+  assert set(cuts) == {*PIECES, 'llama3', 'llama-v3', 'falcon3', 'dbrx', 'deepseek-r1-qwen'}
 
 
 def test_a_piece_that_is_a_token_is_taken_whole_only_where_the_engine_does(tmp_path):
