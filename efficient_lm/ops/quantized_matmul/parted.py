@@ -125,11 +125,17 @@ def few_rows(x_MI, w: PartedMatrix, activations: str | None = None):
 
 
 def _row(x_1I, w: PartedMatrix):
-  W, y_1O = w.values.shape[1], 0
+  W, y_1O, x_1I = w.values.shape[1], 0, _of_its_own(x_1I)
   for p in range(w.num_parts):
     if p: y_1O, w = lax.optimization_barrier((y_1O, w))
     y_1O += x_1I[:, p * W:(p + 1) * W] @ w.part(p).T
   return y_1O
+
+
+def _of_its_own(x):
+  """x, which XLA then computes once. It would fuse cheap arithmetic before a product, such as the last step of a norm, and do
+  it again for each output; divisions, which this is one of, count as expensive. The divisor is 1, but for NaN."""
+  return x / jnp.where(jnp.isnan(x), 2., 1.)
 
 
 def blocks(x_MI, w: PartedMatrix, activations: str | None = None):
