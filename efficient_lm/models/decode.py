@@ -12,8 +12,8 @@ from jax import lax
 from efficient_lm.models import spec as specs
 from efficient_lm.models.transformer import Repeated, Stack, Unrolled
 from efficient_lm.parallel.sharding import wait_on_cpu
-from efficient_lm.tree import rewrite, select
-from efficient_lm.weights.weight import Dense, OutputsFirst, Weight
+from efficient_lm.tree import rewrite
+from efficient_lm.weights.weight import Dense, Weight
 
 GREEDY = 1e-6   # a temperature below this counts as 0: logits divided by it would overflow
 HOT = 1e30      # one above this counts as this: all tokens are alike, and larger numbers are infinite in float32
@@ -57,15 +57,23 @@ class Sampling:
 
 
 def ready(model, donate: bool = False):
-  """The model as decoding reads it: every layer by itself, and on a CPU the matrices stored with their outputs first; the
-  model itself if it has no stacks. With `donate` the arrays of the given model are deleted one by one as they are copied,
+  """The model as decoding reads it: every layer by itself, and on a CPU the weights as few rows are multiplied by them
+  fastest (`Weight.for_decoding`); the model itself if that is what it is. Of weights that lie over several devices, experts
+  and those in few bits stay as they are. With `donate` the arrays of the given model are deleted one by one as they are copied,
   so that there are never two copies of the whole."""
-  if not any(isinstance(stack, (Stack, Repeated)) for stack in model.stacks): return model
-  made = jax.tree.map(lambda leaf: leaf, model)
-  made.stacks = nnx.List([stack if isinstance(stack, Unrolled) else _apart(stack, donate) for stack in model.stacks])
-  if jax.default_backend() == 'cpu' and dict(select(made, Dense)):
-    made = rewrite(made, Dense, lambda _, weight: _outputs_first(weight, donate))
-  return wait_on_cpu(made)
+  stacked = any(isinstance(stack, (Stack, Repeated)) for stack in model.stacks)
+  made = model
+  if stacked:
+    made = jax.tree.map(lambda leaf: leaf, model)
+    made.stacks = nnx.List([stack if isinstance(stack, Unrolled) else _apart(stack, donate) for stack in model.stacks])
+  changed = False
+  def change(_, weight):
+    nonlocal changed
+    new = _for_decoding(weight, donate)
+    changed |= new is not weight
+    return new
+  if jax.default_backend() == 'cpu': made = rewrite(made, Weight, change)
+  return wait_on_cpu(made) if stacked or changed else model
 
 
 def _apart(stack: Stack | Repeated, donate: bool) -> Unrolled:
@@ -90,12 +98,14 @@ def _at(leaf, i):
   return leaf[i]
 
 
-def _outputs_first(weight: Dense, donate: bool) -> Weight:
-  """The weight with its outputs first. Experts multiply sorted rows and stay as they are; tables that are looked up, an
-  embedding and positions, have their outputs first already, and so have quantized weights."""
-  if 'E' in weight.axes or weight.axes[0] in 'VT': return weight
-  made = jax.jit(OutputsFirst)(weight)
-  if donate: weight.array.get_value().delete()
+def _for_decoding(weight: Weight, donate: bool) -> Weight:
+  alone = all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(weight))
+  if not alone and not (isinstance(weight, Dense) and 'E' not in weight.axes): return weight
+  made = weight.for_decoding()
+  if donate and made is not weight:
+    kept = {id(leaf) for leaf in jax.tree.leaves(made)}   # an array that stays as it is, such as codes of 8 bits
+    for leaf in jax.tree.leaves(weight):
+      if id(leaf) not in kept: leaf.delete()
   return made
 
 

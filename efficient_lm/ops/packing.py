@@ -4,11 +4,13 @@ Neighbours, for weights: codes follow each other along the last dimension, the f
 complement. Byte j holds codes 2j and 2j + 1 of 4 bits, or 4j to 4j + 3 of 2 bits; eight codes of 3 bits fill three bytes. It
 is the order of `jnp.int4` in memory, and a row may be cut wherever whole bytes end.
 
-Halves, for the key-value cache, 4 bits: byte h holds code h in its low and code h + H / 2 in its high bits.
+Parts, where planes (below) must be whole stretches of what they stand for: byte j holds codes j, j + n, j + 2 n, …, the
+first in the lowest bits, where n is the number of bytes. Of 4 bits these are halves, the order of the key-value cache.
 
 Unpacked codes need not be interleaved. Bytes shifted by b bits are one *plane* of codes, and a product with a packed matrix
 is the sum of the products with its planes: for neighbours y = x[:, 0::2] @ low^T + x[:, 1::2] @ high^T.
 """
+import functools
 import math
 
 import jax
@@ -57,7 +59,7 @@ def unpack(packed, bits: int):
 def planes(packed, bits: int) -> list[jax.Array]:
   """8 / bits arrays of signed int8 in the shape of the bytes; of 8 bits the codes themselves.
 
-  Of neighbours, plane p holds codes p, p + 8 / bits, p + 2 * 8 / bits, …; of halves, plane p holds half p.
+  Of neighbours, plane p holds codes p, p + 8 / bits, p + 2 * 8 / bits, …; of parts, plane p holds part p.
   """
   if bits == 8: return [packed]
   signed = lax.bitcast_convert_type(packed, jnp.int8)
@@ -78,12 +80,24 @@ def as_int4(packed):
   return lax.bitcast_convert_type(packed, jnp.int4).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
+def pack_parts(codes, bits: int):
+  """Parts: int8 codes (..., I), of which the low `bits` count, -> uint8 (..., I * bits / 8), for 4 or 2 bits and whole bytes.
+  Codes of 8 bits are returned as they are."""
+  if bits == 8: return codes
+  parts = jnp.split(codes.astype(jnp.uint8) & jnp.uint8(2 ** bits - 1), 8 // bits, axis=-1)
+  return functools.reduce(jnp.bitwise_or, [part << jnp.uint8(bits * p) for p, part in enumerate(parts)])
+
+
+def unpack_parts(packed, bits: int):
+  """The inverse of `pack_parts`: uint8 (..., n) -> int8 (..., n * 8 / bits)."""
+  return jnp.concatenate(planes(packed, bits), axis=-1)
+
+
 def pack_halves(codes):
-  """Halves: int8 codes in [-8, 7], (..., H) with H even, -> uint8 (..., H / 2)."""
-  low, high = jnp.split(codes.astype(jnp.uint8) & 15, 2, axis=-1)
-  return low | (high << 4)
+  """Parts of 4 bits: int8 codes in [-8, 7], (..., H) with H even, -> uint8 (..., H / 2)."""
+  return pack_parts(codes, 4)
 
 
 def unpack_halves(packed):
   """The inverse of `pack_halves`: uint8 (..., H / 2) -> int8 (..., H)."""
-  return jnp.concatenate(planes(packed, 4), axis=-1)
+  return unpack_parts(packed, 4)

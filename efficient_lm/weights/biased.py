@@ -21,6 +21,10 @@ class Biased(Wrapper):
     """With change(inner) in place of `inner`, and the same bias."""
     return Biased(change(self.inner), self.bias)
 
+  def for_decoding(self):
+    inner = self.inner.for_decoding()
+    return self if inner is self.inner else Biased(inner, self.bias)
+
   def contract(self, equation: str, x, dtype=None):
     return self._shifted(equation, self.inner.contract(equation, x, dtype))
 

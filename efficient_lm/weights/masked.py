@@ -1,10 +1,11 @@
 """Masked weights: what pruning leaves. Their zeros are exact and stay so, in training too."""
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from efficient_lm.weights.invariants import Pattern, Zeros
-from efficient_lm.weights.weight import Dense, Frozen, Weight, Wrapper
+from efficient_lm.weights.weight import Dense, Frozen, OutputsFirst, Weight, Wrapper
 
 
 class Masked(Wrapper):
@@ -26,6 +27,11 @@ class Masked(Wrapper):
     return jnp.where(self.keep.get_value(), array, jnp.zeros((), array.dtype))
 
   def cast(self, dtype): return self.around(lambda inner: inner.cast(dtype))
+
+  def for_decoding(self):
+    """Of floats, with the zeros in the array and no mask beside them; other weights stay as they are."""
+    if not isinstance(self.inner, Dense) or self.axes[0] in 'VT': return self
+    return jax.jit(OutputsFirst)(self)
 
   def around(self, change) -> 'Masked':
     """With change(inner) in place of `inner`, under the same mask."""

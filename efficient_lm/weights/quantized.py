@@ -12,6 +12,7 @@ from efficient_lm.ops.grouped_matmul import grouped_matmul
 from efficient_lm.ops.quantized_matmul import QuantizedMatrix, quantized_matmul
 from efficient_lm.weights.invariants import Bits, Zeros
 from efficient_lm.weights.layout import Layout, matrix_shape
+from efficient_lm.weights.parted import Parted
 from efficient_lm.weights.quantizers import Quantizer, Rounding, quantize_tokens
 from efficient_lm.weights.weight import Frozen, Weight
 
@@ -113,6 +114,11 @@ class Quantized(Weight):
     integer = self.integer_activations
     if integer is None: x_MD = self.prepare_input(x_MD, 'M' + self.inputs)
     return grouped_matmul(x_MD, self.values.get_value(), sizes_E, self.scale.get_value()[:, 0], activations=integer)
+
+  def for_decoding(self):
+    """In parts, if its numbers are integers plus a constant; a stored float8 or float4 weight stays as it is."""
+    integers = self.format.offset is not None and jnp.issubdtype(self.values.get_value().dtype, jnp.integer)
+    return jax.jit(Parted)(self) if integers else self
 
   def take(self, ids):
     """Rows of an embedding: only those are decoded."""

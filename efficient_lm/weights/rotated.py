@@ -32,6 +32,10 @@ class Rotated(Wrapper):
 
   def cast(self, dtype): return Rotated(self.inner.cast(dtype), self.block)
 
+  def for_decoding(self):
+    inner = self.inner.for_decoding()
+    return self if inner is self.inner else Rotated(inner, self.block)
+
   def invariants(self):
     """Those of the rotated matrix are its own: zeros of it are none of the weight's."""
     return tuple(one for one in self.inner.invariants() if one.kind not in ('zeros', 'pattern'))

@@ -11,6 +11,7 @@ from jax import lax
 from efficient_lm.ops.contract import contract
 from efficient_lm.ops.grouped_matmul import grouped_matmul
 from efficient_lm.ops.linear_cross_entropy import linear_cross_entropy
+from efficient_lm.ops.quantized_matmul import PartedMatrix
 from efficient_lm.parallel import sharding
 from efficient_lm.weights.invariants import Experts
 
@@ -88,6 +89,10 @@ class Weight(nnx.Module):
     """The weight as products in `dtype` read it, to be moved between devices; itself, where that would change a product."""
     return self
 
+  def for_decoding(self) -> 'Weight':
+    """The weight as one CPU multiplies few rows by it fastest, of the same values; itself, if it is that already."""
+    return self
+
   def nll(self, hidden_BTD, labels_BT):
     """Negative log-likelihood of labels under softmax(hidden @ weight), and the log normaliser: (B, T) float32 each."""
     hidden_BTD = self.prepare_input(hidden_BTD, 'BTD')
@@ -163,6 +168,10 @@ class Dense(Weight):
   def cast(self, dtype):
     return self.replaced(self.array.get_value().astype(dtype))
 
+  def for_decoding(self):
+    """With its outputs first; tables that are looked up, an embedding and positions, have them there already."""
+    return self if self.axes[0] in 'VT' else jax.jit(OutputsFirst)(self)
+
 
 class Transposed(Weight):
   """An embedding 'VD' read as a head 'DV', so that both can be one array (Press and Wolf 2017)."""
@@ -209,8 +218,8 @@ class SoftCapped(Wrapper):
 
 
 class OutputsFirst(Weight):
-  """The values of `inner`, kept with its outputs in front ('NHD' for 'DNH'): what one output needs lies together, as the
-  product with a single row reads it fastest on a CPU. For decoding; not to be trained."""
+  """The values of `inner`, kept with its outputs in front ('NHD' for 'DNH', 'EFD' for experts): what one output needs lies
+  together, as the product with a single row reads it fastest on a CPU. For decoding; not to be trained."""
 
   def __init__(self, inner: Weight):
     self.axes, self.inputs = inner.axes, inner.inputs
@@ -231,6 +240,10 @@ class OutputsFirst(Weight):
     x = self.prepare_input(x, x_axes)
     return contract(f'{x_axes},{rest.replace(self.axes, self.order, 1)}', x, self.array.get_value().astype(x.dtype),
                     dtype=dtype)
+
+  def contract_grouped(self, x_MD, sizes_E):
+    """As Weight; of experts with few rows, only those that have any are read."""
+    return grouped_matmul(self.prepare_input(x_MD, 'M' + self.inputs), PartedMatrix(self.array.get_value()), sizes_E)
 
 
 def _nll(hidden_BTD, head_DV, labels_BT):

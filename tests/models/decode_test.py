@@ -166,7 +166,7 @@ def test_a_model_that_may_be_given_up_is_made_ready_without_a_second_copy_of_it(
       return made
     return run
   monkeypatch.setattr(decode, '_at', counted(at))
-  monkeypatch.setattr(decode, '_outputs_first', counted(decode._outputs_first))
+  monkeypatch.setattr(decode, '_for_decoding', counted(decode._for_decoding))
   largest = max(leaf.nbytes for leaf in jax.tree.leaves(model))
   gc.collect()
   before = live_bytes()

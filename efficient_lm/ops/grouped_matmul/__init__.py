@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from efficient_lm.ops import dispatch, mosaic
-from efficient_lm.ops.grouped_matmul import reference, xla, xla_scaled
+from efficient_lm.ops.grouped_matmul import parted, reference, xla, xla_scaled
+from efficient_lm.ops.quantized_matmul import PartedMatrix
 
 
 def grouped_matmul(x_MI, w_EIO, sizes_E, scale_EO=None, *, activations: str | None = None, implementation: str = 'auto',
@@ -18,7 +19,9 @@ def grouped_matmul(x_MI, w_EIO, sizes_E, scale_EO=None, *, activations: str | No
 
   Args:
     x_MI: rows sorted by group: the first sizes_E[0] belong to group 0, and so on.
-    w_EIO: one matrix a group, in the dtype of x; int8 or float8_e4m3fn if there is a scale.
+    w_EIO: one matrix a group, in the dtype of x; int8 or float8_e4m3fn if there is a scale. Or a `PartedMatrix`, of which E
+      are stacked: few bits, with scales of its own, or floats, outputs first, as a CPU decodes. Its implementations are
+      those of PARTED; they are not meant to be differentiated.
     sizes_E: int32 rows of each group, any of which may be 0, with sum(sizes_E) <= M. A row past the sum may hold anything:
       its result and its gradient are 0.
     scale_EO: float scale of each output of each group's matrix, or None. Products of x and w are summed before scaling.
@@ -34,6 +37,8 @@ def grouped_matmul(x_MI, w_EIO, sizes_E, scale_EO=None, *, activations: str | No
   Raises:
     ValueError: `activations` is not the dtype of the weights, or there is no scale; or see `dispatch.run`.
   """
+  if isinstance(w_EIO, PartedMatrix):
+    return dispatch.run('grouped_matmul', PARTED, implementation, x_MI, w_EIO, sizes_E.astype(jnp.int32), activations)
   options = {} if tiles is None else {'tiles': tiles}
   if scale_EO is not None: w_EIO, scale_EO = lax.stop_gradient((w_EIO, scale_EO))
   if activations is not None:
@@ -92,3 +97,8 @@ IMPLEMENTATIONS = {
   'reference': dispatch.Implementation(reference.grouped_matmul, refuses=_without_tiles),
 }
 ROUNDED = {'xla': dispatch.Implementation(xla_scaled.rounded), 'reference': dispatch.Implementation(reference.rounded)}
+PARTED = {
+  'rows': dispatch.Implementation(parted.few_rows, refuses=parted.too_many_rows),
+  'tiles': dispatch.Implementation(parted.tiles),
+  'reference': dispatch.Implementation(parted.reference),
+}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from efficient_lm.ops.grouped_matmul import grouped_matmul
 from efficient_lm.ops.grouped_matmul import tiles as tiles_of_kernels
+from efficient_lm.ops.quantized_matmul import PartedMatrix, parted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Case:
   rows: M, at least their sum; the rows past it hold NaN.
   shape: I inputs and O outputs.
   dtype: of x. weight: the dtype of w: that of x by default, or int8 or float8_e4m3fn with scales.
+  bits: of weights in a `PartedMatrix`, with a scale for 8 inputs, or 32 for floats in one; None for none. Forward only.
   of: 'forward'; 'dgrad', the gradient of x; 'wgrad', that of w; or 'all' three.
   """
   sizes: tuple[int, ...]
@@ -25,6 +27,7 @@ class Case:
   dtype: str = 'float32'
   weight: str | None = None
   of: str = 'forward'
+  bits: int | None = None
 
   def arguments(self) -> tuple:
     """x_MI, w_EIO, sizes_E, scale_EO or None, and a cotangent g_MO."""
@@ -34,6 +37,11 @@ class Case:
     x_MI, g_MO = (jnp.where(past_M1, jnp.nan, jax.random.normal(key, (self.rows, width), self.dtype))
                   for key, width in ((keys[0], I), (keys[1], O)))
     sizes_E = jnp.array(self.sizes, jnp.int32)
+    if self.bits == 32: return x_MI, PartedMatrix(jax.random.normal(keys[2], (E, O, I), self.dtype)), sizes_E, None, g_MO
+    if self.bits is not None:
+      q_EOI = jax.random.randint(keys[2], (E, O, I), -2 ** (self.bits - 1), 2 ** (self.bits - 1)).astype(jnp.int8)
+      scale_EOQ = jax.random.uniform(keys[3], (E, O, I // 8), minval=0.5) / 2 ** self.bits
+      return x_MI, parted(q_EOI, scale_EOQ, bits=self.bits), sizes_E, None, g_MO
     if self.weight is None:
       return x_MI, jax.random.normal(keys[2], (E, I, O), self.dtype), sizes_E, None, g_MO
     w_EIO = jax.random.randint(keys[2], (E, I, O), -127, 128).astype(self.weight)
@@ -74,7 +82,8 @@ class Case:
     """Both operands are read and the result is written once; matrices of groups without rows are not read."""
     (I, O), wide = self.shape, jnp.dtype(self.dtype).itemsize
     some = len(self.sizes) if self.of == 'wgrad' else sum(size > 0 for size in self.sizes)
-    return float(self.passes * (wide * self.rows * (I + O) + jnp.dtype(self.weight or self.dtype).itemsize * some * I * O))
+    narrow = jnp.dtype(self.weight or self.dtype).itemsize if self.bits is None else self.bits / 8
+    return float(self.passes * (wide * self.rows * (I + O) + narrow * some * I * O))
 
   @property
   def precision(self) -> str:
@@ -93,6 +102,7 @@ class Case:
   def baselines(self) -> dict:
     """XLA's own grouped product, with weights that are converted to the dtype of x before it."""
     def ragged_dot(x_MI, w_EIO, sizes_E, scale_EO, g_MO):
+      if self.bits is not None: w_EIO = w_EIO.dequantize().swapaxes(1, 2)
       def product(x, w): return jax.lax.ragged_dot(x, w, sizes_E)
       w_EIO = w_EIO.astype(x_MI.dtype) if scale_EO is None else (w_EIO * scale_EO[:, None]).astype(x_MI.dtype)
       if self.of == 'forward': return product(x_MI, w_EIO)
@@ -118,6 +128,11 @@ CASES = {
   'int8': Case((17, 3, 0, 101), 128, weight='int8', of='all'),
   'int8 and bfloat16': Case((0, 30, 3, 0), 50, (40, 48), 'bfloat16', 'int8', of='all'),
   'float8': Case((17, 3, 0, 101), 128, weight='float8_e4m3fn', of='all'),
+  'parted int4, experts chosen twice and never': Case((0, 3, 0, 2, 0, 0, 1), 9, bits=4),
+  'parted int4 of many rows': Case((17, 3, 0, 30), 60, bits=4),
+  'parted int2, no rows at all': Case((0, 0), 2, bits=2),
+  'parted floats': Case((1, 0, 2), 4, bits=32),
+  'parted floats of many rows, bfloat16': Case((20, 0, 2), 24, dtype='bfloat16', bits=32),
   'float8 and bfloat16': Case((9, 30, 0, 1), 40, (40, 48), 'bfloat16', 'float8_e4m3fn', of='all'),
 }
 PASSES = ('forward', 'dgrad', 'wgrad')
@@ -135,6 +150,7 @@ def bench(platform: str) -> dict[str, Case]:
   if platform == 'cpu':
     return {f'64 experts, {name} {of}': Case(skewed(64, 4096, skew), 4096, (256, 512), of=of)
             for name, skew in (('equal', 0.0), ('skewed', 1.2)) for of in PASSES} | {
+            'parted int4, 2 rows of 32 experts': Case((1, *[0] * 30, 1), 2, (512, 1024), bits=4),
             'int8 forward': Case(skewed(16, 1024, 0.0), 1024, (128, 256), weight='int8')}
   models = {'Mixtral up': (8, 8192, (4096, 14336), 0.0), 'Mixtral down': (8, 8192, (14336, 4096), 0.0),
             'OLMoE up': (64, 65536, (2048, 2048), 0.0), 'OLMoE up, skewed': (64, 65536, (2048, 2048), 1.0),

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from efficient_lm.ops import quantized_matmul as op
+from efficient_lm.ops.quantized_matmul import parted as of_parts
 from efficient_lm.ops.quantized_matmul import reference
+from efficient_lm.ops.quantized_matmul.storage import integers
 
 INT8, FLOAT8 = 'int8', 'float8_e4m3fn'
 
@@ -15,12 +17,13 @@ INT8, FLOAT8 = 'int8', 'float8_e4m3fn'
 @dataclasses.dataclass(frozen=True)
 class Scheme:
   """How weights and activations are rounded. group: inputs that share a scale, None for all. symmetric: False for zero
-  points."""
+  points. parted: whether the matrix is a `PartedMatrix`."""
   bits: int = 8
   group: int | None = None
   activations: str | None = None
   dtype: str = INT8
   symmetric: bool = True
+  parted: bool = False
 
 
 W8A8 = Scheme(activations=INT8)
@@ -47,10 +50,12 @@ class Case:
     s = self.scheme
     w_OI = jax.random.normal(w, (self.outputs, self.inputs)) * self.inputs ** -.5
     matrix = op.quantize(w_OI, s.bits, s.group, dtype=jnp.dtype(s.dtype), symmetric=s.symmetric)
+    if s.parted: matrix = op.parted(integers(matrix), matrix.scale_QO.T, None if s.symmetric else matrix.zero_QO.T, s.bits)
     return x_MI, *jax.tree.leaves(matrix)
 
-  def matrix(self, values, scale_QO, zero_QO=None) -> op.QuantizedMatrix:
+  def matrix(self, values, scale_QO, zero_QO=None) -> op.QuantizedMatrix | op.PartedMatrix:
     """The weight that `arguments` returns as arrays."""
+    if self.scheme.parted: return op.PartedMatrix(values, scale_QO, zero_QO, self.scheme.bits)
     return op.QuantizedMatrix(values, scale_QO, zero_QO, self.scheme.bits)
 
   def call(self, implementation: str, tiles=None):
@@ -98,20 +103,24 @@ class Case:
     includes making that weight, unlike that of `unquantized`, which is given one."""
     if self.of == 'dgrad': return {'dequantize, then multiply': self._dequantize_then_multiply}
     found = {'dequantize, then multiply': self._dequantize_then_multiply}
-    if self.scheme.bits == 8 and self.scheme.activations: found['round, then dot'] = self._dot_of_converted
+    if self.scheme.bits == 8 and self.scheme.activations and not self.scheme.parted: found['round, then dot'] = self._dot_of_converted
     return found
 
   def unquantized(self):
     """Arguments and function of the product that the quantized one replaces: x and w_OI in the dtype of x."""
     x_MI, *arrays = self.arguments()
-    w_OI = op.dequantize(self.matrix(*arrays), x_MI.dtype)
+    w_OI = self._dequantized(arrays, x_MI.dtype)
     contract = ((1,), (0 if self.of == 'dgrad' else 1,)), ((), ())
     return (x_MI, w_OI), lambda x, w: lax.dot_general(x, w, contract, preferred_element_type=jnp.float32).astype(x.dtype)
 
   def _dequantize_then_multiply(self, x_MI, *arrays):
-    w_OI = op.dequantize(self.matrix(*arrays), x_MI.dtype)
+    w_OI = self._dequantized(arrays, x_MI.dtype)
     contract = ((1,), (0 if self.of == 'dgrad' else 1,)), ((), ())
     return lax.dot_general(x_MI, w_OI, contract, preferred_element_type=jnp.float32).astype(x_MI.dtype)
+
+  def _dequantized(self, arrays, dtype):
+    w = self.matrix(*arrays)
+    return w.dequantize().astype(dtype) if self.scheme.parted else op.dequantize(w, dtype)
 
   def _dot_of_converted(self, x_MI, values, scale_QO):
     q_MI, scale_M1 = op.quantize_rows(x_MI, values.dtype)
@@ -122,6 +131,7 @@ class Case:
   def expected(self, x_MI, *arrays):
     """The result of the reference."""
     w = self.matrix(*arrays)
+    if self.scheme.parted: return of_parts.reference(x_MI, w, self.scheme.activations)
     if self.of == 'dgrad': return reference.input_gradient(x_MI, w)
     return reference.quantized_matmul(x_MI, w, self.scheme.activations)
 
@@ -146,6 +156,14 @@ CASES = {
   'W2A8 in groups': Case(1, 64, 24, Scheme(2, 32, INT8)),
   'W2A16': Case(6, 64, 24, Scheme(2)),
   'one output': Case(3, 8, 1, W8A8),
+  'parted W4A16 of one row, groups across parts': Case(1, 192, 24, Scheme(4, 64, parted=True)),
+  'parted W4A16 of two rows, zero points': Case(2, 128, 24, Scheme(4, 32, symmetric=False, parted=True)),
+  'parted W4A16 in blocks': Case(9, 64, 500, Scheme(4, 32, parted=True)),
+  'parted W8A16 in blocks that overlap': Case(3, 64, 263, Scheme(8, None, parted=True)),
+  'parted W2A16 of one row, bfloat16': Case(1, 64, 24, Scheme(2, 16, parted=True), jnp.bfloat16),
+  'parted W8A8 of one row': Case(1, 64, 24, Scheme(8, None, INT8, parted=True)),
+  'parted W4A8 of many rows, zero points': Case(9, 64, 24, Scheme(4, None, INT8, symmetric=False, parted=True)),
+  'parted W4A8 in groups': Case(9, 64, 24, Scheme(4, 32, INT8, parted=True)),
   'gradient of W4A16': Case(5, 256, 24, W4A16, of='dgrad'),
   'gradient of W8A8, bfloat16': Case(5, 64, 24, W8A8, jnp.bfloat16, of='dgrad'),
 }
@@ -159,7 +177,9 @@ def bench(platform: str) -> dict[str, Case]:
   if platform == 'cpu':
     shapes = {'M=512': (512, 1024, 1024), 'M=1': (1, 2048, 2048)}
     schemes = {'W8A8': W8A8, 'W4A16': W4A16, 'W4A8': W4A8, 'W2A8': W2A8}
-    return {f'{name} {shape}': Case(*sizes, scheme) for name, scheme in schemes.items() for shape, sizes in shapes.items()}
+    few = {f'parted {name} M={rows}': Case(rows, 1024, 1024, dataclasses.replace(scheme, parted=True))
+           for name, scheme in {'W8A16': W8A16, 'W4A16': W4A16}.items() for rows in (1, 8)}
+    return few | {f'{name} {shape}': Case(*sizes, scheme) for name, scheme in schemes.items() for shape, sizes in shapes.items()}
   found = {}
   for layer, (I, O) in LLAMA_8B.items():
     for rows in (1, 16):

@@ -19,7 +19,7 @@ def quantized_matmul(x_MI, w: QuantizedMatrix, activations: str | None = None):
   if activations is None: return _float(x_MI, w).astype(x_MI.dtype)
   q_MI, scale_M1 = quantize_rows(x_MI, jnp.dtype(activations))
   if w.group != w.shape[1]: return (_float(q_MI.astype(x_MI.dtype), w) * scale_M1).astype(x_MI.dtype)
-  y_MO = sum(_integer(part, plane) for part, plane in zip(split(q_MI, w.bits), planes(w.values, w.bits)))
+  y_MO = sum(integer_product(part, plane) for part, plane in zip(split(q_MI, w.bits), planes(w.values, w.bits)))
   y_MO = y_MO.astype(jnp.float32)
   if w.zero_QO is not None: y_MO -= jnp.sum(q_MI, axis=-1, keepdims=True, dtype=jnp.int32) * w.zero_QO
   return (y_MO * scale_M1 * w.scale_QO).astype(x_MI.dtype)
@@ -45,7 +45,7 @@ def _float(x_MI, w: QuantizedMatrix):
   return y_MO
 
 
-def _integer(x_MI, w_OI):
+def integer_product(x_MI, w_OI):
   """x @ w^T of int8 in int32, or of float8 in float32."""
   M, on_cpu = x_MI.shape[0], dispatch.device().platform == 'cpu'
   if x_MI.dtype == FLOAT8:
