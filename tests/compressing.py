@@ -24,11 +24,41 @@ MLPS = {
 }
 
 
+BIASED = dataclasses.replace(ATTENTIONS['grouped'], biases=('query', 'key', 'value', 'output'))
+PATTERN = (spec.Layer(attention=dataclasses.replace(BIASED, window=5),
+                      mlp=spec.Gated(hidden=F, biases=('gate', 'up', 'down'))),
+           spec.Layer(attention=ATTENTIONS['grouped'], mlp=spec.Gated(hidden=F, activation='gelu')))
+SHARED = dataclasses.replace(MLPS['experts'], num_shared=0, shared=spec.SigmoidGated(inner=spec.SwiGLU(hidden=F)))
+STACKS = {
+  'plain': spec.Stack(num_layers=2, attention=dataclasses.replace(BIASED, rope=None),
+                      mlp=spec.Plain(hidden=F, activation='gelu')),
+  'pattern': spec.Repeated(num_repeats=2, layers=PATTERN, block=spec.SandwichNorm()),
+  'behind': spec.Stack(num_layers=2, attention=ATTENTIONS['grouped'], mlp=MLPS['dense'], block=spec.PostNorm()),
+  'shared': spec.Stack(num_layers=2, attention=BIASED, mlp=SHARED),
+}
+# Parts of other families: as GPT-2, Gemma 2, OLMo 2, and Qwen2-MoE with positions from a table.
+FAMILIES = {
+  'plain': dict(norm=spec.LayerNorm(), positions=spec.Learned(length=T), tied=True),
+  'pattern': dict(tied=True, embed_scale=2., softcap=5.), 'behind': {},
+  'shared': dict(positions=spec.Learned(length=T), embed_scale=2.),
+}
+
+
 @functools.cache
 def model_of(attention: str = 'grouped', mlp: str = 'dense', tied: bool = False, num_layers: int = 2):
   """A float model; its norms have scales, and some channels of its embedding are large."""
   stack = spec.Stack(num_layers=num_layers, attention=ATTENTIONS[attention], mlp=MLPS[mlp])
-  described = spec.Transformer(vocab_size=V, dim=D, stacks=(stack,), tied=tied)
+  return drawn(spec.Transformer(vocab_size=V, dim=D, stacks=(stack,), tied=tied))
+
+
+@functools.cache
+def family(name: str):
+  """As `model_of`, of FAMILIES."""
+  return drawn(spec.Transformer(vocab_size=V, dim=D, stacks=(STACKS[name],), **FAMILIES[name]))
+
+
+def drawn(described):
+  """A model of numbers drawn by numpy."""
   rng = np.random.default_rng(0)
 
   def number(leaf):

@@ -3,7 +3,8 @@
 The hidden states of all calibration tokens are kept and carried from one layer to the next, so that no more than one layer's
 activations are needed at a time. `layer_by_layer` carries them through layers that have been changed already: a layer is
 calibrated on what it will be given. All layers of a stack have the same shapes, and one compiled function does for all.
-Padding, segment 0, counts for nothing: its hidden states are zero before every layer.
+Padding, segment 0, counts for nothing: its hidden states are zero before every layer, and where biases make something of
+these, it is not observed.
 """
 import dataclasses
 from typing import Any
@@ -16,7 +17,7 @@ from efficient_lm import tree
 from efficient_lm.compression.coupling import couplings
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.models import transformer
-from efficient_lm.parallel.sharding import constrain, wait_on_cpu
+from efficient_lm.parallel.sharding import wait_on_cpu
 from efficient_lm.weights import observed
 from efficient_lm.weights.rotated import innermost, within
 from efficient_lm.weights.weight import Weight
@@ -95,13 +96,13 @@ class Hidden:
 
 
 @jax.jit
-def _embedded(embed, tokens_BT):
-  return constrain(embed.take(tokens_BT), 'BTD')
+def _embedded(model, tokens_BT, positions_BT):
+  return model.embedded(tokens_BT, positions_BT)
 
 
 def embedded(model, batch) -> Hidden:
   """What the first layer reads."""
-  x_BTD = _embedded(model.embed, batch['inputs_BT']).astype(model.dtype)
+  x_BTD = _embedded(model, batch['inputs_BT'], batch['positions_BT'])
   return Hidden(x_BTD, batch['positions_BT'], batch['segments_BT'])
 
 
@@ -115,6 +116,7 @@ _advanced = jax.jit(_run)
 
 @jax.jit
 def _of_layer(watched, x_BTD, positions_BT, segments_BT):
+  watched = observed.of_real(watched, segments_BT > 0)
   return collect(lambda layer: _run(layer, x_BTD, positions_BT, segments_BT), watched)
 
 
@@ -137,16 +139,17 @@ def layer_by_layer(model, batches, change):
   """The model with each layer replaced by `change(path, layer, hidden) -> (layer, hidden after it)`.
 
   path: the name of the layer's weights in front of their own ('stacks/0/blocks'), the same for all layers of a stack that
-  is scanned. Stacks stay stacks: layers of one have to come back with equal structure.
+  is scanned, or for those at one place of a repeated pattern. Stacks stay stacks: such layers have to come back with equal
+  structure.
   """
   hidden, stacks = [embedded(model, batch) for batch in batches], []
   if not hidden: raise IncompatibleError(EMPTY)
   for i, stack in enumerate(model.stacks):
-    scanned, changed = isinstance(stack, transformer.Stack), []
+    changed = []
     for path, layer in _layers(i, stack):
       layer, hidden = change(path, layer, hidden)
       changed.append(layer)
-    stacks.append(_rebuilt(stack, changed, scanned))
+    stacks.append(_rebuilt(stack, changed))
   model = jax.tree.map(lambda leaf: leaf, model)
   model.stacks = nnx.List(stacks)
   return model
@@ -163,17 +166,19 @@ def statistics(model, batches, wanted: dict[str, tuple[str, ...]]) -> dict[str, 
       for path, named in (layer_statistics(layer, hidden, own) if own else {}).items():
         found.setdefault(f'{prefix}/{path}', []).append(named)
       hidden = advance(layer, hidden)
-  scanned = [f'stacks/{i}/blocks/' for i, stack in enumerate(model.stacks) if isinstance(stack, transformer.Stack)]
+  scanned = [f'stacks/{i}/blocks/' for i, stack in enumerate(model.stacks) if not isinstance(stack, transformer.Unrolled)]
   stacked = lambda path, layers: _stacked(layers) if path.startswith(tuple(scanned)) else layers[0]
   return {path: stacked(path, layers) for path, layers in found.items()}
 
 
 def _layers(i: int, stack):
   """(path, layer) of each layer of stack number i."""
-  if not isinstance(stack, transformer.Stack):
-    yield from ((f'stacks/{i}/blocks/{j}', block) for j, block in enumerate(stack.blocks))
-  else:
+  if isinstance(stack, transformer.Stack):
     for j in range(stack.num_layers): yield f'stacks/{i}/blocks', _at(stack.blocks, j)
+  elif isinstance(stack, transformer.Repeated):
+    for j in range(stack.num_repeats):
+      yield from ((f'stacks/{i}/blocks/{place}', _at(block, j)) for place, block in enumerate(stack.blocks))
+  else: yield from ((f'stacks/{i}/blocks/{j}', block) for j, block in enumerate(stack.blocks))
 
 
 @jax.jit
@@ -186,9 +191,13 @@ def _stacked(layers):
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
-def _rebuilt(stack, changed, scanned: bool):
+def _rebuilt(stack, changed):
   stack = jax.tree.map(lambda leaf: leaf, stack)
-  stack.blocks = _stacked(changed) if scanned else nnx.List(changed)
+  if isinstance(stack, transformer.Stack): stack.blocks = _stacked(changed)
+  elif isinstance(stack, transformer.Repeated):
+    places = len(stack.blocks)
+    stack.blocks = nnx.List([_stacked(changed[place::places]) for place in range(places)])
+  else: stack.blocks = nnx.List(changed)
   return stack
 
 

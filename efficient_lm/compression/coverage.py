@@ -4,6 +4,7 @@ import math
 
 from efficient_lm.models.moe.layer import MoE
 from efficient_lm.tree import select, size
+from efficient_lm.weights.biased import Biased
 from efficient_lm.weights.weight import Weight
 
 LARGE = 0.01   # a weight is named when it is left out and holds at least this share of the parameters
@@ -30,15 +31,25 @@ def active_share(model, path: str) -> float:
   return 1.0
 
 
+def is_multiplied(weight: Weight, tied: bool) -> bool:
+  """Whether there is a product of it: not of tables that are only looked up, an embedding that is no head and positions."""
+  return weight.axes != 'TD' and (tied or weight.axes != 'VD')
+
+
+def num_biases(model) -> int:
+  """Parameters of weights that lie beside their matrices."""
+  return sum(size(weight.bias) for _, weight in select(model, Biased))
+
+
 def coverage(model, where: str) -> Coverage:
   """Of the weights whose path matches the regular expression `where`. Works on shapes as on arrays."""
   chosen = {path for path, _ in select(model, Weight, where)}
   # A weight counts as the matrix that it stands for, however it is stored.
   counts = {path: math.prod(weight.shape) for path, weight in select(model, Weight)}
   tied = getattr(model, 'own_head', True) is None
-  cost = {path: counts[path] * active_share(model, path) * (tied or weight.axes != 'VD')
+  cost = {path: counts[path] * active_share(model, path) * is_multiplied(weight, tied)
           for path, weight in select(model, Weight)}
-  total = sum(counts.values()) + size(model) - sum(size(weight) for _, weight in select(model, Weight))
+  total = sum(counts.values()) + size(model) - sum(size(weight) for _, weight in select(model, Weight)) + num_biases(model)
   left = tuple(path for path, count in counts.items() if path not in chosen and count >= LARGE * total)
   return Coverage(sum(counts[path] for path in chosen) / total,
                   sum(cost[path] for path in chosen) / max(sum(cost.values()), 1), left)

@@ -8,8 +8,10 @@ from flax import nnx
 
 from efficient_lm import tree
 from efficient_lm.compression.rewriting import named, require_trainable
+from efficient_lm.errors import IncompatibleError
 from efficient_lm.models.mlp import FeedForward
 from efficient_lm.models.spec import Site
+from efficient_lm.weights.biased import Biased
 from efficient_lm.weights.masked import Masked
 from efficient_lm.weights.weight import Dense, Frozen, Weight
 
@@ -22,6 +24,8 @@ def upcycled(model, mixture, where: str, key):
   keys = dict(zip(found, jax.random.split(key, max(len(found), 1))))
 
   def change(path, feed_forward):
+    if feed_forward.activation != 'silu' or dict(tree.select(feed_forward, Biased)):
+      raise IncompatibleError(f'{path} is no SwiGLU without biases: experts are')
     for name, weight in tree.select(feed_forward, Weight): named(f'{path}/{name}', require_trainable, weight)
     one = functools.partial(_mixture, mixture)
     stack = feed_forward.gate.stack   # of a layer that is run by a loop with others; none of one that stands alone

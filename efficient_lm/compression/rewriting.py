@@ -7,6 +7,7 @@ from efficient_lm import tree
 from efficient_lm.compression.coverage import coverage
 from efficient_lm.compression.rules import Rule
 from efficient_lm.errors import IncompatibleError
+from efficient_lm.weights.biased import beneath
 from efficient_lm.weights.fake_quantized import FakeQuantized, Normalized
 from efficient_lm.weights.layout import matrix_shape
 from efficient_lm.weights.low_precision import LowPrecision
@@ -45,17 +46,21 @@ def first(rules, path: str) -> Rule | None:
 
 def apply(model, rules, change):
   """The model with change(path, weight, rule) for each weight that a rule decides and does not keep; itself if all do.
-  What `change` refuses is refused with the weight's path."""
+  What `change` refuses is refused with the weight's path. A bias stays around what has been changed."""
   decided = {path: rule for path, rule in assign(model, rules).items() if not rule.keeps}
   if not decided: return model
   return tree.rewrite(model, Weight, lambda path, weight: (
-    named(path, change, path, weight, decided[path]) if path in decided else weight))
+    _beneath(path, weight, change, decided[path]) if path in decided else weight))
 
 
 def apply_where(model, where: str, change):
   """The model with change(path, weight) for each weight whose path matches. Raises IncompatibleError if none does; what
-  `change` refuses is refused with the weight's path."""
-  return tree.rewrite(model, Weight, lambda path, weight: named(path, change, path, weight), where)
+  `change` refuses is refused with the weight's path. A bias stays around what has been changed."""
+  return tree.rewrite(model, Weight, lambda path, weight: _beneath(path, weight, change), where)
+
+
+def _beneath(path: str, weight: Weight, change, *arguments) -> Weight:
+  return beneath(weight, lambda inner: named(path, change, path, inner, *arguments))
 
 
 def named(path: str, function, *arguments):

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 
 from efficient_lm.models import spec as specs
-from efficient_lm.models.transformer import Stack, Unrolled
+from efficient_lm.models.transformer import Repeated, Stack, Unrolled
 from efficient_lm.parallel.sharding import wait_on_cpu
 from efficient_lm.tree import rewrite, select
 from efficient_lm.weights.weight import Dense, OutputsFirst, Weight
@@ -60,21 +60,29 @@ def ready(model, donate: bool = False):
   """The model as decoding reads it: every layer by itself, and on a CPU the matrices stored with their outputs first; the
   model itself if it has no stacks. With `donate` the arrays of the given model are deleted one by one as they are copied,
   so that there are never two copies of the whole."""
-  if not any(isinstance(stack, Stack) for stack in model.stacks): return model
+  if not any(isinstance(stack, (Stack, Repeated)) for stack in model.stacks): return model
   made = jax.tree.map(lambda leaf: leaf, model)
-  made.stacks = nnx.List([_apart(stack, donate) if isinstance(stack, Stack) else stack for stack in model.stacks])
+  made.stacks = nnx.List([stack if isinstance(stack, Unrolled) else _apart(stack, donate) for stack in model.stacks])
   if jax.default_backend() == 'cpu' and dict(select(made, Dense)):
     made = rewrite(made, Dense, lambda _, weight: _outputs_first(weight, donate))
   return wait_on_cpu(made)
 
 
-def _apart(stack: Stack, donate: bool) -> Unrolled:
-  leaves, structure = jax.tree.flatten(stack.blocks)
+def _apart(stack: Stack | Repeated, donate: bool) -> Unrolled:
+  if isinstance(stack, Stack): layers = _layers(stack.blocks, stack.num_layers, donate)
+  else:
+    places = [_layers(block, stack.num_repeats, donate) for block in stack.blocks]
+    layers = [layer for repeat in zip(*places) for layer in repeat]
+  return Unrolled(layers, stack.remat)
+
+
+def _layers(blocks, count: int, donate: bool) -> list:
+  leaves, structure = jax.tree.flatten(blocks)
   parts = []
   for leaf in leaves:
-    parts.append([_at(leaf, i) for i in range(stack.num_layers)])
+    parts.append([_at(leaf, i) for i in range(count)])
     if donate: leaf.delete()
-  return Unrolled([jax.tree.unflatten(structure, layer) for layer in zip(*parts)], stack.remat)
+  return [jax.tree.unflatten(structure, layer) for layer in zip(*parts)]
 
 
 @jax.jit
@@ -83,9 +91,9 @@ def _at(leaf, i):
 
 
 def _outputs_first(weight: Dense, donate: bool) -> Weight:
-  """The weight with its outputs first. Experts multiply sorted rows and stay as they are; an embedding has its outputs first
-  already, and so have quantized weights."""
-  if 'E' in weight.axes or weight.axes.startswith('V'): return weight
+  """The weight with its outputs first. Experts multiply sorted rows and stay as they are; tables that are looked up, an
+  embedding and positions, have their outputs first already, and so have quantized weights."""
+  if 'E' in weight.axes or weight.axes[0] in 'VT': return weight
   made = jax.jit(OutputsFirst)(weight)
   if donate: weight.array.get_value().delete()
   return made
@@ -151,20 +159,25 @@ def stream(model, prompt_BT, num_tokens: int, *, sampling=Sampling(), seed: int 
   Raises:
     ValueError: an empty prompt, or prompts of several lengths in a cache whose tokens share scales, which would differ from
       those of a prompt alone; at the first token that is asked for.
+    IncompatibleError: more tokens than the model has positions; likewise.
   """
   prompt_BT, lengths_B = _filled(prompt_BT)
   if lengths_B is not None and getattr(cache, 'group', 1) > 1:
     raise ValueError(f'a cache of {cache.group} tokens to a scale: prompts of several lengths need one of 1')
   num_bursts = -(-num_tokens // burst_size)
-  start = prompt_BT.shape[1] if lengths_B is None else lengths_B
+  longest = prompt_BT.shape[1]
+  start = longest if lengths_B is None else lengths_B
+  model.refuse_longer(longest + num_tokens)
+  # The last burst goes on past what is asked for, but not past the model's positions.
+  length = min(longest + num_bursts * burst_size, model.max_length or longest + num_bursts * burst_size)
   model, key = ready(model), jax.random.key(seed)
-  logits_BV, slots = wait_on_cpu(prefill(model, prompt_BT, lengths_B, length=prompt_BT.shape[1] + num_bursts * burst_size,
-                                         vocab_size=vocab_size, cache=cache))
+  logits_BV, slots = wait_on_cpu(prefill(model, prompt_BT, lengths_B, length=length, vocab_size=vocab_size, cache=cache))
   ended_B = np.full(prompt_BT.shape[0], -1)
   for i in range(num_bursts):
-    ids, logits_BV, slots = burst(model, logits_BV, slots, start + i * burst_size, key, sampling,
-                                  count=burst_size, vocab_size=vocab_size)
-    ids_BT, ended_B = _ended(np.asarray(ids)[:, :num_tokens - i * burst_size], ended_B, stops)
+    drawn = i * burst_size
+    ids, logits_BV, slots = burst(model, logits_BV, slots, start + drawn, key, sampling, vocab_size=vocab_size,
+                                  count=min(burst_size, length - longest - drawn))
+    ids_BT, ended_B = _ended(np.asarray(ids)[:, :num_tokens - drawn], ended_B, stops)
     yield ids_BT
     if (ended_B >= 0).all(): return
 

@@ -211,7 +211,7 @@ class MoE:
     yield from positive(self, 'num_experts', 'hidden')
     if self.num_shared < 0: yield 'num_shared', self.num_shared, 'must be 0 or more'
     if self.shared is not None and self.num_shared: yield 'shared', self.shared, 'must be None where num_shared is not 0'
-    if isinstance(self.shared, MoE): yield 'shared', 'MoE', 'must be a feed-forward layer that every token sees'
+    if isinstance(self.shared, MoE): yield 'shared', self.shared, 'must be a feed-forward layer that every token sees'
     if self.capacity is not None and self.capacity <= 0:
       yield 'capacity', self.capacity, 'must be positive, or None for dropless'
     for field, value, fix in self.router.check_experts(self.num_experts): yield f'router.{field}', value, fix

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from efficient_lm.compression.coverage import active_share
+from efficient_lm.compression.coverage import active_share, is_multiplied, num_biases
 from efficient_lm.models.attention import GroupedQueryAttention, LatentAttention
 from efficient_lm.models.transformer import Block
 from efficient_lm.tree import is_variable, num_bytes, path_name, select, size
@@ -36,7 +36,8 @@ PEAK_FLOPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-  """Numbers of parameters: all; those that one token is multiplied with or looked up in; the embedding table's."""
+  """Numbers of parameters: all; those that one token is multiplied with or looked up in; those of the embedding
+  and of a table of positions."""
   total: int
   active: int
   embedding: int
@@ -68,9 +69,9 @@ def parameters(model) -> Parameters:
   """
   weights = {path: (math.prod(weight.shape), weight.axes) for path, weight in select(model, Weight)}
   leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda node: isinstance(node, Weight) or is_variable(node))
-  others = sum(size(leaf) for _, leaf in leaves if is_variable(leaf))
+  others = sum(size(leaf) for _, leaf in leaves if is_variable(leaf)) + num_biases(model)
   active = sum(count * active_share(model, path) for path, (count, _) in weights.items())
-  embedding = sum(count for count, axes in weights.values() if axes == 'VD')
+  embedding = sum(count for count, axes in weights.values() if axes in ('VD', 'TD'))
   return Parameters(sum(count for count, _ in weights.values()) + others, round(active) + others, embedding)
 
 
@@ -125,7 +126,7 @@ def flops_per_token(model, sequence_length: int) -> Flops:
   tied = getattr(model, 'own_head', True) is None
   forward = 0.0
   for path, weight in select(model, Weight):
-    if weight.axes != 'VD' or tied: forward += 2 * math.prod(weight.shape) * active_share(model, path)
+    if is_multiplied(weight, tied): forward += 2 * math.prod(weight.shape) * active_share(model, path)
   forward += sum(attention_flops(block.attention, sequence_length) for _, block in select(model, Block))
   return Flops(forward, 3 * forward)
 

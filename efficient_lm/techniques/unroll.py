@@ -5,7 +5,7 @@ import re
 
 @dataclasses.dataclass(kw_only=True)
 class Unroll:
-  """Takes stacks of equal layers apart: 'stacks/0/blocks/mlp/up' becomes 'stacks/0/blocks/0/mlp/up', and so on, and rules
+  """Takes stacks of layers apart: 'stacks/0/blocks/mlp/up' becomes 'stacks/0/blocks/0/mlp/up', and so on, and rules
   can give each layer a format of its own. Layers that are run by one loop have to be alike. It computes the same, and is
   compiled anew for every layer."""
 
@@ -13,7 +13,13 @@ class Unroll:
     return self.abstract(model), ('Unroll: every layer has weights of its own',)
 
   def abstract(self, model):
-    from efficient_lm.models.transformer import unrolled
+    from efficient_lm.errors import IncompatibleError
+    from efficient_lm.models.transformer import Repeated, unrolled
+    from efficient_lm.tree import select
+    from efficient_lm.weights.weight import Weight
+    for path, stack in select(model, Repeated):
+      if any(one.kind in ('zeros', 'pattern') for _, weight in select(stack, Weight) for one in weight.invariants()):
+        raise IncompatibleError(f'{path} is a pruned repeated pattern: unroll before pruning')
     return unrolled(model)
 
   def follow(self, invariants: dict[str, tuple]) -> dict[str, tuple]:

@@ -14,6 +14,7 @@ from efficient_lm.parallel.sharding import shardings
 from efficient_lm.training.losses import NextToken
 from efficient_lm.training.transforms import descend_rated, guarded
 from efficient_lm.tree import rewrite, select, size
+from efficient_lm.weights.biased import unbiased
 from efficient_lm.weights.masked import Masked
 from efficient_lm.weights.weight import Weight
 
@@ -87,7 +88,8 @@ def finished(model, opt_state, techniques):
 
 def _frozen(model) -> Iterator[str]:
   """What a training cannot change, as the codes of weights that are stored in few bits."""
-  frozen = {path: weight for path, weight in select(model, Weight) if not jax.tree.leaves(nnx.state(weight, nnx.Param))}
+  frozen = {path: weight for path, weight in select(model, Weight)
+            if not jax.tree.leaves(nnx.state(unbiased(weight), nnx.Param))}
   if not frozen: return
   count = sum(math.prod(weight.shape) for weight in frozen.values())
   total = count + size(nnx.state(model, nnx.Param))

@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from efficient_lm.errors import IncompatibleError
 from efficient_lm.ops.linear_divergence import linear_divergence
 from efficient_lm.parallel.sharding import by_shard
+from efficient_lm.weights.weight import SoftCapped
 
 
 @functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
@@ -41,7 +43,9 @@ def outputs_of(model, batch):
 
 
 def last_layer(outputs):
-  """hidden_BTD and head_DV, whose product is the logits."""
+  """hidden_BTD and head_DV, whose product is the logits. Raises IncompatibleError where logits are more than that."""
+  if isinstance(outputs.head, SoftCapped):
+    raise IncompatibleError('logits have a soft cap: a divergence of two models is not computed of those')
   hidden_BTD = outputs.head.prepare_input(outputs.hidden_BTD, 'BTD')
   return hidden_BTD, outputs.head.materialize().astype(hidden_BTD.dtype)
 

@@ -28,14 +28,14 @@ def matrices(params):
 
 
 def orthogonalized(params):
-  """Muon's reduction and output dimensions of each array; None, so AdamW, for vectors and all that touches the vocab."""
+  """Muon's reduction and output dimensions of each array; None, so AdamW, for vectors and all that is looked up."""
   return by_variable(lambda metadata, _: _dimension_numbers(metadata), params)
 
 
 def _dimension_numbers(metadata):
   letters, inputs = metadata.get('axes', ''), metadata.get('inputs', '')
   outputs = ''.join(letter for letter in letters if letter not in inputs + 'E')
-  if len(letters) < 2 or 'V' in letters or not inputs or not outputs: return None
+  if len(letters) < 2 or set('VT') & set(letters) or not inputs or not outputs: return None
   return optax.contrib.MuonDimensionNumbers(axes.dims(letters, inputs), axes.dims(letters, outputs))
 
 

@@ -21,8 +21,9 @@ from flax import nnx
 from jax import lax
 
 from efficient_lm.ops.grouped_matmul import grouped_matmul
+from efficient_lm.tree import rewrite
 from efficient_lm.weights.layout import Layout, matrix_shape
-from efficient_lm.weights.weight import Weight, Wrapper
+from efficient_lm.weights.weight import Frozen, Weight, Wrapper
 
 
 class Statistic(nnx.Variable):
@@ -40,7 +41,9 @@ def joined(statistic: str, a, b):
 
 
 class Observed(Wrapper):
-  """Multiplies as `inner`. `wanted` names the statistics, which are zero until a gradient says otherwise."""
+  """Multiplies as `inner`. `wanted` names the statistics, which are zero until a gradient says otherwise. `real`: a bool for
+  each row, False for those that are not to count (see `of_real`), or None."""
+  real = None
 
   def __init__(self, inner: Weight, wanted: tuple[str, ...]):
     self.inner = inner
@@ -54,7 +57,8 @@ class Observed(Wrapper):
   def contract(self, equation, x, dtype=None):
     """Products over other dims than the inputs, and dense ones of all experts, are not observed."""
     if equation.split(',')[0].endswith(self.inputs) and not self.axes.startswith('E'):
-      x = tap(x.reshape(-1, self.size), self._values()).reshape(x.shape)
+      real_M = None if self.real is None else self.real.get_value()
+      x = tap(x.reshape(-1, self.size), self._values(), real_M).reshape(x.shape)
     return self.inner.contract(equation, x, dtype)
 
   def contract_grouped(self, x_MD, sizes_E):
@@ -63,18 +67,30 @@ class Observed(Wrapper):
   def _values(self): return {name: variable.get_value() for name, variable in self.statistics.items()}
 
 
+def of_real(tree, real_BT):
+  """A tree in which observed weights leave out rows of tokens that are not real. A layer with biases makes something of
+  padding that is zero. (Experts are sent no padding.)"""
+  def change(_, node):
+    made = Observed(node.inner, tuple(node.statistics))
+    made.statistics, made.real = node.statistics, Frozen(real_BT.reshape(-1))
+    return made
+  return rewrite(tree, Observed, change)
+
+
 @jax.custom_vjp
-def tap(x_MI, statistics):
-  """x; the gradient of each statistic is that of x's rows, whatever the loss makes of x."""
+def tap(x_MI, statistics, real_M=None):
+  """x; the gradient of each statistic is that of x's rows, of those that are real, whatever the loss makes of x."""
   return x_MI
 
 
 def _tap_backward(saved, g_MI):
-  x_MI, statistics = saved
-  return g_MI, {name: _OF_ROWS[name](x_MI.astype(jnp.float32)) for name in statistics}
+  x_MI, statistics, real_M = saved
+  x_MI = x_MI.astype(jnp.float32)
+  if real_M is not None: x_MI = jnp.where(real_M[:, None], x_MI, 0)
+  return g_MI, {name: _OF_ROWS[name](x_MI) for name in statistics}, None
 
 
-tap.defvjp(lambda x_MI, statistics: (x_MI, (x_MI, statistics)), _tap_backward)
+tap.defvjp(lambda x_MI, statistics, real_M=None: (x_MI, (x_MI, statistics, real_M)), _tap_backward)
 
 
 @jax.custom_vjp

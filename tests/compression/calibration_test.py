@@ -15,7 +15,7 @@ from efficient_lm.models.transformer import Block, unrolled
 from efficient_lm.training import trainer as train
 from efficient_lm.weights.quantized import round_to_nearest
 from efficient_lm.weights.weight import Dense, Weight
-from tests.compressing import B, D, T, V, batch_of, logits_of, model_of
+from tests.compressing import B, D, T, V, batch_of, family, logits_of, model_of
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -40,6 +40,38 @@ def test_statistics_of_a_model_are_those_of_what_its_weights_read():
   x_MD = block.attention_norm(model.embed.take(batch['inputs_BT'])).reshape(-1, D)
   np.testing.assert_allclose(found[LAYER + 'attention/query']['gram'][0], x_MD.T @ x_MD, rtol=1e-3, atol=1e-2)
   assert found[LAYER + 'mlp/down']['gram'].shape[0] == 2 and np.all(found[LAYER + 'mlp/down']['count'] == B * T)
+
+
+@pytest.mark.parametrize('name', ['plain', 'pattern'])
+def test_padding_counts_for_nothing_though_biases_make_something_of_it(name):
+  """The second half of each row is padding, or is not there."""
+  model, batch = family(name), batch_of()
+  padded = batch | {'segments_BT': np.where(batch['segments_BT'] == 1, 1, 0)}
+  half = {key: rows[:, :T // 2] for key, rows in batch.items()}
+  wanted = {path: ('gram', 'peak', 'count') for path, _ in tree.select(model, Weight, 'stacks/')}
+  found = calibration.statistics(model, [padded], wanted)
+  assert_close(found, calibration.statistics(model, [half], wanted))
+  assert all(np.all(one['count'] == B * T // 2) for one in found.values())
+
+
+def test_the_walk_over_a_repeated_pattern_goes_layer_by_layer_and_keeps_the_pattern():
+  model, seen = family('pattern'), []
+
+  def change(path, layer, hidden):
+    seen.append(path)
+    return layer, calibration.advance(layer, hidden)
+  changed = calibration.layer_by_layer(model, [batch_of()], change)
+  assert seen == ['stacks/0/blocks/0', 'stacks/0/blocks/1'] * 2
+  assert jax.tree.structure(changed) == jax.tree.structure(model)
+  for a, b in zip(jax.tree.leaves(changed), jax.tree.leaves(model), strict=True): np.testing.assert_array_equal(a, b)
+  wanted = {path: ('gram',) for path, _ in tree.select(model, Weight, 'stacks/')}
+  apart = {path: ('gram',) for path, _ in tree.select(unrolled(model), Weight, 'stacks/')}
+  stacked = calibration.statistics(model, [batch_of()], wanted)
+  single = calibration.statistics(unrolled(model), [batch_of()], apart)
+  path = 'stacks/0/blocks/{}/mlp/down'
+  for i in range(4):
+    one, other = stacked[path.format(i % 2)]['gram'][i // 2], single[path.format(i)]['gram']
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_watching_changes_no_output():

@@ -11,7 +11,7 @@ from efficient_lm.models.transformer import Block
 from efficient_lm.weights.quantized import round_to_nearest
 from efficient_lm.weights.rotated import Rotated
 from efficient_lm.weights.weight import Dense, Weight
-from tests.compressing import assert_the_same, model_of
+from tests.compressing import FAMILIES, assert_the_same, family, model_of
 
 KINDS = [('grouped', 'dense'), ('grouped', 'experts'), ('latent', 'dense')]
 
@@ -22,33 +22,44 @@ def layer_of(attention='grouped', mlp='dense'):
 
 def channels(layer, one):
   """Shape of a scale for each channel of a producer, layers (and experts) in front."""
-  producer = dict(tree.select(layer, (Weight, coupling.RMSNorm)))[one.producer]
-  return producer.scale.shape if isinstance(producer, coupling.RMSNorm) else coupling.matrix_of(producer).shape[:-1]
+  producer = dict(tree.select(layer, (Weight, *coupling.NORMS)))[one.producer]
+  return producer.scale.shape if isinstance(producer, coupling.NORMS) else coupling.matrix_of(producer).shape[:-1]
 
 
-@pytest.mark.parametrize('attention, mlp', KINDS)
-def test_dividing_any_producer_by_any_scale_changes_no_output(attention, mlp):
-  model = model_of(attention, mlp)
+@pytest.mark.parametrize('kind', [*KINDS, *FAMILIES], ids=str)
+def test_dividing_any_producer_by_any_scale_changes_no_output(kind):
+  """Biases are divided with what they are added to."""
+  model = family(kind) if isinstance(kind, str) else model_of(*kind)
 
   @jax.jit
   def folded(model):
     rng = np.random.default_rng(0)
     def change(_, layer):
-      for one in coupling.couplings(layer):
+      for one in filter(lambda one: one.producer, coupling.couplings(layer)):
         layer = coupling.divided(layer, one, jnp.asarray(np.exp(rng.normal(size=channels(layer, one))), jnp.float32))
       return layer
     return tree.rewrite(model, Block, change)
   changed = folded(model)
   assert_the_same(model, changed)
+  # What reads a stream without a norm, or an activation.
+  without = ('embed', 'own_head', 'positions', *{'behind': ('query', 'key', 'gate'), 'plain': ('down',)}.get(kind, ()))
   for (path, a), (_, b) in zip(tree.select(model, Weight), tree.select(changed, Weight), strict=True):
-    assert path in ('embed', 'own_head') or not np.allclose(a.materialize(), b.materialize()), f'{path} takes part'
+    assert path.endswith(without) or not np.allclose(a.materialize(), b.materialize()), f'{path} takes part'
 
 
-@pytest.mark.parametrize('attention, mlp', KINDS)
-def test_all_weights_of_a_layer_consume_something_and_all_consumers_are_there(attention, mlp):
-  layer = layer_of(attention, mlp)
-  read = [path for one in coupling.couplings(layer) for path in one.consumers]
-  assert len(read) == len(set(read)) and set(read) == {path for path, _ in tree.select(layer, Weight)}
+@pytest.mark.parametrize('kind', [*KINDS, *FAMILIES], ids=str)
+def test_all_weights_of_a_layer_consume_something_and_all_consumers_are_there(kind):
+  for _, layer in tree.select(family(kind) if isinstance(kind, str) else model_of(*kind), Block):
+    read = [path for one in coupling.couplings(layer) for path in one.consumers]
+    assert len(read) == len(set(read)) and set(read) == {path for path, _ in tree.select(layer, Weight)}
+
+
+def test_only_what_has_a_producer_can_be_folded():
+  """Nothing before a norm that stands behind its branch, nor an activation without a gate, can be divided."""
+  foldable = lambda name: {one.consumers[0].split('/')[-1] for _, layer in tree.select(family(name), Block)
+                           for one in coupling.couplings(layer) if coupling.foldable(layer, one)}
+  assert foldable('behind') == {'output', 'down'}
+  assert foldable('plain') == {'query', 'output', 'up'}
 
 
 def test_a_head_of_values_is_read_by_as_many_heads_as_share_it():

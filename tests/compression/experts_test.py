@@ -16,7 +16,7 @@ from efficient_lm.weights.low_precision import low_precision
 from efficient_lm.weights.quantized import round_to_nearest
 from efficient_lm.weights.quantizers import Rounding
 from efficient_lm.weights.weight import Weight
-from tests.compressing import assert_the_same, model_of
+from tests.compressing import assert_the_same, family, model_of
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -49,6 +49,11 @@ def test_every_expert_is_the_dense_layer(kind):
   assert invariants.check(promised, sparse, None) == []
   assert bool(promised) == (kind not in ('float', 'low precision'))
   assert set(promised) <= {path for path, _ in select(sparse, Weight)}
+
+
+@pytest.mark.parametrize('name, why', [('pattern', 'is no SwiGLU without biases'), ('plain', 'no FeedForward on a path')])
+def test_a_layer_that_is_no_swiglu_without_biases_is_refused_in_a_line(name, why):
+  with pytest.raises(IncompatibleError, match=why): experts.upcycled(family(name), MIXTURE, 'mlp$', jax.random.key(0))
 
 
 def test_with_gates_that_sum_to_one_it_computes_the_same_in_a_stack_and_unrolled():

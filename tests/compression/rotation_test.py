@@ -8,13 +8,14 @@ from efficient_lm.compression import masks, rotation
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import Int
 from efficient_lm.models.layers import RMSNorm
+from efficient_lm.weights.biased import unbiased
 from efficient_lm.weights.fake_quantized import FakeQuantized
 from efficient_lm.weights.low_precision import low_precision
 from efficient_lm.weights.quantized import round_to_nearest
 from efficient_lm.weights.quantizers import Rounding
 from efficient_lm.weights.rotated import Rotated
 from efficient_lm.weights.weight import Weight
-from tests.compressing import assert_the_same, model_of
+from tests.compressing import assert_the_same, family, model_of
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -39,6 +40,20 @@ def test_it_computes_the_same_and_other_weights_do(described, space):
   if space == 'values': assert names <= {'value', 'value_up', 'output'} and names
   if space == 'hidden': assert names == {'down'}
   if space in ('residual', 'blocks'): assert {'embed', 'output', 'down'} <= names
+
+
+@pytest.mark.parametrize('name, space', [('shared', 'blocks'), ('plain', 'values'), ('plain', 'hidden'),
+                                         ('pattern', 'hidden')])
+def test_biases_positions_and_norms_of_other_kinds_turn_along_or_stay(name, space):
+  assert_the_same(family(name), changed := rotated(family(name), **SPACES[space]))
+  assert any(isinstance(innermost, Rotated) for _, weight in tree.select(changed, Weight)
+             for innermost in (weight, unbiased(weight))) == (space != 'values')
+
+
+@pytest.mark.parametrize('name, why', [('plain', 'norm subtracts the mean'), ('pattern', 'has norms behind its branches'),
+                                       ('behind', 'has norms behind its branches')])
+def test_a_stream_whose_norms_do_not_commute_with_rotations_is_refused(name, why):
+  with pytest.raises(IncompatibleError, match=why): rotated(family(name), **SPACES['residual'])
 
 
 def innermost_array(weight):

@@ -12,7 +12,7 @@ from efficient_lm.config import experiment as experiments
 from efficient_lm.data import Corpus
 from efficient_lm.errors import ConfigError
 from efficient_lm.formats import Int
-from efficient_lm.models import zoo
+from efficient_lm.models import spec, zoo
 from efficient_lm.runs import FromRun
 from efficient_lm.techniques import Distill, QuantAware, Upcycle
 
@@ -70,6 +70,8 @@ def test_valid_experiments_pass():
   (dict(model=dataclasses.replace(zoo.tiny(), vocab_size=256)), 'config.model.vocab_size'),
   (dict(model=dataclasses.replace(zoo.tiny(), stacks=())), 'config.model.stacks'),
   (dict(model=None), 'config.model'),
+  (dict(model=dataclasses.replace(zoo.tiny(), positions=spec.Learned(length=63))), 'config.train.sequence_length'),
+  (dict(model=dataclasses.replace(zoo.tiny(), norm=spec.PreNorm())), 'config.model.norm'),
   (dict(techniques=QuantAware()), 'config.techniques'),
   (dict(techniques=(QuantAware,)), 'config.techniques[0]'),
   (dict(techniques=(quantized(Int(bits=1)),)), 'config.techniques[0].rules[0].weights.bits'),

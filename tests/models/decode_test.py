@@ -10,6 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from efficient_lm.errors import IncompatibleError
 from efficient_lm.models import decode, spec
 from efficient_lm.models.decode import Sampling, ready, stream, until_stop
 from efficient_lm.models.moe import routing
@@ -106,6 +107,30 @@ def test_a_cache_in_eight_bits_draws_nearly_the_same_text():
   """Greedily, from logits that two heads of eight numbers have moved by a per cent: a near tie may fall the other way."""
   pieces = stream(drawn(), PROMPT, 9, sampling=Sampling(0.0), vocab_size=TOKENIZER, burst_size=5, cache=spec.CACHES['int8'])
   assert np.mean(np.concatenate(list(pieces), 1) == greedy()) > 0.5
+
+
+@functools.cache
+def with_positions():
+  """As `drawn`, of unequal layers, with eleven positions."""
+  attention = spec.GroupedQuery(num_heads=2, num_kv_heads=1, head_dim=8, rope=None, biases=('query', 'output'))
+  layers = tuple(spec.Layer(attention=attention, mlp=spec.Plain(hidden=24, activation=name)) for name in ('relu', 'gelu'))
+  described = spec.Transformer(vocab_size=V, dim=16, stacks=(spec.Repeated(num_repeats=2, layers=layers),),
+                               positions=spec.Learned(length=11), softcap=4.)
+  rng = np.random.default_rng(0)
+  abstract = jax.eval_shape(lambda: described.build(rngs=nnx.Rngs(0)))
+  return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, leaf.dtype), abstract)
+
+
+def test_a_text_may_be_as_long_as_the_positions_and_no_longer():
+  """The last burst, which would go on past them, ends with them."""
+  def draw(count):
+    pieces = stream(with_positions(), PROMPT, count, sampling=Sampling(0.0), vocab_size=TOKENIZER, burst_size=5)
+    return np.concatenate(list(pieces), 1)
+  ids = draw(7)   # 4 + 7 = 11
+  whole = np.concatenate([PROMPT, ids], 1)
+  logits = np.asarray(jax.jit(lambda model, tokens: model(tokens).logits_BTV)(with_positions(), whole))
+  np.testing.assert_array_equal(ids, logits[:, PROMPT.shape[1] - 1:-1, :TOKENIZER].argmax(-1))
+  with pytest.raises(IncompatibleError, match='a text of 12 tokens, where the model has 11 positions'): draw(8)
 
 
 @settings(deadline=None, max_examples=25)

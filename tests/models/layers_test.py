@@ -1,5 +1,6 @@
 """Normalisation and rotary positions have the properties that attention relies on."""
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficient_lm.models.layers import RMSNorm, apply_rope
+from efficient_lm.models import spec
+from efficient_lm.models.layers import ACTIVATIONS, LayerNorm, RMSNorm, apply_rope
+from efficient_lm.models.rope import LinearScaling, Yarn
 
 B, T, N, H = 1, 6, 2, 8
 THETA = 100.0
 # Angles below 100 radians carry an error of 100 * 2**-24 in float32; every bound here is a few of those.
 ROUNDING = dict(rtol=1e-4, atol=5e-5)
-rotated = jax.jit(apply_rope, static_argnums=(2, 3))
+rotated = jax.jit(apply_rope, static_argnums=(2, 3, 4))
 
 
 def draw(*shape, seed=0):
@@ -64,6 +67,20 @@ def test_pair_i_turns_by_position_times_its_frequency(layout):
   np.testing.assert_allclose(y[split[0]] + 1j * y[split[1]], expected, **ROUNDING)
 
 
+@both_layouts
+def test_positions_that_are_interpolated_turn_as_those_between_would(layout):
+  """Position 8 of a text that is read at a quarter of the frequency is position 2."""
+  x = draw(1, 1, N, H)
+  quarter = rotated(x, positions(8), THETA, layout, LinearScaling(factor=4.))
+  np.testing.assert_allclose(quarter, rotated(x, positions(2), THETA, layout), **ROUNDING)
+
+
+def test_yarn_makes_what_is_rotated_longer_by_its_magnitude():
+  x, yarn = draw(B, T, N, H), Yarn(factor=4., original_length=64)
+  y = rotated(x, positions(*range(T)), THETA, 'half', yarn)
+  np.testing.assert_allclose(np.linalg.norm(y, axis=-1), yarn.magnitude * np.linalg.norm(x, axis=-1), **ROUNDING)
+
+
 def test_rotation_computes_in_float32_and_answers_in_the_dtype_of_x():
   x = jnp.asarray(draw(B, T, N, H), jnp.bfloat16)
   y = rotated(x, positions(*range(1000, 1000 + T)), THETA, 'half')
@@ -92,3 +109,27 @@ def test_norm_does_not_see_the_size_of_its_input(axes):
   x = draw(B, T, N, H)
   # eps is 1e-6 of a mean square of one: half of it relative.
   np.testing.assert_allclose(jax.jit(norm(axes))(8 * x), jax.jit(norm(axes))(x), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_layer_norm_is_its_equation_and_does_not_see_a_shift(bias):
+  module, x = LayerNorm(H, 1e-5, bias), draw(B, T, N, H)
+  module.scale.set_value(jnp.asarray(draw(H, seed=3)))
+  if bias: module.bias.set_value(jnp.asarray(draw(H, seed=4)))
+  expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * draw(H, seed=3)
+  run = jax.jit(lambda x: module(x))
+  np.testing.assert_allclose(run(x), expected + (draw(H, seed=4) if bias else 0), rtol=1e-5, atol=2e-6)
+  np.testing.assert_allclose(run(x + 2), run(x), rtol=1e-4, atol=1e-5)   # 2 takes two bits of each number
+  assert run(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+  assert (module.bias is None) == (not bias)
+
+
+def test_activations_are_their_equations():
+  x = np.linspace(-4, 4, 33)
+  phi = np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x])
+  expected = {'silu': x / (1 + np.exp(-x)), 'gelu': x * phi, 'relu': np.maximum(x, 0),
+              'gelu_tanh': x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)))}
+  assert set(expected) == set(ACTIVATIONS) == set(spec.ACTIVATIONS)
+  for name, values in expected.items():
+    np.testing.assert_allclose(ACTIVATIONS[name](x.astype(np.float32)), values, rtol=2e-5, atol=1e-6)
+  assert np.abs(expected['gelu'] - expected['gelu_tanh']).max() > 1e-4, 'they are two'

@@ -15,6 +15,8 @@ GOOD = {
   spec.Latent: dict(num_heads=2, query_rank=None, kv_rank=8, nope_dim=4, rope_dim=4, value_dim=4),
   spec.MoE: dict(num_experts=4, hidden=8),
   spec.Stack: dict(num_layers=2, attention=None, mlp=None),
+  spec.Repeated: dict(num_repeats=2, layers=(None,)), spec.Learned: dict(length=4),
+  spec.Gated: dict(hidden=8), spec.Plain: dict(hidden=8, activation='relu'),
   spec.Transformer: dict(vocab_size=16, dim=8, stacks=(None,)),
 }
 BAD = [
@@ -24,6 +26,13 @@ BAD = [
   (spec.Latent, 'query_rank', 0), (spec.Latent, 'kv_rank', 0), (spec.Latent, 'rope_dim', 3),
   (spec.Latent, 'value_dim', -1), (spec.SwiGLU, 'hidden', 0),
   (spec.MoE, 'num_experts', 0), (spec.MoE, 'num_shared', -1), (spec.MoE, 'capacity', 0.0),
+  (spec.GroupedQuery, 'biases', ('gate',)), (spec.GroupedQuery, 'biases', ('key', 'key')),
+  (spec.GroupedQuery, 'softcap', 0.0), (spec.GroupedQuery, 'scale', -1.0), (spec.Learned, 'length', 0),
+  (spec.Gated, 'hidden', 0), (spec.Gated, 'activation', 'tanh'), (spec.Gated, 'biases', ('router',)),
+  (spec.Plain, 'activation', 'swish'), (spec.Plain, 'biases', ('gate',)),
+  (spec.MoE, 'shared', spec.MoE(num_experts=2, hidden=8)),
+  (spec.Repeated, 'num_repeats', 0), (spec.Repeated, 'layers', ()), (spec.Repeated, 'remat', 'some'),
+  (spec.Transformer, 'softcap', 0.0), (spec.Transformer, 'embed_scale', 0.0),
   (spec.Stack, 'num_layers', 0), (spec.Stack, 'unroll', 0), (spec.Stack, 'remat', 'some'),
   (spec.Transformer, 'vocab_size', 0), (spec.Transformer, 'stacks', ()), (spec.Transformer, 'norm_eps', 0.0),
   (spec.Transformer, 'dtype', 'int8'),

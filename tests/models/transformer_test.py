@@ -14,6 +14,7 @@ from efficient_lm.models import spec
 from efficient_lm.models.decode import ready
 from efficient_lm.models.moe import routing
 from efficient_lm.models.transformer import unrolled
+from efficient_lm.parallel.sharding import place, shardings
 from efficient_lm.tree import size
 from efficient_lm.weights.weight import Transposed
 
@@ -41,6 +42,15 @@ def model_of(attention=None, mlp=None, num_layers=2, unroll=1, remat='none', **c
   return spec.Transformer(**{**dict(vocab_size=V, dim=D, stacks=(stack,)), **changes})
 
 
+def pattern(block=spec.PreNorm(), num_repeats=2, **changes):
+  """Unequal layers: a window and a softcap here, interpolated positions there."""
+  layers = (spec.Layer(attention=grouped(window=2, softcap=2., scale=.4), mlp=spec.Gated(hidden=F, activation='gelu_tanh')),
+            spec.Layer(attention=grouped(rope=spec.Rope(scaling=spec.LinearScaling(factor=4.))), mlp=spec.SwiGLU(hidden=F)))
+  return model_of(stacks=(spec.Repeated(num_repeats=num_repeats, layers=layers, block=block),), **changes)
+
+
+ALL_BIASED = ('query', 'key', 'value', 'output')
+YARN = spec.Yarn(factor=4., original_length=16, mscale=1., mscale_all_dim=.7)
 SPECS = {
   'grouped': model_of(),
   'as many kv heads': model_of(grouped(num_kv_heads=4)),
@@ -56,6 +66,13 @@ SPECS = {
   'experts with a capacity': model_of(mlp=experts(capacity=.5)),
   'two stacks, tied': model_of(tied=True, stacks=(model_of(num_layers=1).stacks[0],
                                                   model_of(latent(None), experts(), num_layers=1).stacks[0])),
+  'as GPT-2': model_of(grouped(rope=None, biases=ALL_BIASED), spec.Plain(hidden=F, activation='gelu_tanh'),
+                       norm=spec.LayerNorm(), positions=spec.Learned(length=T + 1)),
+  'as Gemma 2': pattern(spec.SandwichNorm(), tied=True, embed_scale=4., softcap=3.),
+  'as OLMo 2': model_of(grouped(qk_norm='NH'), stacks=(dataclasses.replace(model_of().stacks[0], block=spec.PostNorm()),)),
+  'experts as Qwen2-MoE': model_of(grouped(biases=ALL_BIASED[:3]), experts(
+    shared=spec.SigmoidGated(inner=spec.Gated(hidden=12, biases=('gate', 'up', 'down'))))),
+  'latent, YaRN': model_of(dataclasses.replace(latent(None), rope=spec.Rope(layout='interleaved', scaling=YARN))),
 }
 every_spec = pytest.mark.parametrize('name', SPECS)
 dropless = pytest.mark.parametrize('name', [name for name in SPECS if name != 'experts with a capacity'])
@@ -127,7 +144,8 @@ def test_experts_that_choose_refuse_a_cache_in_a_line(apart):
   assert str(refusal.value) == 'expert choice looks at whole sequences: it cannot decode token by token'
 
 
-@pytest.mark.parametrize('name', ['grouped', 'window', 'latent', 'experts', 'experts with a capacity'])
+@pytest.mark.parametrize('name', ['grouped', 'window', 'latent', 'experts', 'experts with a capacity', 'as GPT-2',
+                                  'as Gemma 2'])
 def test_a_packed_document_is_read_as_if_alone(name):
   tokens, cut = tokens_of(), 3
   positions = np.broadcast_to(np.r_[np.arange(cut), np.arange(T - cut)], (B, T)).astype(np.int32)
@@ -144,7 +162,7 @@ def test_a_packed_document_is_read_as_if_alone(name):
 
 
 @pytest.mark.parametrize('arrange', [unrolled, ready], ids=['apart', 'outputs first'])
-@pytest.mark.parametrize('name', ['grouped', 'latent', 'experts'])
+@pytest.mark.parametrize('name', ['grouped', 'latent', 'experts', 'as GPT-2', 'as Gemma 2'])
 def test_a_model_taken_apart_for_decoding_computes_the_same(name, arrange):
   apart = arrange(drawn(name))
   assert size(apart) == size(drawn(name))
@@ -189,6 +207,75 @@ def test_two_stacks_of_one_layer_are_one_stack_of_two():
   np.testing.assert_allclose(logits_of(parts, tokens_of()), logits_of(model, tokens_of()), **ROUNDING)
 
 
+def separate(model):
+  """A repeated pattern as stacks of one layer, each of its own, and the same numbers in them."""
+  described = pattern(num_repeats=2)
+  layers = [layer for _ in range(2) for layer in described.stacks[0].layers]
+  stacks = tuple(spec.Stack(num_layers=1, attention=layer.attention, mlp=layer.mlp) for layer in layers)
+  parts = abstract(dataclasses.replace(described, stacks=stacks))
+  for i, stack in enumerate(parts.stacks):
+    stack.blocks = jax.tree.map(lambda a: a[None], model.stacks[0].layer(i))
+  parts.embed, parts.norm, parts.own_head = model.embed, model.norm, model.own_head
+  return parts
+
+
+@pytest.mark.parametrize('way', [{}, dict(unroll=2, remat='full')], ids=str)
+def test_a_repeated_pattern_is_its_layers_one_after_the_other(way):
+  described = pattern()
+  described = dataclasses.replace(described, stacks=(dataclasses.replace(described.stacks[0], **way),))
+  rng = np.random.default_rng(0)
+  model = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * .5, leaf.dtype), abstract(described))
+  value, gradient = slope(model, tokens_of())
+  expected, of_parts = slope(separate(model), tokens_of())
+  assert float(value) == pytest.approx(float(expected), rel=1e-5)
+  for a, b in zip(jax.tree.leaves(separate(gradient)), jax.tree.leaves(of_parts), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['as GPT-2', 'as Gemma 2', 'experts as Qwen2-MoE'])
+def test_a_mesh_of_eight_computes_what_one_device_does(name, mesh):
+  """The loss and its gradient: a soft cap, biases and unequal layers are cut by the letters of their arrays."""
+  def loss(model, tokens):
+    outputs = model(tokens)
+    nll, _ = outputs.head.nll(outputs.hidden_BTD, tokens)
+    return jnp.mean(nll)
+  model, tokens = drawn(name), np.repeat(tokens_of(), 2, 0)
+  value, gradient = jax.jit(jax.value_and_grad(loss))(model, tokens)
+  with mesh(2, 2, 1, 2):
+    cut = jax.device_put(model, shardings(model, jax.sharding.get_mesh()))
+    there, of_cut = jax.jit(jax.value_and_grad(loss))(cut, place({'tokens': tokens}, jax.sharding.get_mesh())['tokens'])
+  assert float(there) == pytest.approx(float(value), rel=1e-5)
+  for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(of_cut), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_the_loss_of_capped_logits_is_that_of_the_logits():
+  model, tokens = drawn('as Gemma 2'), tokens_of()
+  outputs = jax.jit(lambda model: model(tokens))(model)
+  nll, lse = outputs.head.nll(outputs.hidden_BTD, tokens)
+  logits = outputs.logits_BTV
+  assert np.abs(logits).max() < 3
+  np.testing.assert_allclose(lse, jax.nn.logsumexp(logits, -1), rtol=1e-5)
+  np.testing.assert_allclose(nll, lse - jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0], rtol=1e-5, atol=1e-6)
+
+
+def test_no_text_is_longer_than_the_table_of_positions():
+  model, longer = drawn('as GPT-2'), np.zeros((1, T + 2), np.int32)
+  for refused in (lambda: model(longer), lambda: model.init_cache(1, T + 2, spec.FloatCache())):
+    with pytest.raises(IncompatibleError) as refusal: refused()
+    assert str(refusal.value) == f'a text of {T + 2} tokens, where the model has {T + 1} positions'
+
+
+def test_the_embedding_is_scaled_in_the_dtype_of_the_computation():
+  """As Gemma does: sqrt(dim) is rounded to bfloat16 before it multiplies."""
+  model = drawn('as Gemma 2')
+  for dtype in ('float32', 'bfloat16'):
+    model = jax.tree.map(lambda leaf: leaf, model)
+    model.dtype, model.embed_scale = dtype, 33 ** .5
+    expected = model.embed.take(tokens_of()).astype(dtype) * jnp.asarray(33 ** .5, dtype)
+    np.testing.assert_array_equal(model.embedded(tokens_of(), None), expected)
+
+
 def test_a_tied_head_is_the_embedding_read_the_other_way():
   tied, untied = (abstract(model_of(tied=flag)) for flag in (True, False))
   assert size(untied) - size(tied) == V * D
@@ -209,7 +296,8 @@ def test_both_uses_of_a_tied_embedding_receive_gradient():
 def attention_parameters(attention):
   if isinstance(attention, spec.GroupedQuery):
     N, K = attention.num_heads, attention.num_kv_heads
-    return 2 * D * N * H + 2 * D * K * H + {'': 0, 'H': 2 * H, 'NH': (N + K) * H}[attention.qk_norm]
+    biases = sum(dict(query=N * H, key=K * H, value=K * H, output=D)[name] for name in attention.biases)
+    return 2 * D * N * H + 2 * D * K * H + {'': 0, 'H': 2 * H, 'NH': (N + K) * H}[attention.qk_norm] + biases
   N, R, Q = attention.num_heads, attention.kv_rank, attention.query_rank
   queries = D * N * 8 if Q is None else D * Q + Q + Q * N * 8           # nope and rope, 4 each
   return queries + D * R + R + D * 4 + R * N * 4 + R * N * 5 + N * 5 * D
@@ -217,16 +305,30 @@ def attention_parameters(attention):
 
 def mlp_parameters(mlp):
   if isinstance(mlp, spec.SwiGLU): return 3 * D * mlp.hidden
+  if isinstance(mlp, spec.SigmoidGated): return D + mlp_parameters(mlp.inner)
+  if not isinstance(mlp, spec.MoE):
+    biases = sum(dict(gate=mlp.hidden, up=mlp.hidden, down=D)[name] for name in mlp.biases)
+    return (3 if isinstance(mlp, spec.Gated) else 2) * D * mlp.hidden + biases
   biased = any(isinstance(term, routing.LossFreeBias) for term in mlp.balance)
-  return D * E + (E + mlp.num_shared) * 3 * D * mlp.hidden + E * biased
+  shared = 0 if mlp.shared is None else mlp_parameters(mlp.shared)
+  return D * E + (E + mlp.num_shared) * 3 * D * mlp.hidden + E * biased + shared
+
+
+def layers_of(stack):
+  """(count, description) of each layer of a pattern."""
+  if isinstance(stack, spec.Stack): return [(stack.num_layers, stack)]
+  return [(stack.num_repeats, layer) for layer in stack.layers]
 
 
 @every_spec
 def test_parameters_by_hand(name):
   described = SPECS[name]
-  layers = sum(stack.num_layers * (attention_parameters(stack.attention) + mlp_parameters(stack.mlp) + 2 * D)
-               for stack in described.stacks)
-  assert size(abstract(described)) == (1 if described.tied else 2) * V * D + D + layers
+  norm = D * (1 + isinstance(described.norm, spec.LayerNorm))
+  layers = sum(count * (attention_parameters(layer.attention) + mlp_parameters(layer.mlp) +
+                        2 * norm * (stack.block.before + stack.block.after))
+               for stack in described.stacks for count, layer in layers_of(stack))
+  positions = D * described.positions.length if described.positions else 0
+  assert size(abstract(described)) == (1 if described.tied else 2) * V * D + positions + norm + layers
 
 
 @pytest.mark.parametrize('name', ['grouped', 'experts'])

@@ -33,6 +33,33 @@ def test_scores_are_scaled_as_asked():
   assert np.abs(scaled - plain).max() > 1e-2
 
 
+@pytest.mark.parametrize('name', ['grouped heads', 'documents and window', 'decode with window', 'bfloat16'])
+def test_a_soft_cap_agrees_with_the_reference_in_value_and_gradient(name):
+  case = CASES[name]
+  arguments = case.arguments()
+  run = lambda implementation: case._passes(
+    lambda *qkv, **options: attention(*qkv, softcap=.7, implementation=implementation, **options))
+  assert_close(jax.jit(run('xla'))(*arguments), run('reference')(*arguments), case.tolerance)
+
+
+def test_the_reference_bounds_scores_as_the_equation_says():
+  q, k, v = (np.asarray(x, np.float64) for x in inputs(7, N=2, K=2))
+  scores = np.einsum('BTNH,BSNH->BNTS', q, k) * 8 ** -0.5
+  weights = np.exp(np.where(np.tril(np.ones((7, 7), bool)), .5 * np.tanh(scores / .5), -np.inf))
+  expected = np.einsum('BNTS,BSNH->BTNH', weights / weights.sum(-1, keepdims=True), v)
+  capped = attention(*map(jnp.float32, (q, k, v)), softcap=.5, implementation='reference')
+  np.testing.assert_allclose(capped, expected, atol=1e-5)
+  assert np.abs(attention(*map(jnp.float32, (q, k, v))) - capped).max() > 1e-2, 'it changes something'
+
+
+@pytest.mark.parametrize('name', ['jax', 'cudnn', 'splash'])
+def test_what_has_no_soft_cap_refuses_it(name):
+  qkv = inputs(256)
+  why = IMPLEMENTATIONS[name].refuses(*qkv, start=0, segments_BS=None, window=None, scale=1., softcap=5.)
+  assert 'soft cap' in why
+  with pytest.raises(ValueError): attention(*qkv, softcap=5., implementation=name)
+
+
 def inputs(T, N=4, K=2, H=8):
   keys = jax.random.split(jax.random.key(T), 3)
   return tuple(jax.random.normal(key, (2, T, heads, H)) for key, heads in zip(keys, (N, K, K)))

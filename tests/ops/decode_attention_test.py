@@ -45,10 +45,30 @@ def test_blocks_of_a_cache_that_is_larger_than_one(name, filled, monkeypatch):
   agree(*(jax.jit(case.call(name))(q, k, v, lengths, *scales) for name in ('blocks', 'reference')), case.tolerance)
 
 
+@pytest.mark.parametrize('name', ['window', 'int8', 'int4 in pages and window', 'bfloat16'])
+def test_a_soft_cap_agrees_with_the_reference(name):
+  case = CASES[name]
+  arguments = case.arguments()
+  names = ['k_scale_BKS', 'v_scale_BKS'] * (len(arguments) > 5) + ['page_table_BS'] * (case.page is not None)
+  def run(implementation, *arguments, softcap=.7):
+    options = dict(zip(names, arguments[4:]), window=case.window, softcap=softcap)
+    return jax.jit(lambda *qkv: decode_attention(*qkv, **options, implementation=implementation))(*arguments[:4])
+  expected = run('reference', *arguments)
+  for implementation in ('blocks', 'xla'): agree(run(implementation, *arguments), expected, case.tolerance)
+  assert np.abs(expected - run('reference', *arguments, softcap=None)).max() > 1e-2, 'it changes something'
+
+
+def test_kernels_refuse_a_soft_cap():
+  arguments = Case(2, 64).arguments()[:4]
+  assert all('soft cap' in module.refuses(*arguments, softcap=5.) for module in (pallas_tpu, pallas_gpu))
+
+
 def test_equals_attention_with_a_cache():
   q, k, v, _ = Case(2, 30).arguments()
   cached = attention(q[:, None], k.swapaxes(1, 2), v.swapaxes(1, 2), start=17, window=9, implementation='reference')
   agree(decode_attention(q, k, v, jnp.array([18, 18]), window=9), cached[:, 0], 1e-5)
+  cached = attention(q[:, None], k.swapaxes(1, 2), v.swapaxes(1, 2), start=17, softcap=.7, implementation='reference')
+  agree(decode_attention(q, k, v, jnp.array([18, 18]), softcap=.7), cached[:, 0], 1e-5)
 
 
 @pytest.mark.parametrize('implementation', ['reference', 'blocks', 'xla'])

@@ -1,4 +1,5 @@
 """Parameters and FLOPs agree with counts by hand and with XLA; meters say where their figures come from."""
+import dataclasses
 import math
 import types
 
@@ -44,6 +45,28 @@ def test_dense_parameters_by_hand():
 def test_total_is_the_number_of_stored_numbers_of_a_plain_model():
   for model in (abstract(), abstract(moe(num_shared=1)), abstract(tied=True)):
     assert measure.parameters(model).total == size(model)
+
+
+def other():
+  """With biases, a table of positions, norms that shift and a gate of a shared layer; two kinds of layers, twice each."""
+  attention = spec.GroupedQuery(num_heads=N, num_kv_heads=2, head_dim=H, window=4, biases=('query', 'output'))
+  shared = spec.SigmoidGated(inner=spec.SwiGLU(hidden=F))
+  layers = (spec.Layer(attention=attention, mlp=spec.Plain(hidden=F, activation='relu')),
+            spec.Layer(attention=dataclasses.replace(attention, window=None), mlp=moe(shared=shared)))
+  return spec.Transformer(vocab_size=V, dim=D, stacks=(spec.Repeated(num_repeats=2, layers=layers),), norm=spec.LayerNorm(),
+                          positions=spec.Learned(length=50))
+
+
+def test_parts_of_other_families_are_counted():
+  """Of two repeats: each matrix once a token; biases and norms are parameters and no FLOPs, positions are looked up."""
+  model, T = jax.eval_shape(lambda: other().build(rngs=nnx.Rngs(0))), 8
+  counted = measure.parameters(model)
+  assert counted.total == size(model) and counted.embedding == (V + 50) * D
+  assert counted.total - counted.active == 2 * (8 - 2) * 3 * D * 32
+  attention, plain, mixture = 2 * D * N * H + 2 * D * 2 * H, 2 * D * F, D * 8 + 2 * 3 * D * 32 + D + 3 * D * F
+  pairs = measure.mean_keys(T, 4) + measure.mean_keys(T)
+  assert measure.flops_per_token(model, T).forward == 2 * (
+    2 * (2 * attention + plain + mixture) + V * D + 2 * 2 * N * H * pairs)
 
 
 def test_of_eight_experts_two_are_active():

@@ -11,6 +11,7 @@ from efficient_lm import tree
 from efficient_lm.compression.rules import Rule
 from efficient_lm.config import experiment as experiments
 from efficient_lm.config import presets
+from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import Group, Int
 from efficient_lm.models.moe.layer import MoE
 from efficient_lm.runs import invariants
@@ -25,7 +26,18 @@ from efficient_lm.training.evaluation import evaluation_sums
 from efficient_lm.training.optimizers import AdamW
 from efficient_lm.weights.quantized import Quantized
 from efficient_lm.weights.weight import Weight
-from tests.compressing import B, Context, T, abstractly, assert_structure, assert_the_same, batch_of, logits_of, model_of
+from tests.compressing import (
+  B,
+  Context,
+  T,
+  abstractly,
+  assert_structure,
+  assert_the_same,
+  batch_of,
+  family,
+  logits_of,
+  model_of,
+)
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -72,6 +84,13 @@ def test_each_layer_gets_the_format_of_its_rule_and_is_evaluated():
   assert {path: weight.format.bits for path, weight in tree.select(stored, Quantized)} == {
     f'stacks/0/blocks/{i}/mlp/{name}': bits for i, bits in ((0, 4), (1, 8)) for name in ('up', 'down')}
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(evaluation_sums(stored, batch())))
+
+
+def test_a_pruned_pattern_is_refused_and_another_one_unrolled():
+  """A promise of zeros is one of a place of the pattern, and does not say how many repeats follow it."""
+  assert_the_same(family('pattern'), Unroll()(family('pattern'), Context())[0])
+  pruned, _ = PruneOnce(sparsity=.5)(family('pattern'), Context())
+  with pytest.raises(IncompatibleError, match='stacks/0 is a pruned repeated pattern'): Unroll()(pruned, Context())
 
 
 def test_what_is_promised_of_a_stack_is_promised_of_each_layer():

@@ -23,6 +23,9 @@ class Distill:
     from efficient_lm.parallel.sharding import mesh_in_force
     from efficient_lm.training.losses import Distilled
     teacher = self.teacher.load(mesh_in_force())
+    for name, model in (('teacher', teacher), ('student', learner.model)):
+      if self.weight and getattr(model, 'softcap', None) is not None:
+        raise IncompatibleError(f'the {name} has a soft cap on its logits: a divergence is not computed of those')
     student, taught = learner.model.embed.shape[0], teacher.embed.shape[0]
     if student != taught:
       raise IncompatibleError(f'teacher with a vocabulary of {taught}, student with {student}: they must be equal')

@@ -44,7 +44,7 @@ class LowPrecisionTraining:
       rewriting.require_trainable(weight)
       if dict(tree.select(weight, LowPrecision)):
         raise IncompatibleError('is multiplied in low precision already, by another technique')
-      if weight.axes.startswith('V'):
+      if weight.axes[0] in 'VT':
         raise IncompatibleError(f'is looked up, and where it is the head too it stays float: narrow where = {self.where!r}')
       return low_precision(weight, formats, keys[path] if noisy else None)
 

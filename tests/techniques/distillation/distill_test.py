@@ -113,6 +113,14 @@ def test_teachers_of_several_minds_add_up():
   assert learner.loss.teacher is model(2) and learner.loss.inner.teacher is model(1)
 
 
+def test_a_teacher_whose_logits_are_capped_is_refused_unless_it_weighs_nothing():
+  teacher = jax.tree.map(lambda leaf: leaf, model())
+  teacher.softcap = 5.
+  with pytest.raises(ValueError, match='the teacher has a soft cap on its logits'):
+    learner_of(Distill(teacher=Given(teacher)))
+  learner_of(Distill(teacher=Given(teacher), weight=0.))
+
+
 def test_a_teacher_of_another_vocabulary_is_refused():
   with pytest.raises(ValueError, match='vocabulary of 17, student with 16'):
     learner_of(Distill(teacher=Given(model(vocab_size=17))))
