@@ -8,7 +8,8 @@ RATE = 0.125
 SHAPES = {   # name: shape, axes, inputs
   'matrix': ((8, 16), 'DF', 'D'), 'layers': ((2, 8, 16), 'DF', 'D'), 'experts': ((2, 3, 8, 16), 'EDF', 'D'),
   'heads': ((8, 2, 6), 'DNH', 'D'), 'merged': ((2, 6, 8), 'NHD', 'NH'), 'embedding': ((12, 8), 'VD', 'D'),
-  'positions': ((9, 8), 'TD', 'D'), 'head': ((8, 12), 'DV', 'D'), 'router': ((8, 3), 'DE', 'D'), 'norm': ((8,), 'D', ''), 'head norm': ((2, 6), 'NH', ''),
+  'positions': ((9, 8), 'TD', 'D'), 'head': ((8, 12), 'DV', 'D'), 'router': ((8, 3), 'DE', 'D'), 'norm': ((8,), 'D', ''),
+  'head norm': ((2, 6), 'NH', ''),
 }
 VECTORS = {'norm', 'head norm', 'bias'}
 OF_ADAM = {'embedding', 'positions', 'head', 'router'}   # matrices that Muon leaves to AdamW
