@@ -176,18 +176,18 @@ def stream(model, prompt_BT, num_tokens: int, *, sampling=Sampling(), seed: int 
     raise ValueError(f'a cache of {cache.group} tokens to a scale: prompts of several lengths need one of 1')
   num_bursts = -(-num_tokens // burst_size)
   longest = prompt_BT.shape[1]
+  start = longest if lengths_B is None else lengths_B
   model.refuse_longer(longest + num_tokens)
   # The last burst goes on past what is asked for, but not past the model's positions.
   length = min(longest + num_bursts * burst_size, model.max_length or longest + num_bursts * burst_size)
-  start = longest if lengths_B is None else lengths_B
   model, key = ready(model), jax.random.key(seed)
   logits_BV, slots = wait_on_cpu(prefill(model, prompt_BT, lengths_B, length=length, vocab_size=vocab_size, cache=cache))
   ended_B = np.full(prompt_BT.shape[0], -1)
   for i in range(num_bursts):
     drawn = i * burst_size
-    ids, logits_BV, slots = burst(model, logits_BV, slots, start + drawn, key, sampling,
-                                  count=min(burst_size, length - longest - drawn), vocab_size=vocab_size)
-    ids_BT, ended_B = _ended(np.asarray(ids)[:, :num_tokens - i * burst_size], ended_B, stops)
+    ids, logits_BV, slots = burst(model, logits_BV, slots, start + drawn, key, sampling, vocab_size=vocab_size,
+                                  count=min(burst_size, length - longest - drawn))
+    ids_BT, ended_B = _ended(np.asarray(ids)[:, :num_tokens - drawn], ended_B, stops)
     yield ids_BT
     if (ended_B >= 0).all(): return
 
