@@ -38,9 +38,9 @@ STACKS = {
 }
 # Parts of other families: as GPT-2, Gemma 2, OLMo 2, and Qwen2-MoE with positions from a table.
 FAMILIES = {
-  'plain': dict(norm=spec.LayerNorm(), positions=spec.Learned(length=T), tied=True),
-  'pattern': dict(tied=True, embed_scale=2., softcap=5.), 'behind': {},
-  'shared': dict(positions=spec.Learned(length=T), embed_scale=2.),
+  'plain': dict(norm=spec.LayerNorm(), ends=spec.Ends(positions=spec.Learned(length=T)), tied=True),
+  'pattern': dict(tied=True, ends=spec.Ends(embed_scale=2., softcap=5.)), 'behind': {},
+  'shared': dict(ends=spec.Ends(positions=spec.Learned(length=T), embed_scale=2.)),
 }
 
 

@@ -126,10 +126,10 @@ def _check_together(experiment: Experiment, model) -> Iterator[Problem]:
     if training.batch_size % parts:
       yield f'{place}.{name}.batch_size', training.batch_size, (
         f'must be a multiple of {parts} = config.mesh data * fsdp * expert * accumulate')
-    positions = getattr(model, 'positions', None)
+    positions = getattr(getattr(model, 'ends', None), 'positions', None)
     if positions is not None and training.sequence_length > positions.length:
       yield f'{place}.{name}.sequence_length', training.sequence_length, (
-        f'must be at most config.model.positions.length = {positions.length}')
+        f'must be at most config.model.ends.positions.length = {positions.length}')
   tokenizer = getattr(experiment.data, 'tokenizer', None)
   needed = 0 if is_source(tokenizer) and not tokenizer.here else getattr(experiment.data, 'vocab_size', 0)
   if needed > model.vocab_size:

@@ -59,8 +59,8 @@ class Sampling:
 def ready(model, donate: bool = False):
   """The model as decoding reads it: every layer by itself, and on a CPU the weights as few rows are multiplied by them
   fastest (`Weight.for_decoding`); the model itself if that is what it is. Of weights that lie over several devices, experts
-  and those in few bits stay as they are. With `donate` the arrays of the given model are deleted one by one as they are copied,
-  so that there are never two copies of the whole."""
+  and those in few bits stay as they are. With `donate` the arrays of the given model are deleted one by one as they are
+  copied, so that there are never two copies of the whole."""
   stacked = any(isinstance(stack, (Stack, Repeated)) for stack in model.stacks)
   made = model
   if stacked:

@@ -5,6 +5,7 @@ from the description. They, and the order of their operations, are those of `mod
 """
 import dataclasses
 import math
+from typing import Any
 
 from efficient_lm.lazy import lazy
 from efficient_lm.models.added import added
@@ -131,7 +132,7 @@ class Rope:
   Hugging Face), 'interleaved' rotates 2i with 2i + 1 (the paper, GPT-J, DeepSeek). `scaling` None: none."""
   theta: float = 10_000.0
   layout: str = 'half'
-  scaling: LinearScaling | Llama3Scaling | Yarn | None = added(None)
+  scaling: Any = added(None)
 
   def check(self):
     if self.theta <= 0: yield 'theta', self.theta, 'must be positive'

@@ -43,7 +43,7 @@ def positive_or_none(spec, *fields: str) -> list[Problem]:
   return [(field, value, 'must be positive, or None') for field, value in found if value is not None and not value > 0]
 
 
-@dataclasses.dataclass(kw_only=True, frozen=True)
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class RMS:
   """Norms that divide by the root mean square (Zhang and Sennrich 2019), with a scale."""
 
@@ -52,7 +52,7 @@ class RMS:
     return RMSNorm((size,), 'D', eps)
 
 
-@dataclasses.dataclass(kw_only=True, frozen=True)
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class LayerNorm:
   """Norms that subtract the mean and divide by the deviation (Ba et al. 2016, arXiv 1607.06450, eq. 4), with a scale and,
   by `bias`, a shift."""
@@ -239,19 +239,19 @@ class MoE:
     return MoE(self, site, rngs=rngs)
 
 
-@dataclasses.dataclass(kw_only=True, frozen=True)
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class PreNorm:
   """Residual branches x + branch(norm(x)) (Xiong et al. 2020, arXiv 2002.04745)."""
   before, after = True, False
 
 
-@dataclasses.dataclass(kw_only=True, frozen=True)
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class PostNorm:
   """Residual branches x + norm(branch(x)) (OLMo 2, arXiv 2501.00656, section 3.2). The stream itself is not normalised."""
   before, after = False, True
 
 
-@dataclasses.dataclass(kw_only=True, frozen=True)
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class SandwichNorm:
   """Residual branches x + norm(branch(norm(x))) (Gemma 2, arXiv 2408.00118, section 2)."""
   before, after = True, True
@@ -274,11 +274,12 @@ class Stack:
   mlp: Any
   unroll: int = 1
   remat: str = 'none'
-  block: PreNorm | PostNorm | SandwichNorm = added(make=PreNorm)
+  block: Any = added(make=PreNorm)
 
   def check(self):
     yield from positive(self, 'num_layers', 'unroll')
     yield from one_of(self, 'remat', REMAT)
+    if not hasattr(self.block, 'before'): yield 'block', self.block, 'must be PreNorm(), PostNorm() or SandwichNorm()'
 
   def build(self, site: Site, *, rngs):
     from efficient_lm.models.transformer import Stack
@@ -293,11 +294,12 @@ class Repeated:
   layers: tuple[Layer, ...]
   unroll: int = 1
   remat: str = 'none'
-  block: PreNorm | PostNorm | SandwichNorm = dataclasses.field(default_factory=PreNorm)
+  block: Any = dataclasses.field(default_factory=PreNorm)
 
   def check(self):
     yield from positive(self, 'num_repeats', 'unroll')
     yield from one_of(self, 'remat', REMAT)
+    if not hasattr(self.block, 'before'): yield 'block', self.block, 'must be PreNorm(), PostNorm() or SandwichNorm()'
     if not self.layers: yield 'layers', self.layers, 'must hold at least one Layer'
 
   @property
@@ -308,7 +310,7 @@ class Repeated:
     return Repeated(self, site, rngs=rngs)
 
 
-@dataclasses.dataclass(kw_only=True, frozen=True)
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class Learned:
   """A table of `length` positions that is trained and added to the embedding (GPT-2, OPT). No text may be longer."""
   length: int
@@ -317,30 +319,40 @@ class Learned:
     yield from positive(self, 'length')
 
 
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class Ends:
+  """What a model does before its first layer and behind its last one. `positions`: a table of them, or None; the embedding
+  is multiplied by `embed_scale`, rounded to the dtype of the computation (Gemma: sqrt(dim)); with a `softcap` logits are
+  softcap * tanh(logits / softcap) (Gemma 2)."""
+  positions: Learned | None = None
+  embed_scale: float = 1.0
+  softcap: float | None = None
+
+  def check(self):
+    if self.embed_scale <= 0: yield 'embed_scale', self.embed_scale, 'must be positive'
+    yield from positive_or_none(self, 'softcap')
+
+
 @dataclasses.dataclass(kw_only=True)
 class Transformer:
   """Decoder-only language model: embedding, stacks of layers, final norm, head. `tied` reuses the embedding as head;
   `dtype` is that of the computation, parameters and their gradients stay float32. `norm`: of all layers and the final one;
-  `positions`: None, or a table of them; the embedding is multiplied by `embed_scale`, rounded to the dtype of the
-  computation (Gemma: sqrt(dim)); with a `softcap` logits are softcap * tanh(logits / softcap)."""
+  `ends`: what else there is before and behind the layers."""
   vocab_size: int
   dim: int
-  stacks: tuple[Stack | Repeated, ...]
+  stacks: tuple[Any, ...]
   tied: bool = False
   norm_eps: float = 1e-6
   dtype: str = 'float32'
-  norm: RMS | LayerNorm = added(make=RMS)
-  positions: Learned | None = added(None)
-  embed_scale: float = added(1.0)
-  softcap: float | None = added(None)
+  norm: Any = added(make=RMS)
+  ends: Ends = added(make=Ends)
 
   def check(self):
     yield from positive(self, 'vocab_size', 'dim')
     if not self.stacks: yield 'stacks', self.stacks, 'must hold at least one Stack'
     if self.norm_eps <= 0: yield 'norm_eps', self.norm_eps, 'must be positive'
     yield from one_of(self, 'dtype', DTYPES)
-    if self.embed_scale <= 0: yield 'embed_scale', self.embed_scale, 'must be positive'
-    yield from positive_or_none(self, 'softcap')
+    if not hasattr(self.norm, 'build'): yield 'norm', self.norm, 'must be RMS() or LayerNorm()'
 
   def build(self, *, rngs):
     from efficient_lm.models.transformer import Transformer

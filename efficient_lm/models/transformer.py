@@ -182,10 +182,10 @@ class Transformer(nnx.Module):
     self.norm = site.new_norm()
     self.own_head = None if spec.tied else initial(rngs.params(), dict(D=D, V=V), 'DV', 'D')
     self.dtype = spec.dtype
-    if spec.positions is not None:
-      self.positions = Dense(jax.random.normal(rngs.params(), (spec.positions.length, D)) * D ** -.5, 'TD', 'D')
-    if spec.embed_scale != 1: self.embed_scale = spec.embed_scale
-    if spec.softcap is not None: self.softcap = spec.softcap
+    if spec.ends.positions is not None:
+      self.positions = Dense(jax.random.normal(rngs.params(), (spec.ends.positions.length, D)) * D ** -.5, 'TD', 'D')
+    if spec.ends.embed_scale != 1: self.embed_scale = spec.ends.embed_scale
+    if spec.ends.softcap is not None: self.softcap = spec.ends.softcap
 
   @property
   def head(self) -> Weight:

@@ -49,6 +49,6 @@ def test_a_model_with_everything_comes_back_from_its_json():
               inner=spec.SwiGLU(hidden=4)))))
   stack = spec.Repeated(num_repeats=2, layers=layers, block=spec.SandwichNorm())
   model = spec.Transformer(vocab_size=8, dim=4, stacks=(stack,), norm=spec.LayerNorm(bias=False),
-                           positions=spec.Learned(length=9), embed_scale=2., softcap=3.)
+                           ends=spec.Ends(positions=spec.Learned(length=9), embed_scale=2., softcap=3.))
   fields.check(model)
   assert fields.from_json(fields.to_json(model)) == model

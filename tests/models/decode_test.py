@@ -115,7 +115,7 @@ def with_positions():
   attention = spec.GroupedQuery(num_heads=2, num_kv_heads=1, head_dim=8, rope=None, biases=('query', 'output'))
   layers = tuple(spec.Layer(attention=attention, mlp=spec.Plain(hidden=24, activation=name)) for name in ('relu', 'gelu'))
   described = spec.Transformer(vocab_size=V, dim=16, stacks=(spec.Repeated(num_repeats=2, layers=layers),),
-                               positions=spec.Learned(length=11), softcap=4.)
+                               ends=spec.Ends(positions=spec.Learned(length=11), softcap=4.))
   rng = np.random.default_rng(0)
   abstract = jax.eval_shape(lambda: described.build(rngs=nnx.Rngs(0)))
   return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, leaf.dtype), abstract)

@@ -16,7 +16,7 @@ GOOD = {
   spec.MoE: dict(num_experts=4, hidden=8),
   spec.Stack: dict(num_layers=2, attention=None, mlp=None),
   spec.Repeated: dict(num_repeats=2, layers=(None,)), spec.Learned: dict(length=4),
-  spec.Gated: dict(hidden=8), spec.Plain: dict(hidden=8, activation='relu'),
+  spec.Ends: {}, spec.Gated: dict(hidden=8), spec.Plain: dict(hidden=8, activation='relu'),
   spec.Transformer: dict(vocab_size=16, dim=8, stacks=(None,)),
 }
 BAD = [
@@ -32,7 +32,7 @@ BAD = [
   (spec.Plain, 'activation', 'swish'), (spec.Plain, 'biases', ('gate',)),
   (spec.MoE, 'shared', spec.MoE(num_experts=2, hidden=8)),
   (spec.Repeated, 'num_repeats', 0), (spec.Repeated, 'layers', ()), (spec.Repeated, 'remat', 'some'),
-  (spec.Transformer, 'softcap', 0.0), (spec.Transformer, 'embed_scale', 0.0),
+  (spec.Ends, 'softcap', 0.0), (spec.Ends, 'embed_scale', 0.0),
   (spec.Stack, 'num_layers', 0), (spec.Stack, 'unroll', 0), (spec.Stack, 'remat', 'some'),
   (spec.Transformer, 'vocab_size', 0), (spec.Transformer, 'stacks', ()), (spec.Transformer, 'norm_eps', 0.0),
   (spec.Transformer, 'dtype', 'int8'),

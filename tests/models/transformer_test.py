@@ -67,8 +67,8 @@ SPECS = {
   'two stacks, tied': model_of(tied=True, stacks=(model_of(num_layers=1).stacks[0],
                                                   model_of(latent(None), experts(), num_layers=1).stacks[0])),
   'as GPT-2': model_of(grouped(rope=None, biases=ALL_BIASED), spec.Plain(hidden=F, activation='gelu_tanh'),
-                       norm=spec.LayerNorm(), positions=spec.Learned(length=T + 1)),
-  'as Gemma 2': pattern(spec.SandwichNorm(), tied=True, embed_scale=4., softcap=3.),
+                       norm=spec.LayerNorm(), ends=spec.Ends(positions=spec.Learned(length=T + 1))),
+  'as Gemma 2': pattern(spec.SandwichNorm(), tied=True, ends=spec.Ends(embed_scale=4., softcap=3.)),
   'as OLMo 2': model_of(grouped(qk_norm='NH'), stacks=(dataclasses.replace(model_of().stacks[0], block=spec.PostNorm()),)),
   'experts as Qwen2-MoE': model_of(grouped(biases=ALL_BIASED[:3]), experts(
     shared=spec.SigmoidGated(inner=spec.Gated(hidden=12, biases=('gate', 'up', 'down'))))),
@@ -327,7 +327,7 @@ def test_parameters_by_hand(name):
   layers = sum(count * (attention_parameters(layer.attention) + mlp_parameters(layer.mlp) +
                         2 * norm * (stack.block.before + stack.block.after))
                for stack in described.stacks for count, layer in layers_of(stack))
-  positions = D * described.positions.length if described.positions else 0
+  positions = D * described.ends.positions.length if described.ends.positions else 0
   assert size(abstract(described)) == (1 if described.tied else 2) * V * D + positions + norm + layers
 
 

@@ -54,7 +54,7 @@ def other():
   layers = (spec.Layer(attention=attention, mlp=spec.Plain(hidden=F, activation='relu')),
             spec.Layer(attention=dataclasses.replace(attention, window=None), mlp=moe(shared=shared)))
   return spec.Transformer(vocab_size=V, dim=D, stacks=(spec.Repeated(num_repeats=2, layers=layers),), norm=spec.LayerNorm(),
-                          positions=spec.Learned(length=50))
+                          ends=spec.Ends(positions=spec.Learned(length=50)))
 
 
 def test_parts_of_other_families_are_counted():

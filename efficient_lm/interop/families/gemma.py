@@ -29,7 +29,8 @@ def gemma(keys: Keys) -> spec.Transformer:
   layers = [_layer(keys, mlp, ropes[llama.WINDOWED if one else llama.FULL], window if one else None) for one in windowed]
   dim = keys.whole('hidden_size')
   return llama.model(keys, layers, spec.SandwichNorm(), tied=True, norm_eps=keys.number('rms_norm_eps', 1e-6),
-                     embed_scale=math.sqrt(dim), softcap=_softcap(keys, 'final_logit_softcapping', 30.0 if second else None))
+                     ends=spec.Ends(embed_scale=math.sqrt(dim),
+                                    softcap=_softcap(keys, 'final_logit_softcapping', 30.0 if second else None)))
 
 
 def _windowed(keys: Keys, second: bool) -> list[bool]:

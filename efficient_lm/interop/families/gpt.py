@@ -23,7 +23,7 @@ def gpt2(keys: Keys) -> spec.Transformer:
   return spec.Transformer(
     vocab_size=keys.whole('vocab_size'), dim=dim, stacks=(stack,), tied=keys.flag('tie_word_embeddings', True),
     norm_eps=keys.number('layer_norm_epsilon', 1e-5), dtype=llama.dtype(keys), norm=spec.LayerNorm(),
-    positions=spec.Learned(length=keys.whole('n_positions', 1024)))
+    ends=spec.Ends(positions=spec.Learned(length=keys.whole('n_positions', 1024))))
 
 
 def opt(keys: Keys) -> spec.Transformer:
@@ -41,7 +41,7 @@ def opt(keys: Keys) -> spec.Transformer:
   return spec.Transformer(
     vocab_size=keys.whole('vocab_size'), dim=dim, stacks=(stack,), tied=keys.flag('tie_word_embeddings', True),
     norm_eps=1e-5, dtype=llama.dtype(keys), norm=spec.LayerNorm(),
-    positions=spec.Learned(length=keys.whole('max_position_embeddings', 2048)))
+    ends=spec.Ends(positions=spec.Learned(length=keys.whole('max_position_embeddings', 2048))))
 
 
 def gpt2_places(model: spec.Transformer, keys: Keys) -> dict[str, Place]:
@@ -67,7 +67,7 @@ def opt_places(model: spec.Transformer, keys: Keys) -> dict[str, Place]:
   """Matrices are (outputs, inputs), each by itself."""
   del keys
   head = {} if model.tied else {'own_head/array': Part('lm_head.weight', 'V D')}
-  table = Part('model.decoder.embed_positions.weight', 'T D', ('T', OFFSET, model.positions.length + OFFSET))
+  table = Part('model.decoder.embed_positions.weight', 'T D', ('T', OFFSET, model.ends.positions.length + OFFSET))
   norm = _norm('norm', 'model.decoder.final_layer_norm')
   return of_layers(model, 'model.decoder.layers.{l}.', _opt_parts) | alone(head | norm | {
     'embed/array': Part('model.decoder.embed_tokens.weight', 'V D'), 'positions/array': table})
