@@ -119,14 +119,15 @@ class KeyValues:
     """With keys and values of tokens start … start + T - 1."""
     return KeyValues(self.keys.append(k_BTKH, start), self.values.append(v_BTKH, start))
 
-  def attend(self, q_BTNH, start, segments_BS=None, **options):
+  def attend(self, q_BTNH, start, segments_BS=None, window: int | None = None, **options):
     """What queries start … start + T - 1 see of the tokens up to themselves, their own included. Where T is 1, `start` may
     be one for each sequence.
 
     One token reads the cache as it is stored, by `ops.decode_attention`. Several tokens, and any with segments, read it
-    dequantized, by `ops.attention`; a prompt that starts at 0 reads only the slots that it has filled. options: window,
-    scale and softcap of both operations.
+    dequantized, by `ops.attention`; a prompt that starts at 0 reads only the slots that it has filled. options: scale and
+    softcap of both operations.
     """
+    options = dict(window=window, **options)
     T, dtype = q_BTNH.shape[1], q_BTNH.dtype
     if T == 1 and segments_BS is None: return self._decode(q_BTNH[:, 0], start + 1, options)[:, None]
     end = T if isinstance(start, int) and start == 0 else None

@@ -42,8 +42,7 @@ def test_it_computes_the_same_and_other_weights_do(described, space):
   if space in ('residual', 'blocks'): assert {'embed', 'output', 'down'} <= names
 
 
-@pytest.mark.parametrize('name, space', [('shared', 'blocks'), ('plain', 'values'), ('plain', 'hidden'),
-                                         ('pattern', 'hidden')])
+@pytest.mark.parametrize('name, space', [('shared', 'blocks'), ('plain', 'values'), ('plain', 'hidden')])
 def test_biases_positions_and_norms_of_other_kinds_turn_along_or_stay(name, space):
   assert_the_same(family(name), changed := rotated(family(name), **SPACES[space]))
   assert any(isinstance(innermost, Rotated) for _, weight in tree.select(changed, Weight)
