@@ -105,7 +105,8 @@ class Case:
     includes making that weight, unlike that of `unquantized`, which is given one."""
     if self.of == 'dgrad': return {'dequantize, then multiply': self._dequantize_then_multiply}
     found = {'dequantize, then multiply': self._dequantize_then_multiply}
-    if self.scheme.bits == 8 and self.scheme.activations and not self.scheme.parted: found['round, then dot'] = self._dot_of_converted
+    scheme = self.scheme
+    if scheme.bits == 8 and scheme.activations and not scheme.parted: found['round, then dot'] = self._dot_of_converted
     return found
 
   def unquantized(self):
