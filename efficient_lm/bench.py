@@ -19,6 +19,7 @@ float32. On a GPU the same cases run in bfloat16, with PyTorch on that GPU; that
 baselines. Other programs falsify the figures: a thread without a core of its own delays all threads that wait for it.
 """
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -73,6 +74,13 @@ def prefill_int8(quick: bool) -> result.Case:
   return models.prefill(models.wide(quick), 64 if quick else 512, target=1.0)
 
 
+def decode_few_bits(quick: bool, name: str, batch: int, num_experts: int | None = None) -> result.Case:
+  """Decoding with weights in few bits against the same model in floats."""
+  from efficient_lm.benches import few_bits
+  spec = few_bits.smol(quick) if num_experts is None else few_bits.experts(num_experts, quick)
+  return few_bits.decoding(spec, name, batch, target=1.5 if batch > 1 or num_experts else 2.0)
+
+
 # Name -> the case, at full or small size.
 CASES = {
   'dense_train': dense_train,
@@ -80,6 +88,10 @@ CASES = {
   'moe_train': moe_train,
   'decode': decoding,
   'prefill_int8': prefill_int8,
+  **{f'decode_{name}_{batch}': functools.partial(decode_few_bits, name=name, batch=batch)
+     for name in ('int8', 'int4') for batch in (1, 8)},
+  **{f'decode_int4_{count}_experts': functools.partial(decode_few_bits, name='int4', batch=1, num_experts=count)
+     for count in (8, 32, 128)},
 }
 
 

@@ -131,7 +131,7 @@ def prefill(spec: specs.Transformer, length: int, target: float | None = None) -
   model = new_model(spec, jax.random.key(0))
   rounding = quantized.Rounding(formats.Int())
   stored = jax.jit(lambda model: rules.apply(model, (rules.Rule(weights=formats.Int()),), lambda path, weight, rule: (
-    quantized.quantized(weight, rule.weights, rounding))))(model)
+    quantized.round_to_nearest(weight, rule.weights, rounding))))(model)
   prompt_BT = np.random.default_rng(0).integers(0, spec.vocab_size, (1, length)).astype(np.int32)
   prefill = functools.partial(decode.prefill, length=length, vocab_size=spec.vocab_size)
   call = lambda model: lambda: jax.block_until_ready(prefill(model, prompt_BT))[0]

@@ -81,8 +81,8 @@ def as_int4(packed):
 
 
 def pack_parts(codes, bits: int):
-  """Parts: int8 codes (..., I), of which the low `bits` count, -> uint8 (..., I * bits / 8), for 4 or 2 bits and whole bytes.
-  Codes of 8 bits are returned as they are."""
+  """Parts: int8 codes (..., I), of which the low `bits` count, -> uint8 (..., I * bits / 8), for 4 or 2 bits and whole
+  bytes. Codes of 8 bits are returned as they are."""
   if bits == 8: return codes
   parts = jnp.split(codes.astype(jnp.uint8) & jnp.uint8(2 ** bits - 1), 8 // bits, axis=-1)
   return functools.reduce(jnp.bitwise_or, [part << jnp.uint8(bits * p) for p, part in enumerate(parts)])

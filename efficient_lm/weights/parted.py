@@ -1,4 +1,4 @@
-"""Weights as decoding on a CPU reads them: the values of stored ones, in the order of `ops.quantized_matmul.PartedMatrix`."""
+"""Weights as decoding on a CPU reads them: the values of stored ones, as `ops.quantized_matmul.PartedMatrix` orders them."""
 import math
 
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from efficient_lm.ops import packing
 from efficient_lm.ops.contract import is_matrix_product
 from efficient_lm.ops.grouped_matmul import grouped_matmul
-from efficient_lm.ops.quantized_matmul import PartedMatrix, parted, quantized_matmul
+from efficient_lm.ops.quantized_matmul import PartedMatrix, in_parts, quantized_matmul
 from efficient_lm.weights.quantizers import quantize_tokens
 from efficient_lm.weights.weight import Frozen, Weight
 
@@ -81,4 +81,4 @@ def matrix_of(stored) -> PartedMatrix:
   step, zero = format.steps(scales)
   if format.offset: zero = jnp.full_like(step, -format.offset)
   whole = lambda x: None if x is None else jnp.repeat(x, codes.shape[-2] // x.shape[-2], axis=-2)
-  return parted(codes, whole(step), whole(zero), format.bits)
+  return in_parts(codes, whole(step), whole(zero), format.bits)

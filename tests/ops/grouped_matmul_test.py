@@ -130,8 +130,7 @@ def compiled(implementation, weight):
 def test_cases_to_time_are_what_they_say(platform):
   for case in bench(platform).values():
     x_MI, w_EIO, _, scale_EO, g_MO = arguments = jax.eval_shape(case.arguments)
-    shape = case.shape if case.bits is None else case.shape[::-1]
-    assert x_MI.shape[0] == g_MO.shape[0] == case.rows >= sum(case.sizes) and w_EIO.shape == (len(case.sizes), *shape)
+    assert x_MI.shape[0] == g_MO.shape[0] == case.rows >= sum(case.sizes) and w_EIO.shape == (len(case.sizes), *case.shape)
     assert (scale_EO is None) == (case.weight is None) and case.flops > 0 and case.bytes > 0
     shape = jax.eval_shape(case.call('xla'), *arguments).shape
     assert shape == {'forward': g_MO.shape, 'dgrad': x_MI.shape, 'wgrad': w_EIO.shape}[case.of]

@@ -21,7 +21,8 @@ SIZES = jnp.array([2, 0, 1, 3])   # experts chosen twice and thrice, one by nobo
 
 
 def stored(letters, inputs, format, activations=None):
-  return round_to_nearest(Dense(draw(letters), letters, inputs), format, activations)
+  store = jax.jit(lambda weight: round_to_nearest(weight, format, activations))
+  return store(Dense(draw(letters), letters, inputs))
 
 
 def assert_rounding(got, x_MI, w_IO):
@@ -33,13 +34,14 @@ def assert_rounding(got, x_MI, w_IO):
 
 @pytest.mark.parametrize('format', INTEGERS, **named)
 def test_it_holds_the_very_numbers_of_the_stored_weight(format):
-  for letters, inputs in (('DNH', 'D'), ('NHD', 'NH'), ('EDF', 'D')):
+  for letters, inputs in (('NHD', 'NH'), ('EDF', 'D')):
     weight = stored(letters, inputs, format)
     made = weight.for_decoding()
     assert isinstance(made, Parted) and made.for_decoding() is made
     assert (made.shape, made.axes, made.inputs, made.kind, made.product) == (
       weight.shape, weight.axes, weight.inputs, weight.kind, weight.product)
-    np.testing.assert_array_equal(made.materialize(), weight.materialize())
+    values = jax.jit(lambda weight: weight.materialize())
+    np.testing.assert_array_equal(values(made), values(weight))
 
 
 @pytest.mark.parametrize('format', FLOATS, **named)
@@ -51,7 +53,7 @@ def test_numbers_that_are_no_integers_stay_as_they_are_stored(format):
 @pytest.mark.parametrize('format', INTEGERS, **named)
 def test_products_of_any_number_of_rows_differ_by_rounding_only(format):
   made = stored('DF', 'D', format).for_decoding()
-  for rows in (1, 2, 16):
+  for rows in (1, 2, 3):
     x = jnp.asarray(np.random.default_rng(rows).normal(size=(1, rows, 64)), jnp.float32)
     got = jax.jit(lambda weight, x: weight.contract('BTD,DF->BTF', x))(made, x)
     assert_rounding(got[0], x[0], made.materialize())
@@ -68,7 +70,7 @@ def test_tokens_are_rounded_as_the_stored_product_rounds_them(format, rows):
   assert_rounding(run(weight, x)[0], rounded[0], weight.materialize())
 
 
-@pytest.mark.parametrize('format', [*INTEGERS, None], **named)
+@pytest.mark.parametrize('format', [Int(), Int(bits=4, scales=Group(size=32)), MidRise(bits=3), None], **named)
 @pytest.mark.parametrize('repeats', [1, 4])
 def test_experts_multiply_their_own_rows_few_or_many(format, repeats):
   dense = Dense(draw('EDF'), 'EDF', 'D')
@@ -112,7 +114,7 @@ def test_it_is_as_large_as_the_stored_weight_unless_groups_cross_parts():
 
 
 @pytest.mark.parametrize('bits', [8, 4])
-@pytest.mark.parametrize('rows', [1, 2, 16])
+@pytest.mark.parametrize('rows', [1, 16])
 def test_a_loop_over_tokens_keeps_no_matrix_in_floats(bits, rows):
   """Neither in the loop, nor moved to before it because it is the same each time."""
   O, I = 512, 512

@@ -11,13 +11,14 @@ from jax import lax
 from efficient_lm.ops import dispatch, mosaic
 from efficient_lm.ops.quantized_matmul import parted as of_parts
 from efficient_lm.ops.quantized_matmul import reference, xla
-from efficient_lm.ops.quantized_matmul.parted import PartedMatrix, parted
+from efficient_lm.ops.quantized_matmul.parted import PartedMatrix, in_parts
 from efficient_lm.ops.quantized_matmul.storage import QuantizedMatrix, dequantize, quantize, quantize_rows
 
-__all__ = ['PartedMatrix', 'QuantizedMatrix', 'dequantize', 'parted', 'quantize', 'quantize_rows', 'quantized_matmul']
+__all__ = ['PartedMatrix', 'QuantizedMatrix', 'dequantize', 'in_parts', 'quantize', 'quantize_rows', 'quantized_matmul']
 
 
-def quantized_matmul(x_MI, w: QuantizedMatrix | PartedMatrix, *, activations: str | None = None, implementation: str = 'auto'):
+def quantized_matmul(x_MI, w: QuantizedMatrix | PartedMatrix, *, activations: str | None = None,
+                     implementation: str = 'auto'):
   """y_MO = x_MI @ w_OI^T, with w_OI = (q_OI - zero) * scale. Differentiable in x; w is frozen, and its gradient is zero.
 
   Args:

@@ -1,18 +1,18 @@
 """Matrices in the order in which a CPU multiplies few rows by them, and those products.
 
-XLA:CPU fuses the product of a single row with what widens the matrix if three things hold: it is written `x @ w.T` with the
-outputs of w first; what a loop over the inputs reads lies together; and no other product reads the same codes. So codes of
-4 or 2 bits are kept in `parts` (`ops.packing`): the product is the sum over parts of contiguous inputs, and a barrier between
-two parts keeps XLA from merging them, after which it would store the widened matrix. Milliseconds of processor time (2
+XLA:CPU fuses the product of a single row with what widens the matrix if three things hold: it is written `x @ w.T` with
+the outputs of w first; what a loop over the inputs reads lies together; and no other product reads the same codes. So codes
+of 4 or 2 bits are kept in `parts` (`ops.packing`): the product is the sum over parts of contiguous inputs, and a barrier
+between two parts keeps XLA from merging them, after which it would store the widened matrix. Milliseconds of processor time (2
 cores of an AMD EPYC that others kept busy, weights larger than the cache, the least of 8 to 12 turns):
 
-  | outputs x inputs, rows | float32 | int8, groups | int4, parts | int4, neighbours | int4, both parts merged |
-  | 1536 x 576, 1          | 0.23    | 0.07         | 0.09        | 0.22             | 0.64                    |
-  | 1152 x 3072, 1         | 0.70    | 0.26         | 0.32        | 0.45             | 2.8                     |
+  | outputs x inputs, rows | float32 | int8, groups | int4, parts | int4, neighbours | int4, parts merged |
+  | 1536 x 576, 1          | 0.23    | 0.07         | 0.09        | 0.22             | 0.64               |
+  | 1152 x 3072, 1         | 0.70    | 0.26         | 0.32        | 0.45             | 2.8                |
 
-  | int4, rows                      | float32 | row by row | blocks of 192 outputs | widened whole |
-  | 1536 x 576, 2, 4, 8, 16         | 0.5, 0.6, 0.7, 0.8 | 0.18, 0.4, 0.8, 1.3 | 0.22, 0.22, 0.27, 0.44 | 0.3, 0.3, 0.4, 0.5 |
-  | 1152 x 3072, 2, 4, 8, 16        | 2.9, 3.0, 3.0, 3.8 | 0.6, 1.2, 2.4, 4.5 | 0.9, 0.8, 1.0, 1.6 | 3.1, 3.9, 4.6, 7.7 |
+  | int4, of 2, 4, 8, 16 rows | float32            | row by row          | blocks of 192          | widened whole      |
+  | 1536 x 576                | 0.5, 0.6, 0.7, 0.8 | 0.18, 0.4, 0.8, 1.4 | 0.22, 0.22, 0.27, 0.44 | 0.3, 0.3, 0.4, 0.5 |
+  | 1152 x 3072               | 2.9, 3.0, 3.0, 3.8 | 0.6, 1.3, 2.4, 4.5  | 0.9, 0.8, 1.0, 1.6     | 3.1, 3.9, 4.6, 7.7 |
 
 Hence rows one by one up to FEW_ROWS, and blocks of outputs above, which never hold more than a block in float32. Integer
 products (int8 x int8) have their own path where a whole row shares a scale. A `fori_loop` over rows without a barrier widens
@@ -38,7 +38,7 @@ BLOCK = (64, 256, 192)   # outputs of a block: its number divides them and lies 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PartedMatrix:
-  """w_OI = (q_OI - zero) * scale, or q_OI itself without a scale; perhaps stacked, (E, O, I). See `parted`.
+  """w_OI = (q_OI - zero) * scale, or q_OI itself without a scale; perhaps stacked, (E, O, I). See `in_parts`.
 
   values: floats (..., O, I); int8 (bits 8); or uint8 (..., O, I * bits / 8), packed in parts (bits 4 or 2).
   scale_OQ: float32, for Q groups of inputs, which do not cross parts unless Q is 1; None for floats.
@@ -87,7 +87,7 @@ class PartedMatrix:
     return ((q if zero is None else q - zero) * scale).reshape(*lead, O, W)
 
 
-def parted(codes_OI, scale_OQ, zero_OQ=None, bits: int = 8) -> PartedMatrix:
+def in_parts(codes_OI, scale_OQ, zero_OQ=None, bits: int = 8) -> PartedMatrix:
   """A matrix, or a stack of them, from int8 codes (..., O, I) and from scales and zero points (..., O, Q). Codes of 3 bits
   are kept in 4."""
   bits = 4 if bits == 3 else bits
@@ -133,8 +133,9 @@ def _row(x_1I, w: PartedMatrix):
 
 
 def _of_its_own(x):
-  """x, which XLA then computes once. It would fuse cheap arithmetic before a product, such as the last step of a norm, and do
-  it again for each output; divisions, which this is one of, count as expensive. The divisor is 1, but for NaN."""
+  """x, which XLA then computes once. It would fuse cheap arithmetic before a product, such as the last step of a norm, and
+  do it again for each output (twice the time of a whole model); divisions, which this is one of, count as expensive. The
+  divisor is 1, but for NaN."""
   return x / jnp.where(jnp.isnan(x), 2., 1.)
 
 
@@ -155,7 +156,7 @@ def blocks(x_MI, w: PartedMatrix, activations: str | None = None):
 
 def _block(O: int) -> int:
   least, most, otherwise = BLOCK
-  if O <= most: return O
+  if most >= O: return O
   return next((size for size in range(most, least - 1, -1) if O % size == 0), otherwise)
 
 
