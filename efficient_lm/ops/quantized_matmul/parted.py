@@ -3,8 +3,8 @@
 XLA:CPU fuses the product of a single row with what widens the matrix if three things hold: it is written `x @ w.T` with
 the outputs of w first; what a loop over the inputs reads lies together; and no other product reads the same codes. So codes
 of 4 or 2 bits are kept in `parts` (`ops.packing`): the product is the sum over parts of contiguous inputs, and a barrier
-between two parts keeps XLA from merging them, after which it would store the widened matrix. Milliseconds of processor time (2
-cores of an AMD EPYC that others kept busy, weights larger than the cache, the least of 8 to 12 turns):
+between two parts keeps XLA from merging them, after which it would store the widened matrix. Milliseconds of processor time
+(2 cores of an AMD EPYC that others kept busy, weights larger than the cache, the least of 8 to 12 turns):
 
   | outputs x inputs, rows | float32 | int8, groups | int4, parts | int4, neighbours | int4, parts merged |
   | 1536 x 576, 1          | 0.23    | 0.07         | 0.09        | 0.22             | 0.64               |
