@@ -39,6 +39,7 @@ WITHOUT_OWN_TEST = {
   **{f'efficient_lm/interop/families/{name}.py': 'families_test, against transformers' for name in (
     '__init__', 'deepseek', 'gemma', 'gpt', 'keys', 'llama', 'mixtures', 'places', 'rotary')},
   'efficient_lm/benches/ceilings.py': 'op_bench_test',
+  'efficient_lm/benches/few_bits.py': 'bench_test',
   'efficient_lm/benches/libraries.py': 'op_bench_test',
   'efficient_lm/benches/models.py': 'bench_test',
   'efficient_lm/benches/op_report.py': 'op_bench_test',
