@@ -35,7 +35,7 @@ from efficient_lm.runs import ledger
 FLAGS = flags.FLAGS
 flags.DEFINE_list('only', [], 'names of cases')
 flags.DEFINE_integer('repeats', None, 'turns of each case')
-flags.DEFINE_string('out', os.path.join('runs', 'bench'), 'folder for what was measured')
+commands.define_out()
 flags.DEFINE_bool('quick', False, 'small sizes')
 flags.DEFINE_bool('ops', False, 'time operations instead of models')
 flags.DEFINE_bool('autotune', False, 'try tiles of kernels instead')
@@ -154,7 +154,7 @@ def measure_ops(work: list, repeats: int, budget: float, quick: bool, terminal):
     rows.append(row)
     times = ', '.join(f'{one.name} {ledger.duration(one.median)}' for one in row.timings)
     terminal.print(f'{row.op}, {row.case}: {times or row.notes}', soft_wrap=True, markup=False)
-    op_report.write(report(), FLAGS.out)
+    op_report.write(report(), out_folder())
   left_out = op_speed.run(work, budget, done, repeats)
   if op_speed.alive(): best = best.best(ceilings.measured(precisions, quick))
   return report(left_out)
@@ -169,11 +169,16 @@ def operations(terminal):
   work = op_speed.select(FLAGS.only, FLAGS.quick)
   if FLAGS.autotune:
     found = tuning.run(work, budget, lambda line: terminal.print(line, soft_wrap=True, markup=False))
-    return terminal.print(f'{tuning.write(found, FLAGS.out)}')
+    return terminal.print(f'{tuning.write(found, out_folder())}')
   report = measure_ops(work, FLAGS.repeats or op_speed.ROUNDS, budget, FLAGS.quick, terminal)
   show(terminal, op_report.page(report), op_report.WIDTH)
-  terminal.print(f'{op_report.write(report, FLAGS.out)}')
+  terminal.print(f'{op_report.write(report, out_folder())}')
   if report.wrong: raise SystemExit(f'{len(report.wrong)} results are not as they should be: see WRONG above')
+
+
+def out_folder() -> str:
+  """Where what was measured is kept."""
+  return FLAGS.out or os.path.join('runs', 'bench')
 
 
 def main(overrides: list[str]):
@@ -186,7 +191,7 @@ def main(overrides: list[str]):
   if not of_models: return operations(terminal)
   report = measure_all(FLAGS.only or list(CASES), FLAGS.repeats or 10, FLAGS.quick, terminal)
   show(terminal, result.page(report), result.WIDTH)
-  terminal.print(f'{result.write(report, FLAGS.out)}')
+  terminal.print(f'{result.write(report, out_folder())}')
 
 
 if __name__ == '__main__': commands.start(main, __doc__.replace('CASES', ', '.join(CASES)))

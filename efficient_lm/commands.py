@@ -85,6 +85,11 @@ def define_text():
   if 'text' not in FLAGS: flags.DEFINE_string('text', None, 'text file')
 
 
+def define_out():
+  """Defines --out, for a command that writes into a folder of its own."""
+  if 'out' not in FLAGS: flags.DEFINE_string('out', None, 'folder')
+
+
 def check_text(source):
   """Raises ConfigError where --text is no file, or missing for a source that has no text."""
   if FLAGS.text is None and isinstance(source, FromRun): return

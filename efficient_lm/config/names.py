@@ -16,7 +16,7 @@ from efficient_lm.errors import ConfigError
 PACKAGE = 'efficient_lm'
 NAMESPACES = ('config', 'runs', 'data', 'formats', 'models.spec', 'models.rope', 'models.moe.routing', 'techniques',
               'techniques.pruning.prune_once', 'training.optimizers', 'training.train', 'interop.huggingface',
-              'interop.gguf.source')
+              'interop.gguf.source', 'interop.export', 'interop.targets')
 _outside: dict[str, type] = {}   # those of config files that have been read, by name
 
 

@@ -101,3 +101,20 @@ def _check_places(entries: dict, size: int):
 
 def _tensor(mapped, start: int, dtype, shape, begin: int, end: int) -> Tensor:
   return Tensor(shape, dtype, lambda: np.frombuffer(mapped, np.uint8, end - begin, start + begin).view(dtype).reshape(shape))
+
+
+def write(path, tensors: Mapping[str, np.ndarray]):
+  """Writes a file of these tensors, the widest numbers first, so that each lies at a multiple of its size."""
+  names = {dtype: name for name, dtype in DTYPES.items()}
+  order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+  header, end = {'__metadata__': {'format': 'pt'}}, 0   # without the format, older versions of transformers refuse it
+  for name in order:
+    begin, end = end, end + tensors[name].nbytes
+    header[name] = dict(dtype=names[tensors[name].dtype], shape=list(tensors[name].shape), data_offsets=[begin, end])
+  text = json.dumps(header).encode()
+  text += b' ' * (-len(text) % 8)
+  with open(path, 'wb') as file:
+    file.write(len(text).to_bytes(8, 'little') + text)
+    for name in order: file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
+    file.flush()
+    os.fsync(file.fileno())

@@ -28,6 +28,16 @@ class Context:
     for batch in itertools.islice(following, count): yield place(batch, self.mesh)
 
   @property
+  def sequence_length(self) -> int:
+    """Tokens of a training text."""
+    return self._training.sequence_length
+
+  @property
+  def outputs(self) -> Path:
+    """Where a stage may leave files for people; they go when the stage is made again."""
+    return self.folder.parent
+
+  @property
   def checkpoints(self) -> Checkpoints:
     """The stage's own, to save its state in while it goes and to resume from."""
     if self._checkpoints is None: self._checkpoints = Checkpoints(self.folder)

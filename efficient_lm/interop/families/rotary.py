@@ -1,7 +1,7 @@
 """How a config.json says rotary positions: transformers 5 writes `rope_parameters`, 4 wrote `rope_theta` and `rope_scaling`.
 
 Where both stand they must agree. Types that change with the length of the text ('dynamic', 'longrope') are refused: the keys
-in a cache were turned by other angles.
+in a cache were rotated by other angles.
 """
 from efficient_lm.interop.families.keys import Keys
 from efficient_lm.models.spec import LinearScaling, Llama3Scaling, Rope, Yarn
@@ -29,9 +29,9 @@ def by_layer_type(keys: Keys, theta: float, local_theta: float) -> dict[str, Rop
   length = keys.whole('max_position_embeddings', 131_072)
   full, local = (nested.table(name) if nested else None for name in ('full_attention', 'sliding_attention'))
   if nested: nested.finish()
-  if None not in (old, full): keys.refuse('rope_scaling', 'stands beside rope_parameters: one of them is needed')
-  full = full or old
-  return {'full_attention': _rope(full, theta, 'half', length) if full else Rope(theta=theta),
+  said = [_rope(table, theta, 'half', length) for table in (full, old) if table]
+  if len(said) == 2 and said[0] != said[1]: keys.refuse('rope_scaling', 'says something else than rope_parameters')
+  return {'full_attention': said[0] if said else Rope(theta=theta),
           'sliding_attention': _rope(local, local_theta, 'half', length) if local else Rope(theta=local_theta)}
 
 

@@ -1,0 +1,87 @@
+"""A model taken away, by the command and by a stage of its run."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from efficient_lm import export
+from efficient_lm.commands import exit_code
+from efficient_lm.compression.rules import Rule
+from efficient_lm.data import TextFiles
+from efficient_lm.formats import Group, Int
+from efficient_lm.interop.export import Export
+from efficient_lm.interop.huggingface import HuggingFace
+from efficient_lm.interop.targets import CompressedTensors
+from efficient_lm.runs import loading, record, run
+from efficient_lm.techniques.quantization.ptq import Quantize
+from tests import minute
+
+FLAGS = ('run', 'format', 'out', 'dtype', 'text', 'stage')
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  """A run that trains nothing, quantizes, and writes what it has in the words of others."""
+  folder = tmp_path_factory.mktemp('run')
+  for i in range(6): (folder / f'{i}.txt').write_text(f'some text {i}, ä€😀 ' * 20)
+  made = minute.get_config('quick')
+  data = dataclasses.replace(made.data, source=TextFiles(train=(f'{folder}/*.txt',), heldout_fraction=0.3), eval_tokens=128)
+  layers = Rule(where='attention|mlp', weights=Int(bits=4, scales=Group(size=16)))
+  made = dataclasses.replace(made, data=data, train=dataclasses.replace(made.train, steps=0), stages=(
+    Quantize(rules=(layers,)), Export(to=CompressedTensors())))
+  run.run(made, made, folder / 'run')
+  return folder / 'run'
+
+
+@pytest.fixture
+def said(workdir, capsys):
+  """said(code, **words): what export prints, on standard output if it succeeds, else on standard error."""
+  def call(code=0, **words):
+    given = [f'--{name}={value}' for name, value in ({'run': workdir} | words).items()]
+    try: assert exit_code(export.main, ['export', *given]) == code
+    finally:
+      for name in FLAGS: export.FLAGS[name].unparse()
+    out, err = capsys.readouterr()
+    return err if code else out
+  return call
+
+
+def test_what_is_exported_is_a_source_that_computes_the_same(said, workdir, tmp_path):
+  out = said(format='hf', out=tmp_path / 'out')
+  assert 'HuggingFaceFolder of' in out and 'written as the floats' in ' '.join(out.split())
+  model, source = loading.load_model(workdir), HuggingFace(path=str(tmp_path / 'out'))
+  tokenizer, ids_BT = record.tokenizer(workdir), np.arange(24).reshape(2, 12)
+  # Sums in another order: products of integers with a scale a group there, of dequantized floats here.
+  np.testing.assert_allclose(source.load()(ids_BT).logits_BTV, model(ids_BT).logits_BTV, atol=1e-5)
+  np.testing.assert_array_equal(source.tokenizer().prompt('some ä'), tokenizer.prompt('some ä'))
+  again = said(run=tmp_path / 'out', format='hf', out=tmp_path / 'again')   # a folder of others is exported as well
+  assert 'HuggingFaceFolder' in again
+  assert (tmp_path / 'again' / 'model.safetensors').read_bytes() == (tmp_path / 'out' / 'model.safetensors').read_bytes()
+
+
+def test_the_stage_writes_what_the_command_writes(said, workdir, tmp_path):
+  said(format='compressed-tensors', out=tmp_path / 'out')
+  (stage,) = workdir.glob('stages/*/export')
+  assert (stage / 'model.safetensors').read_bytes() == (tmp_path / 'out' / 'model.safetensors').read_bytes()
+  ledger = json.loads((workdir / 'ledger.json').read_text())
+  assert 'Export: CompressedTensors in' in json.dumps(ledger)
+
+
+@pytest.mark.parametrize(('words', 'line'), [
+  ({'format': 'onnx', 'out': 'x'}, "--format = 'onnx': must be one of hf, compressed-tensors"),
+  ({'format': 'hf'}, '--out = None: is missing'),
+  ({'format': 'hf', 'dtype': 'int8', 'out': 'x'}, "--dtype = 'int8': must be float32"),
+  ({'format': 'hf', 'text': 'nowhere.txt', 'out': 'x'}, '--text'),
+  ({'format': 'hf', 'run': 'nowhere', 'out': 'x'}, 'nowhere'),
+])
+def test_a_mistake_is_one_line_and_nothing_is_written(said, tmp_path, monkeypatch, words, line):
+  monkeypatch.chdir(tmp_path)
+  err = said(2, **words)
+  assert line in err and err.count('\n') == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_there_is_not_touched(said, tmp_path):
+  (tmp_path / 'mine').write_text('mine')
+  assert 'is there already' in said(2, format='hf', out=tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ['mine']

@@ -1,0 +1,52 @@
+"""Exports as a stage: whole or not at all, and the model goes on as it was."""
+import dataclasses
+import importlib.util
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from efficient_lm.data.tokenizers import ByteTokenizer
+from efficient_lm.errors import ConfigError
+from efficient_lm.interop.export import Export, export
+from efficient_lm.interop.huggingface import HuggingFace
+from efficient_lm.interop.targets import HuggingFaceFolder
+
+FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
+GIVEN = dict(source='llama', length=64, tokens_BT=np.arange(8)[None], text='numbers')
+
+
+@dataclasses.dataclass
+class Broken(HuggingFaceFolder):
+  def write(self, model, tokenizer, out, length=2048):
+    (pathlib.Path(out) / 'half').write_text('half')
+    raise OSError('disk full')
+
+
+def test_a_folder_appears_as_a_whole_or_not_at_all(tmp_path):
+  model, out = HuggingFace(path=str(FIXTURES / 'llama')).load(), tmp_path / 'out'
+  with pytest.raises(OSError, match='disk full'): export(Broken(), model, ByteTokenizer(), str(out), **GIVEN)
+  assert not list(tmp_path.iterdir())
+  export(HuggingFaceFolder(), model, ByteTokenizer(), str(out), **GIVEN)
+  files = {path.name: path.read_bytes() for path in out.iterdir()}
+  assert {'config.json', 'model.safetensors', 'parity.json', 'README.md'} <= set(files)
+  assert len(list(tmp_path.iterdir())) == 1
+  with pytest.raises(ConfigError, match='is there already'):
+    export(HuggingFaceFolder(), model, ByteTokenizer(), str(out), **GIVEN)
+  with pytest.raises(OSError, match='disk full'): export(Broken(), model, ByteTokenizer(), str(out), replace=True, **GIVEN)
+  assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+
+
+def test_what_is_no_target_is_refused():
+  fields = lambda stage: [field for field, _, _ in stage.check()]
+  assert fields(Export(to='hf')) == ['to'] and fields(Export(path='')) == ['path'] and not fields(Export())
+
+
+def test_figures_name_their_engine_or_say_that_there_is_none(tmp_path):
+  model = HuggingFace(path=str(FIXTURES / 'llama')).load()
+  *_, last = export(HuggingFaceFolder(), model, ByteTokenizer(), str(tmp_path / 'out'), **GIVEN)
+  found = json.loads((tmp_path / 'out' / 'parity.json').read_text())
+  assert found['engine'] == 'transformers' and found['text'] == 'numbers' and found['model'] == 'llama'
+  if importlib.util.find_spec('transformers') is None: assert found['parity'] is None and 'Not compared' in last
+  else: assert found['parity']['relative_difference'] < 1e-6 and 'transformers computes logits' in last
