@@ -40,4 +40,17 @@ def drawn(kind: str, format: Format | None = None):
   """A model, all of whose weights are stored in `format`."""
   rng = np.random.default_rng(0)
   model = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.5, leaf.dtype), abstract(kind))
-  return model if format is None else rewrite(model, Weight, lambda _, weight: round_to_nearest(weight, format))
+  return model if format is None else jax.jit(quantized, static_argnums=1)(model, format)
+
+
+def quantized(model, format: Format):
+  """All weights stored in `format`."""
+  return rewrite(model, Weight, lambda _, weight: round_to_nearest(weight, format))
+
+
+def wide(format: Format):
+  """One layer, large enough for its weights to be most of a file."""
+  stack = spec.Stack(num_layers=1, attention=spec.GroupedQuery(num_heads=4, num_kv_heads=4, head_dim=64),
+                     mlp=spec.SwiGLU(hidden=1024))
+  model = spec.Transformer(vocab_size=32, dim=256, stacks=(stack,)).build(rngs=nnx.Rngs(0))
+  return jax.jit(quantized, static_argnums=1)(model, format)
