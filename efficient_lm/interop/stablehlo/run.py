@@ -1,4 +1,4 @@
-"""Runs the model in the folder of this file: greedy continuations of prompts, by jax and numpy alone.
+"""Runs the model in the folder of this file: greedy continuations of prompts, without the package that made it.
 
   python run.py 17,4,256,9 17,5 --tokens=16
 

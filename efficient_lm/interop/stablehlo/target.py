@@ -5,7 +5,7 @@
   weights.safetensors                   the arrays of the model as they are stored, by their paths
   manifest.json                         names, shapes and dtypes of arguments and results, in their order; vocabulary; marks
   tokenizer.json                        as this package stores it, or, where it is one of the library `tokenizers`, its own
-  run.py                                an example that needs jax and numpy only
+  run.py                                an example that needs jax, numpy and flatbuffers only (with which jax reads programs)
 
 The programs are read by `jax.export.deserialize`; a jax up to half a year newer than the one that wrote them must read them
 (docs.jax.dev, "Exporting and serializing staged-out computations"). What they hold inside is a portable StableHLO artifact.
