@@ -7,6 +7,7 @@
 #   make test-faults  programs killed, disks filled, files damaged: as in make test, and a recipe of stages killed 20 times
 #   make check-tpu-compile, make check-gpu-compile
 #                     every kernel and a train step compiled for TPUs and for NVIDIA GPUs, none of which has to be here
+#   make check-litert what is exported for LiteRT, in its own interpreter (465 MB of packages)
 #   make bench        training and decoding against PyTorch, on the device at hand
 #   make bench-ops    every operation against its roofline and its baselines
 #   make smollm2      fetches SmolLM2-135M-Instruct (98 MB, Apache-2.0) into models/smollm2, for --run=models/smollm2
@@ -18,10 +19,11 @@ VENV := .venv
 NEXT := .venv-next
 TPU := .venv-tpu
 CUDA := .venv-cuda
+LITERT := .venv-litert
 PIP := -m pip install --quiet --disable-pip-version-check
 CONFIGS := $(basename $(notdir $(wildcard configs/*.py)))
 
-.PHONY: $(CONFIGS) test test-changed test-next test-faults check-tpu-compile check-gpu-compile lint bench bench-ops notebooks smollm2 clean
+.PHONY: $(CONFIGS) test test-changed test-next test-faults check-tpu-compile check-gpu-compile check-litert lint bench bench-ops notebooks smollm2 clean
 
 $(VENV)/.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed: make PYTHON=python3.11")'
@@ -47,6 +49,12 @@ $(CUDA)/.stamp: pyproject.toml
 	$(CUDA)/bin/python $(PIP) --no-deps jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvcc nvidia-nvvm
 	touch $@
 
+# The converter and the interpreter are pinned in the extra; one of them needs an older typing_extensions than requirements.txt.
+$(LITERT)/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(LITERT)
+	$(LITERT)/bin/python $(PIP) -e '.[dev,litert]' jax==0.10.2 jaxlib==0.10.2 flax==0.12.8
+	touch $@
+
 $(CONFIGS): %: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.main --config=configs/$*.py --workdir=runs/$* $(ARGS)
 
@@ -68,6 +76,9 @@ check-tpu-compile: $(TPU)/.stamp
 check-gpu-compile: $(CUDA)/.stamp
 	JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest -n 2 tests/compile $(ARGS)
 
+check-litert: $(LITERT)/.stamp
+	JAX_PLATFORMS=cpu $(LITERT)/bin/python -m pytest tests/interop/litert_test.py $(ARGS)
+
 lint: $(VENV)/.stamp
 	$(VENV)/bin/python -m ruff check .
 
@@ -85,4 +96,4 @@ smollm2: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.interop.smollm2
 
 clean:
-	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) .testmondata* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) $(LITERT) .testmondata* .pytest_cache .ruff_cache .hypothesis

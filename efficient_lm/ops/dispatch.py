@@ -25,10 +25,19 @@ class Device:
     named = tuple(family for kind, family in FAMILIES.items() if self.kind.startswith(kind))
     return (*named, self.platform, '')
 
+  @property
+  def may_be_cpu(self) -> bool:
+    """Whether a program that is traced here may run on a CPU."""
+    return self.platform in ('cpu', ANY)
+
+
+ANY = 'any'   # the platform of a program for all platforms
+
 
 def device() -> Device:
-  """The device for which a function is being traced: that of the mesh in force (`jax.set_mesh`), which may belong to another
-  machine, or else the default device."""
+  """The device for which a function is being traced: any at all inside `portable`; else that of the mesh in force
+  (`jax.set_mesh`), which may belong to another machine; else the default device."""
+  if _portable.value: return Device(ANY, 'device of any kind')
   abstract = jax.sharding.get_abstract_mesh().abstract_device
   if abstract is not None:
     platform = {'cuda': 'gpu'}.get(abstract.platform, abstract.platform)
@@ -48,6 +57,15 @@ def prefer(**names: str):
   an implementation that cannot run is an error.
   """
   return _preferred(tuple(sorted((dict(_preferred.value) | names).items())))
+
+
+_portable = jax.make_user_context(False)   # part of those keys, too
+
+
+def portable():
+  """A context in which functions are traced for devices of every kind at once, as an exported program needs it: 'auto' takes
+  what runs everywhere, whatever device is here."""
+  return _portable(True)
 
 
 @dataclasses.dataclass(frozen=True)

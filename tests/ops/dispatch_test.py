@@ -3,7 +3,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from efficient_lm.ops.dispatch import Device, Implementation, device, prefer, run
+from efficient_lm.ops.dispatch import Device, Implementation, device, portable, prefer, run
 
 WAYS = {
   'hopper': Implementation(lambda x: 'hopper', on=('hopper',), refuses=lambda x: '' if x % 2 == 0 else 'x is odd'),
@@ -65,3 +65,18 @@ def test_a_preference_changes_what_auto_means_and_compiled_functions_notice(monk
 def test_a_preference_that_cannot_run_is_refused(monkeypatch):
   on(monkeypatch, 'gpu', 'NVIDIA A100')
   with prefer(op='hopper'), pytest.raises(ValueError, match="'hopper' is for hopper"): run('op', WAYS, 'auto', 2)
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_a_portable_program_takes_what_runs_everywhere(monkeypatch, platform):
+  """Whatever is here; and a function that was compiled for the device here is not taken."""
+  here = jax.devices()[0]
+  monkeypatch.setattr(jax, 'devices', lambda: [type('There', (), {'platform': platform, 'device_kind': here.device_kind})])
+  ways = {'local': Implementation(lambda x: 2 * x, auto=(platform,)), 'all': Implementation(lambda x: 3 * x)}
+  compiled = jax.jit(lambda x: run('op', ways, 'auto', x))
+  assert compiled(1) == 2
+  with portable():
+    assert compiled(1) == 3
+    assert device().may_be_cpu
+    with pytest.raises(ValueError, match='the device is a device of any kind'): run('op', WAYS, 'hopper', 2)
+  assert compiled(1) == 2 and device().may_be_cpu == (platform == 'cpu')

@@ -33,7 +33,10 @@ def sort_rows(expert_R, num_experts: int, slots: int):
   num_rows = expert_R.shape[0]
   order_R = jnp.argsort(expert_R, stable=True).astype(jnp.int32)
   slot_R = jnp.zeros(num_rows, jnp.int32).at[order_R].set(jnp.arange(num_rows, dtype=jnp.int32), unique_indices=True)
-  end_E = jnp.searchsorted(expert_R[order_R], jnp.arange(num_experts), side='right').astype(jnp.int32)
+  if isinstance(num_rows, int):
+    end_E = jnp.searchsorted(expert_R[order_R], jnp.arange(num_experts), side='right').astype(jnp.int32)
+  else:   # an exported program, whose number of rows is known when it runs: JAX searches none such
+    end_E = jnp.sum(expert_R[:, None] <= jnp.arange(num_experts), 0, dtype=jnp.int32)
   order_C = jnp.pad(order_R[:slots], (0, max(0, slots - num_rows)), constant_values=num_rows)
   return order_C, jnp.minimum(slot_R, slots), jnp.diff(jnp.minimum(end_E, slots), prepend=0)
 

@@ -58,7 +58,7 @@ IMPLEMENTATIONS = {
   # Training on accelerators uses the kernels of cuDNN and of JAX. What these refuse, such as a cache, is plain JAX.
   'cudnn': dispatch.Implementation(cudnn.attention, on=('gpu',), refuses=cudnn.refuses),
   'splash': mosaic.kernel(_splash, 'attention', 'tpu'),
-  'xla': dispatch.Implementation(xla.attention),
+  'xla': dispatch.Implementation(xla.attention, refuses=xla.refuses),
   'jax': dispatch.Implementation(_jax, refuses=_refused_by_jax),
   'reference': dispatch.Implementation(reference.attention),
 }

@@ -24,6 +24,12 @@ def attention(q_BTNH, k_BSKH, v_BSKH, *, start=0, segments_BS=None, window=None,
   return _cached(q_BTNH, k_BSKH, v_BSKH, start, segments_BS, window, scale, softcap)
 
 
+def refuses(q_BTNH, k_BSKH, v_BSKH, **_) -> str:
+  """Why it cannot take this; '' if it can."""
+  known = isinstance(q_BTNH.shape[1], int) and isinstance(k_BSKH.shape[1], int)
+  return '' if known else 'it cuts strips of a number of queries that is known when it is traced'
+
+
 def _cached(q_BTNH, k_BSKH, v_BSKH, start, segments_BS, window, scale, softcap):
   """The equation, in products that read a cache of layout (B, K, S, H) without copying it."""
   K = k_BSKH.shape[2]

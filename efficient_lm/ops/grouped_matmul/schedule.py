@@ -13,6 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+# Rows of a tile where the number of rows is not known when the program is traced: few enough for a token to be decoded, and
+# enough for a prompt to read its experts no more often than it must.
+UNKNOWN_ROWS = 32
+
 
 class Visits(NamedTuple):
   """int32 arrays with one entry for each visit, in order of rows. Entries from `count` on have group E + 1 and no rows.

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from efficient_lm.ops.grouped_matmul.schedule import UNKNOWN_ROWS
+
 
 @jax.custom_vjp
 def grouped_matmul(x_MI, w_EIO, sizes_E):
@@ -36,6 +38,7 @@ grouped_matmul.defvjp(_forward, _backward)
 
 def block_rows(M: int, E: int) -> int:
   """Rows of a tile: about as many as an average group has, because each group wastes half a tile on average."""
+  if not isinstance(M, int): return UNKNOWN_ROWS
   return min(max(8, 2 ** round(math.log2(max(M / E, 1)))), 256)
 
 

@@ -14,7 +14,7 @@ from jax import lax
 
 from efficient_lm.ops import dispatch
 from efficient_lm.ops.grouped_matmul.gradient import differentiable
-from efficient_lm.ops.grouped_matmul.schedule import visits
+from efficient_lm.ops.grouped_matmul.schedule import UNKNOWN_ROWS, visits
 from efficient_lm.ops.quantized_matmul.storage import quantize_rows
 
 
@@ -26,6 +26,7 @@ def grouped_matmul(x_MI, w_EIO, sizes_E, scale_EO):
 def block_rows(M: int, E: int) -> int:
   """Rows of a tile: about as many as an average group has. Tiles are longer than in `xla`, because each converts a whole
   matrix."""
+  if not isinstance(M, int): return UNKNOWN_ROWS
   return min(max(8, 2 ** round(math.log2(max(M / E, 1)))), 512)
 
 
@@ -63,7 +64,7 @@ def rounded(x_MI, w_EIO, sizes_E, scale_EO, activations: str):
   q_PI, scale_P1 = (jnp.pad(a, ((0, block), (0, 0))) for a in quantize_rows(x_MI, jnp.dtype(activations)))
   integers = jnp.issubdtype(q_PI.dtype, jnp.integer)
   # XLA:CPU has no product of float8 numbers, which are exact in float32.
-  widened = (lambda a: a) if integers or dispatch.device().platform != 'cpu' else (lambda a: a.astype(jnp.float32))
+  widened = (lambda a: a) if integers or not dispatch.device().may_be_cpu else (lambda a: a.astype(jnp.float32))
 
   def tile(i, y_PO):
     e, row = plan.group[i], plan.row[i]

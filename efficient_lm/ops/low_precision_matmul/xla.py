@@ -71,7 +71,7 @@ def dot(a_AS, b, axis: int):
   """The float32 product that sums over a's last dim and b's dim `axis`. Integers are summed in int32, float8 numbers in
   float32; on a CPU these are converted to float32 first."""
   integers = jnp.issubdtype(a_AS.dtype, jnp.integer)
-  if not integers and dispatch.device().platform == 'cpu': a_AS, b = a_AS.astype(jnp.float32), b.astype(jnp.float32)
+  if not integers and dispatch.device().may_be_cpu: a_AS, b = a_AS.astype(jnp.float32), b.astype(jnp.float32)
   dtype = jnp.int32 if integers else jnp.float32
   return lax.dot_general(a_AS, b, (((1,), (axis,)), ((), ())), preferred_element_type=dtype).astype(jnp.float32)
 

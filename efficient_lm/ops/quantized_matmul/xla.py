@@ -47,12 +47,12 @@ def _float(x_MI, w: QuantizedMatrix):
 
 def integer_product(x_MI, w_OI):
   """x @ w^T of int8 in int32, or of float8 in float32."""
-  M, on_cpu = x_MI.shape[0], dispatch.device().platform == 'cpu'
+  M, here = x_MI.shape[0], dispatch.device()
   if x_MI.dtype == FLOAT8:
     # XLA:CPU has no product of float8 numbers. They are exact in bfloat16 too, but float32 is faster there.
-    if on_cpu: x_MI, w_OI = x_MI.astype(jnp.float32), w_OI.astype(jnp.float32)
+    if here.may_be_cpu: x_MI, w_OI = x_MI.astype(jnp.float32), w_OI.astype(jnp.float32)
     return _outputs_first(x_MI, w_OI, jnp.float32)
-  if not on_cpu or M > FEW_ROWS: return _outputs_first(x_MI, w_OI, jnp.int32)
+  if here.platform != 'cpu' or M > FEW_ROWS: return _outputs_first(x_MI, w_OI, jnp.int32)
   # A product with a single column falls into a slow loop (2048 x 2048: 0.9 ms; with two columns 0.3 ms; float32 0.6 ms).
   x_MI = jnp.pad(x_MI, ((0, max(2 - M, 0)), (0, 0)))
   return _outputs_first(w_OI, x_MI, jnp.int32).T[:M]

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from efficient_lm.models.moe import rows
 
@@ -16,6 +17,13 @@ def test_sort_is_by_expert_and_stable():
   np.testing.assert_array_equal(order, [1, 2, 7, 3, 6, 0, 4, 5])
   np.testing.assert_array_equal(order[slot], np.arange(8))
   np.testing.assert_array_equal(sizes, [3, 2, 2])
+
+
+def test_a_number_of_rows_that_is_known_only_later_gives_the_same():
+  shape = jax.ShapeDtypeStruct(export.symbolic_shape('rows'), jnp.int32)
+  later = export.export(jax.jit(lambda expert_R: rows.sort_rows(expert_R, 3, expert_R.shape[0])))(shape)
+  for found, known in zip(later.call(ROUTING.expert_R), rows.sort_rows(ROUTING.expert_R, 3, 8), strict=True):
+    np.testing.assert_array_equal(found, known)
 
 
 def test_rows_without_a_slot_are_dropped():
