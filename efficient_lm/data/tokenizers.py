@@ -208,7 +208,7 @@ class BytePairs(_Codec):
     self.foreign, self.template = foreign, template
     self._stops = super().stops if stops is None else tuple(stops)
     self._encoder = _text_only(tokenizers.Tokenizer.from_str(model), foreign)
-    byte_of = _byte_of_character()
+    byte_of = byte_of_character()
     added = self._encoder.get_added_tokens_decoder()
     self.specials = {token.content: index for index, token in added.items() if token.special}
     marks = {mark for mark in (bos, eod) if mark is not None}
@@ -376,7 +376,7 @@ def _plain(encoder):
   if getattr(encoder.model, 'dropout', None): raise ValueError('dropout encodes a text differently each time')
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
   """GPT-2's spelling of bytes: printable characters are themselves, the others follow from 256 on."""
   printable = [byte for byte in range(256) if 33 <= byte <= 126 or (byte >= 161 and byte != 173)]
   others = [byte for byte in range(256) if byte not in printable]

@@ -20,6 +20,7 @@ def scale_dtype_field():
 
 
 def scale_dtype_problems(format):
+  """Says which dtypes scales can be kept in, if that of the format is none."""
   if format.scale_dtype not in SCALE_DTYPES: yield 'scale_dtype', format.scale_dtype, "must be 'float32' or 'float16'"
 
 
@@ -104,9 +105,9 @@ class Format:
     return Scales(_transposed(self.kept(scale_of(jnp.maximum(-low, high), self.largest))))
 
   def kept(self, scale):
-    """float32 scales in `scale_dtype`: the nearest ones, finite, and positive also where that rounds to 0. The nearest and not
-    the next larger ones, so that a matrix on the grid keeps its scales; its largest number may so lie beyond the grid, by
-    at most largest * 2^-11 of a step."""
+    """float32 scales in `scale_dtype`: the nearest ones, finite, and positive also where that rounds to 0. The nearest and
+    not the next larger ones, so that a matrix on the grid keeps its scales; the largest number may so lie beyond the grid,
+    by at most largest * 2^-11 of a step."""
     if self.scale_dtype == 'float32': return scale
     least, most = LEAST_NORMAL_HALF, LARGEST_HALF
     return jnp.where(scale < LEAST_HALF, least, jnp.minimum(scale, most)).astype(self.scale_dtype)
