@@ -7,6 +7,8 @@
 #   make test-faults  programs killed, disks filled, files damaged: as in make test, and a recipe of stages killed 20 times
 #   make check-tpu-compile, make check-gpu-compile
 #                     every kernel and a train step compiled for TPUs and for NVIDIA GPUs, none of which has to be here
+#   make check-gguf   GGUF files that are written here, opened and computed by llama.cpp; the first time it is built, which takes
+#                     ten minutes of a core, cmake and a C++ compiler
 #   make bench        training and decoding against PyTorch, on the device at hand
 #   make bench-ops    every operation against its roofline and its baselines
 #   make smollm2      fetches SmolLM2-135M-Instruct (98 MB, Apache-2.0) into models/smollm2, for --run=models/smollm2
@@ -18,10 +20,11 @@ VENV := .venv
 NEXT := .venv-next
 TPU := .venv-tpu
 CUDA := .venv-cuda
+LLAMA := .venv-llama
 PIP := -m pip install --quiet --disable-pip-version-check
 CONFIGS := $(basename $(notdir $(wildcard configs/*.py)))
 
-.PHONY: $(CONFIGS) test test-changed test-next test-faults check-tpu-compile check-gpu-compile lint bench bench-ops notebooks smollm2 clean
+.PHONY: $(CONFIGS) test test-changed test-next test-faults check-tpu-compile check-gpu-compile check-gguf lint bench bench-ops notebooks smollm2 clean
 
 $(VENV)/.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed: make PYTHON=python3.11")'
@@ -47,6 +50,12 @@ $(CUDA)/.stamp: pyproject.toml
 	$(CUDA)/bin/python $(PIP) --no-deps jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvcc nvidia-nvvm
 	touch $@
 
+# llama.cpp has no wheels: it is compiled, for the processor at hand.
+$(LLAMA)/.stamp: requirements.txt
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/python $(PIP) -r requirements.txt gguf==0.19.0 llama-cpp-python==0.3.36
+	touch $@
+
 $(CONFIGS): %: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.main --config=configs/$*.py --workdir=runs/$* $(ARGS)
 
@@ -68,6 +77,9 @@ check-tpu-compile: $(TPU)/.stamp
 check-gpu-compile: $(CUDA)/.stamp
 	JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest -n 2 tests/compile $(ARGS)
 
+check-gguf: $(LLAMA)/.stamp
+	JAX_PLATFORMS=cpu $(LLAMA)/bin/python -m pytest -s tests/interop/gguf/llama_cpp_test.py tests/interop/gguf/packing_test.py $(ARGS)
+
 lint: $(VENV)/.stamp
 	$(VENV)/bin/python -m ruff check .
 
@@ -85,4 +97,4 @@ smollm2: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.interop.smollm2
 
 clean:
-	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) .testmondata* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) $(LLAMA) .testmondata* .pytest_cache .ruff_cache .hypothesis

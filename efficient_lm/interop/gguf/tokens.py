@@ -40,6 +40,13 @@ def metadata(tokenizer, size: int, architecture: str) -> dict[str, Any]:
   return made
 
 
+def notes(tokenizer) -> tuple[str, ...]:
+  """What engines do in another way, in sentences."""
+  if not isinstance(tokenizer, tokenizers.BytePairs) or not json.loads(tokenizer.model).get('normalizer'): return ()
+  return ('The tokenizer composes characters (NFC) first; llama.cpp does not, and finds other ids for a letter and its accent '
+          'that are written apart.',)
+
+
 def _refused(tokenizer, why: str) -> ConfigError:
   return ConfigError('tokenizer', type(tokenizer).__name__, f"{why}: write the file without, by GgufFile(tokenizer=False)")
 

@@ -41,13 +41,14 @@ class GgufFile:
     if (divisors := metadata.frequencies(config)) is not None:
       found[metadata.FREQUENCIES] = tensors.Named(metadata.FREQUENCIES, 'rope_freqs', (divisors,))
     metadata.check(path, config, keys, {name: one.shape for name, one in found.items()})
-    if self.tokenizer and tokenizer is not None: keys |= tokens.metadata(tokenizer, keys[f'{name}.vocab_size'], name)
-    else: keys |= tokens.NONE
+    if not self.tokenizer: tokenizer = None
+    keys |= tokens.NONE if tokenizer is None else tokens.metadata(tokenizer, keys[f'{name}.vocab_size'], name)
     notes: dict[str, float] = {}
     lines = {name: self._line(one, notes) for name, one in found.items()}
     if any(line.kind in blocks.RECORDS for line in lines.values()): keys['general.quantization_version'] = 2
     binary.write(path, keys, lines)
-    return (*(sentence.format(size=size) for sentence, size in notes.items()), *_activations(written.tensors))
+    return (*(sentence.format(size=size) for sentence, size in notes.items()), *_activations(written.tensors),
+            *tokens.notes(tokenizer))
 
   def _line(self, one: tensors.Named, notes: dict[str, float]) -> binary.Line:
     """notes: sentences with the greatest size that stands in them."""

@@ -59,6 +59,11 @@ def test_cuts_are_known_in_the_spelling_that_models_are_published_in(cut, normal
   assert tokens.metadata(tokenizer, 400, 'llama')['tokenizer.ggml.pre'] == pre
 
 
+def test_what_llama_cpp_does_not_do_is_said():
+  composing, not_composing = (folder_vocabulary.read(str(FIXTURES / name)) for name in ('bytes', 'pieces'))
+  assert 'NFC' in tokens.notes(composing)[0] and tokens.notes(not_composing) == tokens.notes(None) == ()
+
+
 def test_a_cut_without_a_name_is_refused():
   """Words of at most 64 characters, as tokenizers that are learned here cut them."""
   tokenizer = BPE(vocab_size=300)
