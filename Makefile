@@ -7,6 +7,9 @@
 #   make test-faults  programs killed, disks filled, files damaged: as in make test, and a recipe of stages killed 20 times
 #   make check-tpu-compile, make check-gpu-compile
 #                     every kernel and a train step compiled for TPUs and for NVIDIA GPUs, none of which has to be here
+#   make check-hf     folders that are written here, opened and computed by transformers (torch: a GB of packages)
+#   make check-gguf   GGUF files that are written here, opened and computed by llama.cpp; the first time it is built, which takes
+#                     ten minutes of a core, cmake and a C++ compiler
 #   make check-litert what is exported for LiteRT, in its own interpreter (465 MB of packages)
 #   make bench        training and decoding against PyTorch, on the device at hand
 #   make bench-ops    every operation against its roofline and its baselines
@@ -20,10 +23,13 @@ NEXT := .venv-next
 TPU := .venv-tpu
 CUDA := .venv-cuda
 LITERT := .venv-litert
+LLAMA := .venv-llama
+HF := .venv-hf
 PIP := -m pip install --quiet --disable-pip-version-check
 CONFIGS := $(basename $(notdir $(wildcard configs/*.py)))
 
-.PHONY: $(CONFIGS) test test-changed test-next test-faults check-tpu-compile check-gpu-compile check-litert lint bench bench-ops notebooks smollm2 clean
+.PHONY: $(CONFIGS) test test-changed test-next test-faults check-tpu-compile check-gpu-compile check-hf check-gguf check-litert \
+  lint bench bench-ops notebooks smollm2 clean
 
 $(VENV)/.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed: make PYTHON=python3.11")'
@@ -55,6 +61,18 @@ $(LITERT)/.stamp: pyproject.toml
 	$(LITERT)/bin/python $(PIP) -e '.[dev,litert]' jax==0.10.2 jaxlib==0.10.2 flax==0.12.8
 	touch $@
 
+# llama.cpp has no wheels: it is compiled, for the processor at hand.
+$(LLAMA)/.stamp: requirements.txt
+	$(PYTHON) -m venv $(LLAMA)
+	$(LLAMA)/bin/python $(PIP) -r requirements.txt gguf==0.19.0 llama-cpp-python==0.3.36
+	touch $@
+
+# The engines that folders of Hugging Face are written for.
+$(HF)/.stamp: requirements.txt
+	$(PYTHON) -m venv $(HF)
+	$(HF)/bin/python $(PIP) -r requirements.txt torch==2.13.0 transformers==5.24.0 accelerate compressed-tensors==0.20.1
+	touch $@
+
 $(CONFIGS): %: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.main --config=configs/$*.py --workdir=runs/$* $(ARGS)
 
@@ -79,6 +97,13 @@ check-gpu-compile: $(CUDA)/.stamp
 check-litert: $(LITERT)/.stamp
 	JAX_PLATFORMS=cpu $(LITERT)/bin/python -m pytest tests/interop/litert_test.py $(ARGS)
 
+check-gguf: $(LLAMA)/.stamp
+	JAX_PLATFORMS=cpu $(LLAMA)/bin/python -m pytest -s tests/interop/gguf/llama_cpp_test.py tests/interop/gguf/packing_test.py $(ARGS)
+
+check-hf: $(HF)/.stamp
+	JAX_PLATFORMS=cpu $(HF)/bin/python -m pytest -n 2 tests/interop/targets tests/interop/tokenizer_files_test.py \
+	  tests/interop/export_test.py $(ARGS)
+
 lint: $(VENV)/.stamp
 	$(VENV)/bin/python -m ruff check .
 
@@ -96,4 +121,4 @@ smollm2: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.interop.smollm2
 
 clean:
-	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) $(LITERT) .testmondata* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) $(HF) $(LLAMA) $(LITERT) .testmondata* .pytest_cache .ruff_cache .hypothesis

@@ -10,6 +10,20 @@ from efficient_lm.lazy import lazy
 jnp = lazy('jax.numpy')
 
 
+SCALE_DTYPES = ('float32', 'float16')
+LARGEST_HALF, LEAST_NORMAL_HALF, LEAST_HALF = 65504., 2. ** -14, 2. ** -24   # of float16
+
+
+def scale_dtype_field():
+  """A field `scale_dtype` of a format. It came later than stored runs, so that `models.added` leaves out its default."""
+  return dataclasses.field(default='float32', metadata={'added': True})
+
+
+def scale_dtype_problems(format):
+  """Says which dtypes scales can be kept in, if that of the format is none."""
+  if format.scale_dtype not in SCALE_DTYPES: yield 'scale_dtype', format.scale_dtype, "must be 'float32' or 'float16'"
+
+
 class Scales(NamedTuple):
   """The scales of n x q tiles as they are stored.
 
@@ -38,6 +52,8 @@ class Format:
   joint: whether all scales of a matrix share a factor.
   standard: whether a standard fixes the size of groups, so that `fitted` does not change it.
   range: how a tile's extremes are found unless a caller passes a range.
+  scale_dtype: of float scales. With 'float16' every number is rounded to the grid of a scale that a file of half-precision
+    scales (GGUF, compressed-tensors) can hold: what is exported is then what GPTQ or training has chosen, bit for bit.
   """
   element: str
   bits: int
@@ -46,6 +62,7 @@ class Format:
   offset: float | None = 0.
   joint = False
   standard = False
+  scale_dtype = 'float32'
   largest: float
 
   @property
@@ -85,7 +102,15 @@ class Format:
   def fit(self, low, high) -> Scales:
     """Scales that stretch the grid from low to high, (..., n, q) each. They are positive, also for a tile of zeros."""
     from efficient_lm.ops.absmax import scale_of
-    return Scales(_transposed(scale_of(jnp.maximum(-low, high), self.largest)))
+    return Scales(_transposed(self.kept(scale_of(jnp.maximum(-low, high), self.largest))))
+
+  def kept(self, scale):
+    """float32 scales in `scale_dtype`: the nearest ones, finite, and positive also where that rounds to 0. The nearest and
+    not the next larger ones, so that a matrix on the grid keeps its scales; the largest number may so lie beyond the grid,
+    by at most largest * 2^-11 of a step."""
+    if self.scale_dtype == 'float32': return scale
+    least, most = LEAST_NORMAL_HALF, LARGEST_HALF
+    return jnp.where(scale < LEAST_HALF, least, jnp.minimum(scale, most)).astype(self.scale_dtype)
 
   def steps(self, scales: Scales):
     """The float32 scale and zero point (or None) of each tile, (..., n, q), from the stored scales."""

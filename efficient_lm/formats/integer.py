@@ -2,7 +2,7 @@
 import dataclasses
 from typing import Any
 
-from efficient_lm.formats.format import Format, Scales
+from efficient_lm.formats.format import Format, Scales, scale_dtype_field, scale_dtype_problems
 from efficient_lm.formats.granularity import Channel, Tensor
 from efficient_lm.formats.ranges import AbsMean
 from efficient_lm.lazy import lazy
@@ -26,8 +26,11 @@ class Int(Format):
   bits: int = 8
   scales: Any = dataclasses.field(default_factory=Channel)
   symmetric: bool = True
+  scale_dtype: str = scale_dtype_field()
 
-  def check(self): yield from bits_problems(self)
+  def check(self):
+    yield from bits_problems(self)
+    yield from scale_dtype_problems(self)
 
   @property
   def largest(self) -> float: return 2. ** (self.bits - 1) - 1
@@ -42,8 +45,8 @@ class Int(Format):
     if self.symmetric: return super().fit(low, high)
     from efficient_lm.ops.absmax import scale_of
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    scale = scale_of(high - low, 2 ** self.bits - 1)
-    zero = jnp.round(-2 ** (self.bits - 1) - low / scale).astype(jnp.int8)
+    scale = self.kept(scale_of(high - low, 2 ** self.bits - 1))
+    zero = jnp.round(-2 ** (self.bits - 1) - low / self.stored_scale(scale)).astype(jnp.int8)
     return Scales(jnp.swapaxes(scale, -1, -2), jnp.swapaxes(zero, -1, -2))
 
   @property
@@ -78,8 +81,11 @@ class MidRise(Format):
 class Ternary(Format):
   """-1, 0 or 1 times the mean magnitude (BitNet b1.58, Ma et al. 2024, arXiv 2402.17764, eq. 1-3), stored in 2 bits."""
   scales: Any = dataclasses.field(default_factory=Tensor)
+  scale_dtype: str = scale_dtype_field()
 
   element, bits, largest = 'ternary', 2, 1.
+
+  def check(self): yield from scale_dtype_problems(self)
 
   @property
   def range(self): return AbsMean()

@@ -73,7 +73,7 @@ class LearnedStep(Quantizer):
 
   def __init__(self, format: Format, step_qn, axes: str, numbers: int):
     self.format = type(self).accepted(format)
-    self.exponent = nnx.Param(exponent_of(step_qn), axes=axes)
+    self.exponent = nnx.Param(exponent_of(step_qn.astype(jnp.float32)), axes=axes)
     self.gradient_scale = (numbers * format.largest) ** -0.5
 
   @classmethod
@@ -81,8 +81,8 @@ class LearnedStep(Quantizer):
     """A copy of the format. Raises IncompatibleError if its steps are not free, to be any positive float."""
     end = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     scale, zero, outer = jax.eval_shape(format.fit, end, end)
-    if not (zero is None and outer is None and scale.dtype == jnp.float32):
-      raise IncompatibleError(f'{format.name}: only a grid around 0 with one float32 scale to a tile can be learned')
+    if not (zero is None and outer is None and scale.dtype in (jnp.float32, jnp.float16)):
+      raise IncompatibleError(f'{format.name}: only a grid around 0 with one float scale to a tile can be learned')
     return Quantizer.copied(format)
 
   @classmethod
@@ -92,7 +92,7 @@ class LearnedStep(Quantizer):
     w_OI = layout.matrix(weight.materialize())
     (num_outputs, num_inputs), step_qn = w_OI.shape[-2:], cls.accepted(format).scales_for(w_OI, range or cls.range).scale
     # A tile of zeros says nothing of its size; with the smallest of all steps it would never leave 0.
-    step_qn = jnp.where(step_qn > jnp.finfo(jnp.float32).tiny, step_qn, num_inputs ** -0.5 / format.largest)
+    step_qn = jnp.where(step_qn > jnp.finfo(step_qn.dtype).tiny, step_qn, num_inputs ** -0.5 / format.largest)
     numbers = num_outputs * num_inputs // math.prod(step_qn.shape[-2:])
     return cls(format, step_qn, layout.experts + layout.letters[-1] + layout.letters[-2], numbers)
 
@@ -121,14 +121,19 @@ class LearnedStep(Quantizer):
     return self.format.numbers(self.format.codes(y)) - y
 
   def scales(self, matrix_OI, reduce: Reduce) -> Scales:
+    return Scales(self.format.kept(self._steps(matrix_OI)))
+
+  def _steps(self, matrix_OI):
+    """As they are learned, float32, before they are rounded to the dtype that scales are kept in."""
     step_qn = power(self.exponent.get_value())
-    return Scales(jnp.broadcast_to(step_qn, (*matrix_OI.shape[:-2], *step_qn.shape[-2:])))
+    return jnp.broadcast_to(step_qn, (*matrix_OI.shape[:-2], *step_qn.shape[-2:]))
 
   def __call__(self, matrix_OI, reduce: Reduce):
     scales = self.scales(matrix_OI, reduce)
     quantized_OI = self.format.rounded(lax.stop_gradient(matrix_OI), lax.stop_gradient(scales))
-    step, _ = self.format.steps(scales)
-    step = lax.stop_gradient(step) + self.gradient_scale * (step - lax.stop_gradient(step))
+    step, _ = self.format.steps(lax.stop_gradient(scales))
+    free, _ = self.format.steps(Scales(self._steps(matrix_OI)))   # the gradient passes straight through the rounding
+    step = step + self.gradient_scale * (free - lax.stop_gradient(free))
     values = jax.checkpoint(self.values, prevent_cse=False)(matrix_OI, step)
     return straight_through(values, quantized_OI.astype(matrix_OI.dtype))
 

@@ -113,7 +113,8 @@ class Quantized(Weight):
     if not self.direct: return super().contract_grouped(x_MD, sizes_E)
     integer = self.integer_activations
     if integer is None: x_MD = self.prepare_input(x_MD, 'M' + self.inputs)
-    return grouped_matmul(x_MD, self.values.get_value(), sizes_E, self.scale.get_value()[:, 0], activations=integer)
+    scale_EO = self.format.stored_scale(self.scale.get_value())[:, 0]
+    return grouped_matmul(x_MD, self.values.get_value(), sizes_E, scale_EO, activations=integer)
 
   def for_decoding(self):
     """In parts, if its numbers are integers plus a constant; a stored float8 or float4 weight stays as it is."""

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm.formats import Int, MidRise, Ternary
+from efficient_lm.config import fields
+from efficient_lm.formats import Group, Int, MidRise, Ternary
 
 
 def test_a_symmetric_grid_has_as_many_levels_above_as_below():
@@ -40,3 +41,38 @@ def test_ternary_is_scaled_by_the_mean_magnitude_of_the_whole_matrix():
 @pytest.mark.parametrize('format', [Int(bits=5), MidRise(bits=1)], ids=lambda format: type(format).__name__)
 def test_bits_that_have_no_storage_are_named(format):
   assert [field for field, _, _ in format.check()] == ['bits']
+
+
+HALF = [Int(scale_dtype='float16'), Int(bits=4, scales=Group(size=32), scale_dtype='float16'),
+        Int(bits=4, symmetric=False, scale_dtype='float16'), Ternary(scale_dtype='float16')]
+
+
+@pytest.mark.parametrize('format', HALF, ids=lambda format: format.name)
+@pytest.mark.parametrize('size', [0., 1e-9, 1e-4, 1., 1e7])
+def test_scales_of_half_precision_are_those_that_numbers_are_rounded_with(format, size):
+  """They are positive and finite whatever the weights are, so that no number becomes NaN."""
+  w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 64)) * size, jnp.float32)
+  scales = format.scales_for(w)
+  assert scales.scale.dtype == jnp.float16
+  step = np.asarray(format.steps(scales)[0])
+  assert np.all(np.isfinite(step)) and np.all(step > 0) and step.dtype == np.float32
+  codes = np.asarray(format.rounded(w, scales)).reshape(8, step.shape[1], -1) / step[..., None]
+  np.testing.assert_array_equal(codes, np.round(codes))   # whole multiples of the scale in 16 bits: division is exact
+
+
+def test_a_format_with_scales_of_32_bits_is_stored_as_it_always_was():
+  assert fields.to_json(Int(bits=4)) == {'class': 'Int', 'bits': 4, 'scales': {'class': 'Channel'}, 'symmetric': True}
+  assert fields.to_json(Int(scale_dtype='float16'))['scale_dtype'] == 'float16'
+  assert fields.to_json(Ternary()) == {'class': 'Ternary', 'scales': {'class': 'Tensor'}}
+  assert [field for field, _, _ in Int(scale_dtype='bfloat16').check()] == ['scale_dtype']
+
+
+@pytest.mark.parametrize('format', HALF[:3], ids=lambda format: format.name)
+def test_rounding_with_scales_of_half_precision_errs_by_half_a_step_and_keeps_what_is_on_the_grid(format):
+  w = jnp.asarray(np.random.default_rng(1).normal(size=(8, 64)), jnp.float32)
+  scales = format.scales_for(w)
+  rounded, step = format.rounded(w, scales), np.repeat(format.steps(scales)[0], 64 // format.scales.counts(8, 64)[1], 1)
+  # Half a step, and what the nearest scale leaves beyond the grid: 127 steps times 2^-11, both ends of an asymmetric one.
+  assert np.all(np.abs(np.asarray(w - rounded)) <= step * (.5 + 255 * 2. ** -11))
+  np.testing.assert_array_equal(format.decode(format.encode(w, scales)), rounded)
+  if format.symmetric: np.testing.assert_array_equal(format.scales_for(w).scale, format.scales_for(rounded).scale)

@@ -300,3 +300,17 @@ def test_steps_that_devices_share_get_the_gradients_of_all(mesh):
   for a, b in zip(jax.tree.leaves(jax.device_get(ours)), jax.tree.leaves(wanted), strict=True):
     # A token near the border of two levels may fall on either side, by the order of the sums before it.
     np.testing.assert_allclose(a, b, atol=2e-3 * np.abs(b).max())
+
+
+def test_steps_of_half_precision_are_learned_as_floats_and_used_as_halves():
+  """What is trained with is what is stored, bit for bit, and the gradient is that of the step before it is rounded."""
+  w = Dense(draw(32, 16), 'DF', 'D')
+  half, full = (LearnedStep.of_weight(w, Int(bits=4, scale_dtype=dtype)) for dtype in ('float16', 'float32'))
+  matrix_OI = w.materialize().T
+  scales = half.scales(matrix_OI, Reduce())
+  assert scales.scale.dtype == jnp.float16 and half.exponent.get_value().dtype == jnp.float32
+  np.testing.assert_array_equal(half(matrix_OI, Reduce()), half.format.decode(half.format.encode(matrix_OI, scales)))
+  full.exponent = half.exponent
+  slope = lambda quantizer: jax.grad(lambda one: one(matrix_OI, Reduce()).sum())(quantizer).exponent.get_value()
+  # The steps that were fitted are halves up to the rounding of an exponent, 2^-23 of 16: gradients are sums of 32 numbers.
+  np.testing.assert_allclose(slope(half), slope(full), rtol=1e-4, atol=1e-5)

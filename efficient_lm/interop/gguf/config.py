@@ -112,12 +112,13 @@ def _qwen3(keys: Keys, vocab_size: int) -> dict[str, Any]:
   return _shape(keys, vocab_size) | dict(model_type='qwen3', architectures=['Qwen3ForCausalLM'], use_sliding_window=False)
 
 
-def _experts(keys: Keys, normalised: bool) -> dict[str, Any]:
-  """No key says whether the gates of the chosen experts sum to one: each engine has it in its code."""
+def _experts(keys: Keys, normalised: bool, shared: bool = False) -> dict[str, Any]:
+  """No key says whether the gates of the chosen experts sum to one: each engine has it in its code. shared: whether there
+  is an expert that sees every token, which no key has to say either."""
   keys.only('expert_weights_norm', normalised)
   keys.only('expert_weights_scale', 1.0, 0.0)
   keys.only('expert_gating_func', 1)   # softmax
-  keys.only('expert_shared_count', 0)
+  keys.only('expert_shared_count', 0, int(shared))
   return dict(num_experts=keys.take('expert_count', int), num_experts_per_tok=keys.take('expert_used_count', int),
               norm_topk_prob=normalised)
 
@@ -126,6 +127,13 @@ def _qwen3moe(keys: Keys, vocab_size: int) -> dict[str, Any]:
   return _shape(keys, vocab_size) | _experts(keys, normalised=True) | dict(
     model_type='qwen3_moe', architectures=['Qwen3MoeForCausalLM'], use_sliding_window=False, decoder_sparse_step=1,
     mlp_only_layers=[], moe_intermediate_size=keys.take('expert_feed_forward_length', int))
+
+
+def _qwen2moe(keys: Keys, vocab_size: int) -> dict[str, Any]:
+  return _shape(keys, vocab_size) | _experts(keys, normalised=False, shared=True) | dict(
+    model_type='qwen2_moe', architectures=['Qwen2MoeForCausalLM'], use_sliding_window=False, decoder_sparse_step=1,
+    mlp_only_layers=[], qkv_bias=True, moe_intermediate_size=keys.take('expert_feed_forward_length', int),
+    shared_expert_intermediate_size=keys.take('expert_shared_feed_forward_length', int))
 
 
 def _olmoe(keys: Keys, vocab_size: int) -> dict[str, Any]:
@@ -191,7 +199,8 @@ class Architecture:
 
 ARCHITECTURES = {
   'llama': Architecture(_llama, 'llama', permuted=True), 'qwen2': Architecture(_qwen2, 'llama'),
-  'qwen3': Architecture(_qwen3, 'llama'), 'qwen3moe': Architecture(_qwen3moe, 'llama'),
+  'qwen3': Architecture(_qwen3, 'llama'), 'qwen2moe': Architecture(_qwen2moe, 'llama'),
+  'qwen3moe': Architecture(_qwen3moe, 'llama'),
   'olmoe': Architecture(_olmoe, 'llama'), 'olmo2': Architecture(_olmo2, 'post_norm'),
   'gemma2': Architecture(_gemma2, 'sandwich', plus_one=True), 'gemma3': Architecture(_gemma3, 'sandwich', plus_one=True),
   'gpt2': Architecture(_gpt2, 'gpt2', transposed=True)}

@@ -15,7 +15,9 @@ _GATED = {'ffn_gate': 'mlp.gate_proj', 'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp
 _ENDS = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
 LAYERS = {   # what stands behind 'blk.<i>.', and behind the name of the layer there
   'llama': {**_ATTENTION, **_GATED, 'attn_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm',
-            'ffn_gate_inp': 'mlp.gate'},
+            'ffn_gate_inp': 'mlp.gate', 'ffn_gate_shexp': 'mlp.shared_expert.gate_proj',
+            'ffn_up_shexp': 'mlp.shared_expert.up_proj', 'ffn_down_shexp': 'mlp.shared_expert.down_proj',
+            'ffn_gate_inp_shexp': 'mlp.shared_expert_gate'},
   'post_norm': {**_ATTENTION, **_GATED, 'post_attention_norm': 'post_attention_layernorm',
                 'post_ffw_norm': 'post_feedforward_layernorm'},
   'sandwich': {**_ATTENTION, **_GATED, 'attn_norm': 'input_layernorm', 'post_attention_norm': 'post_attention_layernorm',
@@ -25,7 +27,8 @@ LAYERS = {   # what stands behind 'blk.<i>.', and behind the name of the layer t
 ENDS = {'llama': _ENDS, 'post_norm': _ENDS, 'sandwich': _ENDS, 'gpt2': {
   'token_embd': 'transformer.wte', 'position_embd': 'transformer.wpe', 'output_norm': 'transformer.ln_f',
   'output': 'lm_head'}}
-_EXPERTS = {'ffn_gate': ('gate_proj', 'w1'), 'ffn_up': ('up_proj', 'w3'), 'ffn_down': ('down_proj', 'w2')}   # w1 …: Mixtral
+SHARED_GATE = 'ffn_gate_inp_shexp'   # a vector there, a matrix of one row here
+EXPERTS = {'ffn_gate': ('gate_proj', 'w1'), 'ffn_up': ('up_proj', 'w3'), 'ffn_down': ('down_proj', 'w2')}   # w1 …: Mixtral
 
 
 def checkpoint(file: File) -> Checkpoint:
@@ -53,19 +56,20 @@ def _tensors(file: File, name: str, made: dict) -> Iterator[tuple[str, Tensor]]:
   layer, stem, together, expert, kind = inside.groups()
   mixtral = made['model_type'] == 'mixtral'
   if together or expert:
-    if stem not in _EXPERTS or kind != 'weight' or (together and (expert or len(shape) != 3)): return
+    if stem not in EXPERTS or kind != 'weight' or (together and (expert or len(shape) != 3)): return
     root = f'model.layers.{layer}.{"block_sparse_moe" if mixtral else "mlp"}.experts'
     for e in range(shape[0]) if together else [int(expert)]:
       part = _tensor(file, name, shape[1:], None, e) if together else _tensor(file, name, shape, None)
-      yield f'{root}.{e}.{_EXPERTS[stem][mixtral]}.weight', part
+      yield f'{root}.{e}.{EXPERTS[stem][mixtral]}.weight', part
     return
   if stem not in LAYERS[architecture.names]: return
   place = LAYERS[architecture.names][stem]
   if mixtral and stem == 'ffn_gate_inp': place = 'block_sparse_moe.gate'
   root = 'transformer.h' if architecture.names == 'gpt2' else 'model.layers'
   change = _change(stem, kind, architecture, made)
-  turned = change is np.transpose and len(shape) == 2
-  yield f'{root}.{layer}.{place}.{kind}', _tensor(file, name, shape[::-1] if turned else shape, change)
+  if change is np.transpose and len(shape) == 2: shape = shape[::-1]
+  if stem == SHARED_GATE and len(shape) == 1: shape = (1, *shape)
+  yield f'{root}.{layer}.{place}.{kind}', _tensor(file, name, shape, change)
 
 
 def _change(stem: str, kind: str, architecture: config.Architecture, made: dict) -> Callable | None:
@@ -74,9 +78,14 @@ def _change(stem: str, kind: str, architecture: config.Architecture, made: dict)
     heads = made['num_attention_heads' if stem == 'attn_q' else 'num_key_value_heads']
     return lambda rows: halves(rows, heads)
   if architecture.plus_one and stem.endswith('norm'): return lambda scale: scale - np.float32(1)
-  if architecture.transposed and kind == 'weight' and not stem.endswith(('embd', 'norm')) and stem != 'output':
-    return np.transpose
+  if is_transposed(stem, kind, architecture): return np.transpose
+  if stem == SHARED_GATE: return np.atleast_2d
   return None
+
+
+def is_transposed(stem: str, kind: str, architecture: config.Architecture) -> bool:
+  """Whether Hugging Face has a tensor as (inputs, outputs)."""
+  return architecture.transposed and kind == 'weight' and not stem.endswith(('embd', 'norm')) and stem != 'output'
 
 
 def halves(rows: np.ndarray, heads: int) -> np.ndarray:

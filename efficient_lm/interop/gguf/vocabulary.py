@@ -16,7 +16,7 @@ from efficient_lm.interop.gguf.reader import File, quoted
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6   # of tokenizer.ggml.token_type
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SPACES = r'\s*[\r\n]+|\s+(?!\S)|\s+'
 _CONTRACTED = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]', r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]'
@@ -45,9 +45,9 @@ class Cut:
 
 
 CUTS = {
-  'gpt-2': Cut((_GPT2,)),
-  'smollm': Cut((r'\p{N}', _GPT2)),
-  'olmo': Cut((_GPT2,), nfc=True),
+  'gpt-2': Cut((GPT2,)),
+  'smollm': Cut((r'\p{N}', GPT2)),
+  'olmo': Cut((GPT2,), nfc=True),
   **dict.fromkeys(('llama-bpe', 'llama3', 'llama-v3', 'falcon3'),
                   Cut((_contractions_first('{1,3}'),), whole=True, bos=True)),
   'dbrx': Cut((_contractions_first('{1,3}'),)),

@@ -10,7 +10,10 @@ NAMES = [   # of llama.cpp's gguf-py/gguf/tensor_mapping.py
   ('transformer.wte', 'token_embd'), ('transformer.wpe', 'position_embd'), ('transformer.ln_f', 'output_norm'),
   ('transformer.h.', 'blk.'), ('attn.c_attn', 'attn_qkv'), ('.attn.c_proj', '.attn_output'), ('mlp.c_fc', 'ffn_up'),
   ('mlp.c_proj', 'ffn_down'), ('ln_1', 'attn_norm'), ('ln_2', 'ffn_norm'), ('block_sparse_moe.gate', 'ffn_gate_inp'),
-  ('mlp.gate.', 'ffn_gate_inp.'), ('self_attn.q_norm', 'attn_q_norm'), ('self_attn.k_norm', 'attn_k_norm'),
+  ('mlp.gate.', 'ffn_gate_inp.'), ('mlp.shared_expert_gate', 'ffn_gate_inp_shexp'),
+  ('mlp.shared_expert.gate_proj', 'ffn_gate_shexp'), ('mlp.shared_expert.up_proj', 'ffn_up_shexp'),
+  ('mlp.shared_expert.down_proj', 'ffn_down_shexp'),
+  ('self_attn.q_norm', 'attn_q_norm'), ('self_attn.k_norm', 'attn_k_norm'),
   ('self_attn.q_proj', 'attn_q'), ('self_attn.k_proj', 'attn_k'), ('self_attn.v_proj', 'attn_v'),
   ('self_attn.o_proj', 'attn_output'), ('mlp.gate_proj', 'ffn_gate'), ('mlp.up_proj', 'ffn_up'),
   ('mlp.down_proj', 'ffn_down'), ('input_layernorm', 'attn_norm'), ('pre_feedforward_layernorm', 'ffn_norm'),
@@ -28,7 +31,8 @@ def neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
 def convert(config: dict, tensors: dict) -> tuple[dict, dict]:
   """(metadata, tensors) of the file. config: as config.json has it; tensors: float arrays by their names there."""
   kind = config['model_type']
-  architecture = {'mixtral': 'llama', 'mistral': 'llama', 'qwen3_moe': 'qwen3moe', 'gemma3_text': 'gemma3'}.get(kind, kind)
+  architecture = {'mixtral': 'llama', 'mistral': 'llama', 'qwen2_moe': 'qwen2moe', 'qwen3_moe': 'qwen3moe',
+                  'gemma3_text': 'gemma3'}.get(kind, kind)
   made, experts = {}, {}
   for name, array in tensors.items():
     array = np.asarray(array, np.float32)
@@ -38,6 +42,7 @@ def convert(config: dict, tensors: dict) -> tuple[dict, dict]:
       continue
     if architecture == 'llama' and (side := re.search('[qk]_proj', name)):
       array = neighbours(array, config['num_attention_heads' if side[0] == 'q_proj' else 'num_key_value_heads'])
+    if name.endswith('shared_expert_gate.weight'): array = array[0]
     if kind.startswith('gemma') and 'norm' in name: array = array + 1
     if kind == 'gpt2' and name.endswith('weight') and ('.attn.' in name or '.mlp.' in name): array = array.T
     last = 'post_attention_norm' if kind in ('olmo2', 'gemma2', 'gemma3_text') else 'ffn_norm'
@@ -74,6 +79,7 @@ def _metadata(config: dict, architecture: str) -> dict:
            'attention.head_count_kv': 'num_key_value_heads', 'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
            'attention.key_length': 'head_dim', 'attention.value_length': 'head_dim', 'expert_count': 'num_experts',
            'expert_used_count': 'num_experts_per_tok', 'expert_feed_forward_length': 'moe_intermediate_size',
+           'expert_shared_feed_forward_length': 'shared_expert_intermediate_size',
            'attn_logit_softcapping': 'attn_logit_softcapping', 'final_logit_softcapping': 'final_logit_softcapping'}
   made = {key: config[name] for key, name in names.items() if config.get(name) is not None}
   if architecture.startswith('gemma'): made['attention.sliding_window'] = config['sliding_window']

@@ -1,37 +1,16 @@
 """A checkpoint that was converted to GGUF comes back: the same description, the same tensors bit for bit."""
-import copy
 import dataclasses
-import pathlib
 
 import numpy as np
 import pytest
 
 from efficient_lm.errors import IncompatibleError
-from efficient_lm.interop import families, folder
+from efficient_lm.interop import families
 from efficient_lm.interop.gguf import names, reader
 from tests.interop.gguf import writing
+from tests.interop.gguf.checkpoints import stored
 from tests.interop.gguf.converting import convert
 from tests.interop.gguf.models import LLAMA, N, small
-
-FIXTURES = pathlib.Path(__file__).parent.parent / 'fixtures'
-PUBLISHED = {'rope_type': 'llama3', 'rope_theta': 5e5, 'factor': 32.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
-             'original_max_position_embeddings': 8192}
-# What a file has no key for, as engines have it in their code.
-IN_CODE = {'llama3': {'rope_parameters': PUBLISHED}, 'gemma2': {'query_pre_attn_scalar': 8, 'layer_types': None},
-           'gemma3_text': {'query_pre_attn_scalar': 8, 'layer_types': None}}
-
-
-def one_layer(config: dict, tensors: dict) -> tuple[dict, dict]:
-  """The second layer as the only one: the first of this fixture has no experts, which files cannot say."""
-  kept = {name.replace('layers.1.', 'layers.0.'): tensor for name, tensor in tensors.items() if 'layers.0.' not in name}
-  return {**config, 'num_hidden_layers': 1, 'mlp_only_layers': []}, kept
-
-
-def stored(name: str) -> tuple[dict, dict]:
-  found = folder.read(str(FIXTURES / name))
-  config, tensors = {**copy.deepcopy(dict(found.config)), **IN_CODE.get(name, {})}, found.tensors
-  if name == 'qwen3_moe': config, tensors = one_layer(config, tensors)
-  return config, {key: tensor.read().astype(np.float32) for key, tensor in tensors.items()}
 
 
 def opened(tmp_path, metadata: dict, tensors: dict):
@@ -40,8 +19,8 @@ def opened(tmp_path, metadata: dict, tensors: dict):
   return names.checkpoint(reader.read(path))
 
 
-@pytest.mark.parametrize('name', ['llama', 'smollm', 'llama3', 'llama_linear', 'qwen2', 'qwen3', 'qwen3_moe', 'olmoe',
-                                  'olmo2', 'mixtral', 'gemma2', 'gemma3_text', 'gpt2'])
+@pytest.mark.parametrize('name', ['llama', 'smollm', 'llama3', 'llama_linear', 'qwen2', 'qwen3', 'qwen2_moe', 'qwen3_moe',
+                                  'olmoe', 'olmo2', 'mixtral', 'gemma2', 'gemma3_text', 'gpt2'])
 def test_what_was_converted_comes_back(tmp_path, name):
   config, tensors = stored(name)
   found = opened(tmp_path, *convert(config, tensors))
