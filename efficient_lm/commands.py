@@ -57,17 +57,19 @@ def run_source() -> FromRun | HuggingFace | Gguf:
   Hugging Face folder, by what its config.json says, or a GGUF file or a folder with one. Raises ConfigError."""
   if FLAGS.config: experiment.execute(FLAGS.config)
   if not FLAGS.run: raise ConfigError('--run', FLAGS.run, 'is missing: write --run=runs/moe, say')
-  if folder.holds_model(FLAGS.run): return _stored(HuggingFace)
-  if file_of(FLAGS.run): return _stored(Gguf)
-  source = FromRun(path=FLAGS.run, stage=FLAGS.stage)
-  for field, value, fix in source.check(): raise ConfigError(f'--{"run" if field == "path" else field}', value, fix)
-  experiment.read(FLAGS.run)
-  return source
+  return source_of(FLAGS.run, FLAGS.stage)
 
 
-def _stored(kind: type) -> HuggingFace | Gguf:
-  if FLAGS.stage is not None: raise ConfigError('--stage', FLAGS.stage, 'must be left out: only runs have stages')
-  source = kind(path=FLAGS.run)
+def source_of(path: str, stage: int | None = None) -> FromRun | HuggingFace | Gguf:
+  """What a path names, and a stage where it is the workdir of a run. Raises ConfigError."""
+  kind = HuggingFace if folder.holds_model(path) else Gguf if file_of(path) else None
+  if kind is None:
+    source = FromRun(path=path, stage=stage)
+    for field, value, fix in source.check(): raise ConfigError(f'--{"run" if field == "path" else field}', value, fix)
+    experiment.read(path)
+    return source
+  if stage is not None: raise ConfigError('--stage', stage, 'must be left out: only runs have stages')
+  source = kind(path=path)
   source.spec()
   return source
 
@@ -98,15 +100,37 @@ def check_text(source):
 
 
 def text_batches(source):
-  """Batches of the file --text, cut into rows as `trained_as` says. Raises ConfigError for one with nothing to predict."""
-  from efficient_lm.data.packing import Rows, pack
+  """Batches of the file --text, cut into rows as `trained_as` says. Raises ConfigError as `text_stream` does."""
+  from efficient_lm.data.packing import Rows
   from efficient_lm.data.pipeline import in_sequence
   _, rows, length = trained_as(source)
-  with open(FLAGS.text, 'rb') as file: content = file.read()
-  try: stream = pack(source.tokenizer(), [content])
-  except ValueError as error: raise ConfigError('--text', FLAGS.text, str(error)) from error
+  return in_sequence(Rows(text_stream(source.tokenizer()), length), batch_size=rows)
+
+
+def text_stream(tokenizer):
+  """The tokens of the file --text (`data.packing.Stream`): of a text, or of a .npy file the ids that it holds, each row of
+  them a document without marks. Raises ConfigError for one that has nothing to predict or cannot be used."""
+  from efficient_lm.data.packing import pack
+  if FLAGS.text.endswith('.npy'): stream = _stream_of_ids(tokenizer)
+  else:
+    with open(FLAGS.text, 'rb') as file: content = file.read()
+    try: stream = pack(tokenizer, [content])
+    except ValueError as error: raise ConfigError('--text', FLAGS.text, str(error)) from error
   if stream.num_targets < 1: raise ConfigError('--text', FLAGS.text, 'holds nothing to predict')
-  return in_sequence(Rows(stream, length), batch_size=rows)
+  return stream
+
+
+def _stream_of_ids(tokenizer):
+  import numpy as np
+
+  from efficient_lm.data.packing import Stream
+  try: ids = np.load(FLAGS.text)
+  except (ValueError, OSError) as error: raise ConfigError('--text', FLAGS.text, f'is no array: {error}') from error
+  size = tokenizer.vocab_size
+  if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer) or ((ids < 0) | (ids >= size)).any():
+    raise ConfigError('--text', FLAGS.text, f'must hold rows of ids, whole numbers from 0 to {size - 1}')
+  rows, length = np.atleast_2d(ids).shape
+  return Stream(ids.reshape(-1), np.arange(rows, dtype=np.int64) * length, tokenizer.bytes_V)
 
 
 def define_cache():

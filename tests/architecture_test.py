@@ -30,7 +30,6 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.spl
 # Tested through others, because they only hold, draw or combine: a reason each.
 WITHOUT_OWN_TEST = {
   'efficient_lm/runs/console.py': 'prints; seen in run_test',
-  'efficient_lm/evaluate.py': 'run_test, which has a trained model to evaluate',
   'efficient_lm/runs/monitor.py': 'what a run shows while it trains; run_test and resume_test',
   'efficient_lm/runs/report_page.py': 'draws; report_test',
   'efficient_lm/runs/results.py': 'report_test, which reads many folders',

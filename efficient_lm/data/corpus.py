@@ -113,11 +113,11 @@ class OpenCorpus:
 
     The same targets count whatever `rows` and `sequence_length` are; the latter limits what a target is predicted from.
     """
-    return pipeline.in_sequence(Rows(self._evaluated, sequence_length), batch_size=rows, **self.process)
+    return pipeline.in_sequence(Rows(self.evaluated, sequence_length), batch_size=rows, **self.process)
 
   def eval_rows(self, sequence_length: int) -> int:
     """How many rows that are not all padding one evaluation reads, over all processes."""
-    return len(Rows(self._evaluated, sequence_length))
+    return len(Rows(self.evaluated, sequence_length))
 
   @functools.cached_property
   def eval_bytes(self) -> int:
@@ -126,7 +126,7 @@ class OpenCorpus:
 
   def eval_documents(self) -> list[Asked]:
     """What the evaluation reads, by document; the last may be cut."""
-    stream, found = self._evaluated, []
+    stream, found = self.evaluated, []
     for start, end in zip(stream.starts, [*stream.starts[1:], len(stream.tokens)]):
       asked = stream.tokens[start + 1:end + stream.shared_mark]
       if not len(asked): continue
@@ -136,7 +136,8 @@ class OpenCorpus:
     return found
 
   @functools.cached_property
-  def _evaluated(self) -> Stream:
+  def evaluated(self) -> Stream:
+    """The held-out text that an evaluation reads."""
     return self.heldout.first(self.config.eval_tokens)
 
   @property

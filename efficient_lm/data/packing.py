@@ -13,6 +13,10 @@ a document's first token is none, as nothing stands before it. Batches are dicts
   weights_BT    float32, 1 where the target counts: not where it begins another document than the input's
   bytes_BT      int32, bytes of text the target stands for, 0 for marks and where it does not count
 
+Rows may overlap, for an evaluation by sliding windows: with a stride below T, row r reads tokens r*stride … r*stride + T,
+and of these only targets that no earlier row has count. So every token is a target that counts once still, and all but
+those of the first row are predicted from at least T - stride + 1 tokens, where their document has so many.
+
 As an input, a mark that two documents share belongs to the second, at position 0; as a target it is the end of the first.
 The last one begins no document and is no input.
 """
@@ -71,28 +75,39 @@ def has_shared_mark(tokenizer) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """The rows of a stream, by number. Raises ConfigError for a sequence_length (T) below 1."""
+  """The rows of a stream, by number. `stride`: of overlapping ones (None: T, rows side by side). Raises ConfigError for a
+  sequence_length (T) below 1, and for a stride that is not in 1 … T."""
   stream: Stream
   sequence_length: int
+  stride: int | None = None
 
   def __post_init__(self):
     if self.sequence_length < 1: raise ConfigError('train.sequence_length', self.sequence_length, 'at least 1')
+    if self.stride is not None and not 1 <= self.stride <= self.sequence_length:
+      raise ConfigError('stride', self.stride, f'must be from 1 to {self.sequence_length}, the tokens of a row')
+
+  @property
+  def step(self) -> int:
+    """How many tokens a row begins after the one before."""
+    return self.sequence_length if self.stride is None else self.stride
 
   def __len__(self) -> int:
-    return -(-(len(self.stream.tokens) - 1) // self.sequence_length)  # the last one may be padded
+    after_first = len(self.stream.tokens) - 1 - self.sequence_length
+    return max(-(-after_first // self.step), 0) + (len(self.stream.tokens) > 1)  # the last one may be padded
 
   def __getitem__(self, rows) -> Batch:
     """The batch of the rows with these numbers; numbers past the end give rows of padding."""
     tokens, starts = self.stream.tokens, self.stream.starts
     row_B = np.asarray(rows, np.int64)
-    index_BS = row_B[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
+    index_BS = row_B[:, None] * self.step + np.arange(self.sequence_length + 1)
     real_BS = (index_BS < len(tokens)) & (row_B < len(self))[:, None]
     token_BS = np.where(real_BS, tokens[np.where(real_BS, index_BS, 0)], 0).astype(np.int32)
     document_BS = np.searchsorted(starts, index_BS, side='right') - 1
     first_BS = np.maximum(starts[document_BS], index_BS[:, :1])  # of the document's part in this row
     # A shared mark is asked of the document that it ends, and the last one begins none.
     shared, same_BT = self.stream.shared_mark, document_BS[:, 1:] == document_BS[:, :-1]
-    counts_BT = real_BS[:, 1:] & (same_BT | shared)
+    new_BT = (row_B[:, None] == 0) | (np.arange(self.sequence_length) >= self.sequence_length - self.step)
+    counts_BT = real_BS[:, 1:] & (same_BT | shared) & new_BT
     real_BT = real_BS[:, 1:] if shared else real_BS[:, :-1]
     return {
         'inputs_BT': np.where(real_BT, token_BS[:, :-1], 0),

@@ -201,9 +201,10 @@ class BytePairs(_Codec):
                stops: Sequence[int] | None = None, foreign: bool = False, template: str | None = None):
     """model: JSON of the package `tokenizers`. stops: default (eod,).
 
-    Raises ValueError for a model that does not fit in `vocab_size` beside the marks or that changes text.
+    A mark may be one of the model's own ids, if no text encodes to it. Raises ValueError for a model that does not fit in
+    `vocab_size` beside the marks or that changes text.
     """
-    self.model = json.dumps(json.loads(model))
+    self.model = json.dumps(parsed := json.loads(model))
     self.vocab_size, self.bos, self.eod = vocab_size, bos, eod
     self.foreign, self.template = foreign, template
     self._stops = super().stops if stops is None else tuple(stops)
@@ -212,10 +213,11 @@ class BytePairs(_Codec):
     added = self._encoder.get_added_tokens_decoder()
     self.specials = {token.content: index for index, token in added.items() if token.special}
     marks = {mark for mark in (bos, eod) if mark is not None}
-    self._pieces = [b''] * vocab_size
+    self._pieces, made = [b''] * vocab_size, _made(parsed['model'])
     for piece, index in self._encoder.get_vocab().items():
-      if index >= vocab_size or (index in marks and index not in added and not foreign):
+      if index >= vocab_size or (index in marks and index not in added and piece in made and not foreign):
         raise ValueError(f'token {index} does not fit in a vocabulary of {vocab_size} with the marks {sorted(marks)}')
+      if index in (*marks, *self.stops) and index not in added and piece not in made: continue   # it stands for no text
       if index not in added: self._pieces[index] = bytes(byte_of[character] for character in piece)
       elif not added[index].special: self._pieces[index] = piece.encode()
     if not {*marks, *self.stops} <= {*range(vocab_size)}: raise ValueError('bos, eod and stops must be ids')
@@ -366,6 +368,13 @@ def _text_only(encoder, foreign: bool):
   if any(token.lstrip or token.rstrip or token.single_word for token in added if not token.special):
     raise ValueError('added tokens that take the spaces beside them change the text')
   return encoder
+
+
+def _made(bpe: dict) -> set[str]:
+  """The pieces that text can encode to: characters and what merges make, or all where a whole word is looked up first."""
+  if bpe.get('ignore_merges'): return {*bpe['vocab']}
+  merges = (merge.split(' ') if isinstance(merge, str) else merge for merge in bpe['merges'])
+  return {piece for piece in bpe['vocab'] if len(piece) == 1} | {''.join(pair) for pair in merges}
 
 
 def _plain(encoder):

@@ -33,6 +33,12 @@ def for_tables():
   return console
 
 
+def track(items, what: str, total: int):
+  """The same items, with a bar on standard error that is gone at the end, where that is a terminal."""
+  shown = rich.console.Console(stderr=True)
+  return rich.progress.track(items, what, total=total, console=shown, transient=True, disable=not shown.is_terminal)
+
+
 def human(number: float, unit: str = '') -> str:
   """1234567 -> '1.23M'."""
   for power, letter in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):

@@ -25,7 +25,11 @@ def evaluate(model, batches: Iterable[dict[str, np.ndarray]], mesh, sums_of: Cal
   of batches are added up in float64.
   """
   sums = [wait_on_cpu(sums_of(model, place(batch, mesh))) for batch in batches]
-  nats, tokens, num_bytes = np.sum(np.array(jax.device_get(sums), np.float64), 0)
+  return quality(*np.sum(np.array(jax.device_get(sums), np.float64), 0))
+
+
+def quality(nats: float, tokens: float, num_bytes: float) -> dict[str, float]:
+  """The figures of so many nats over so many predicted tokens, which stand for so many bytes of text."""
   per_token = nats / tokens
   return {'bits_per_byte': nats / num_bytes / math.log(2), 'nats_per_token': per_token,
           'perplexity': math.exp(min(per_token, 700.0)), 'tokens': int(tokens), 'bytes': int(num_bytes)}

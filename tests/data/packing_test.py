@@ -182,3 +182,34 @@ def test_no_id_is_too_large_for_the_stream(size):
 
 def test_a_row_without_room_is_refused():
   with pytest.raises(ConfigError, match=r'train\.sequence_length = 0'): rows_of([b'ab'], 0, ByteTokenizer())
+
+
+@every_tokenizer
+@hypothesis.given(documents=corpora, length=lengths, data=st.data())
+def test_sliding_rows_ask_every_target_once_and_from_as_much_as_they_promise(tokenizer, documents, length, data):
+  stride = data.draw(st.integers(1, length))
+  stream = pack(tokenizer, documents)
+  rows, whole = Rows(stream, length, stride), Rows(stream, len(stream.tokens))[[0]]
+  batch, asked = rows[range(len(rows))], []
+  for row, column in zip(*np.nonzero(batch['weights_BT'])):
+    at = row * stride + column   # in the stream, of the input
+    asked.append(at)
+    assert batch['targets_BT'][row, column] == stream.tokens[at + 1]
+    assert batch['bytes_BT'][row, column] == whole['bytes_BT'][0, at]
+    context, least = batch['positions_BT'][row, column] + 1, 1 if row == 0 else length - stride + 1
+    assert context >= min(least, whole['positions_BT'][0, at] + 1)
+  assert asked == np.flatnonzero(whole['weights_BT'][0]).tolist()
+  assert batch['bytes_BT'].sum() == whole['bytes_BT'].sum()
+
+
+@hypothesis.given(documents=corpora, length=lengths)
+def test_rows_a_whole_row_apart_are_rows_side_by_side(documents, length):
+  stream = pack(ByteTokenizer(), documents)
+  plain, sliding = Rows(stream, length), Rows(stream, length, length)
+  assert len(plain) == len(sliding)
+  for name, array in plain[range(len(plain))].items(): np.testing.assert_array_equal(array, sliding[range(len(plain))][name])
+
+
+@pytest.mark.parametrize('stride', [0, -1, 5])
+def test_a_stride_that_would_leave_targets_out_is_refused(stride):
+  with pytest.raises(ConfigError, match='stride'): Rows(pack(ByteTokenizer(), [b'text']), 4, stride)

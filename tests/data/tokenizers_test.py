@@ -229,6 +229,23 @@ def test_no_text_encodes_to_a_mark(bpe):
   assert packing.pack(again, [b'a', b'b']).tokens.tolist() == [318, a, 319, 318, b, 319]
 
 
+def test_a_mark_may_be_one_of_the_ids_of_the_model(bpe):
+  """As a vocabulary that is read from elsewhere has it; no merging makes it, and a mark with a space is a mark too."""
+  bare, ids = json.loads(bpe.model)['model'], {'<|end|>': 318, '<the end>': 317}
+  whole = lambda **more: changed(bpe, model=bare | {'vocab': bare['vocab'] | ids} | more)
+  assert max(bare['vocab'].values()) < 317
+  tokenizer = BytePairs(whole(), 319, bos=None, eod=318, stops=(318, 317))
+  assert BytePairs(whole(), 319, bos=317, eod=318).bytes_V[[317, 318]].tolist() == [0, 0]
+  for text in ('<|end|>', 'the function <|end|> returns'):
+    assert tokenizer.encode(text).tolist() == bpe.encode(text).tolist() and tokenizer.decode(tokenizer.encode(text)) == text
+  again = from_json(tokenizer.to_json())
+  assert (again.eod, again.stops, again.key) == (318, (318, 317), tokenizer.key)
+  made = next(iter(bare['merges']))
+  made = bare['vocab'][''.join(made.split(' ') if isinstance(made, str) else made)]
+  for mark, model in ((97, whole()), (made, whole()), (318, whole(ignore_merges=True))):
+    with pytest.raises(ValueError, match='does not fit'): BytePairs(model, 319, bos=317, eod=mark)
+
+
 def test_learning_is_deterministic_across_processes(bpe, tmp_path):
   """Whatever the seed of hashes, the number of threads and the order of what counts alike."""
   code = ('from efficient_lm.data import BPE; from tests_corpus import CORPUS; import sys;'
