@@ -6,6 +6,9 @@
   --stage=N         the model of stage number N instead of that of the last
   --format=NAME     hf                   safetensors of floats, for transformers, vLLM and their kin
                     compressed-tensors   matrices in few bits as vLLM and transformers read them
+                    gguf                 one file for llama.cpp and its kin, few bits as blocks of the same numbers
+                    stablehlo            programs for CPU, CUDA and TPU that jax alone runs
+                    litert               one file for the interpreter of phones
   --out=FOLDER      new folder for the files; beside them parity.json and README.md say whether the other engine, where it
                     is installed, computes the same
   --dtype=NAME      of what is written in floats: float32, bfloat16 or float16 (default: as the model holds it)
@@ -31,10 +34,14 @@ flags.DEFINE_string('dtype', None, 'of what is written in floats')
 def target():
   """What --format and --dtype describe. Raises ConfigError."""
   from efficient_lm.interop import targets
-  kinds = {'hf': targets.HuggingFaceFolder, 'compressed-tensors': targets.CompressedTensors}
+  kinds = {'hf': targets.HuggingFaceFolder, 'compressed-tensors': targets.CompressedTensors, 'gguf': targets.GgufFile,
+           'stablehlo': targets.StableHlo, 'litert': targets.LiteRT}
   if FLAGS.format not in kinds: raise ConfigError('--format', FLAGS.format, f'must be one of {", ".join(kinds)}')
-  made = kinds[FLAGS.format](**{} if FLAGS.dtype is None else {'dtype': FLAGS.dtype})
-  for field, value, fix in made.check(): raise ConfigError(f'--{field}', value, fix)
+  kind, field = kinds[FLAGS.format], {'gguf': 'floats', 'stablehlo': None, 'litert': None}.get(FLAGS.format, 'dtype')
+  if FLAGS.dtype is not None and field is None:
+    raise ConfigError('--dtype', FLAGS.dtype, f'must be left out: {FLAGS.format} has arrays as the model holds them')
+  made = kind(**{} if FLAGS.dtype is None else {field: FLAGS.dtype})
+  for field, value, fix in made.check(): raise ConfigError('--dtype' if FLAGS.dtype else f'--{field}', value, fix)
   return made
 
 

@@ -11,6 +11,7 @@ from efficient_lm.compression.rules import Rule
 from efficient_lm.data import TextFiles
 from efficient_lm.formats import Group, Int
 from efficient_lm.interop.export import Export
+from efficient_lm.interop.gguf.source import Gguf
 from efficient_lm.interop.huggingface import HuggingFace
 from efficient_lm.interop.targets import CompressedTensors
 from efficient_lm.runs import loading, record, run
@@ -28,7 +29,8 @@ def workdir(tmp_path_factory):
   made = minute.get_config('quick')
   data = dataclasses.replace(made.data, source=TextFiles(train=(f'{folder}/*.txt',), heldout_fraction=0.3), eval_tokens=128)
   layers = Rule(where='attention|mlp', weights=Int(bits=4, scales=Group(size=16)))
-  made = dataclasses.replace(made, data=data, train=dataclasses.replace(made.train, steps=0), stages=(
+  model, train = dataclasses.replace(made.model, vocab_size=264), dataclasses.replace(made.train, steps=0)
+  made = dataclasses.replace(made, data=data, model=model, train=train, stages=(
     Quantize(rules=(layers,)), Export(to=CompressedTensors())))
   run.run(made, made, folder / 'run')
   return folder / 'run'
@@ -68,10 +70,29 @@ def test_the_stage_writes_what_the_command_writes(said, workdir, tmp_path):
   assert 'Export: CompressedTensors in' in json.dumps(ledger)
 
 
+def test_programs_for_others_compute_what_the_model_does(said, workdir, tmp_path):
+  """jax alone is always there to ask."""
+  assert 'jax in a process without this project computes' in ' '.join(said(format='stablehlo', out=tmp_path / 'out').split())
+  found = json.loads((tmp_path / 'out' / 'parity.json').read_text())
+  assert found['parity']['relative_difference'] < 1e-6 and '| perplexity |' in (tmp_path / 'out' / 'README.md').read_text()
+  assert not (tmp_path / 'out' / '__pycache__').exists()
+
+
+def test_a_file_for_llama_cpp_is_a_source_that_computes_the_same(said, workdir, tmp_path):
+  said(2, format='gguf', out=tmp_path / 'out')   # groups of 16 in 4 bits are no block of that format
+  said(format='hf', out=tmp_path / 'hf')
+  said(run=tmp_path / 'hf', format='gguf', out=tmp_path / 'out')
+  model, source = loading.load_model(workdir), Gguf(path=str(tmp_path / 'out'))
+  ids_BT = np.arange(24).reshape(2, 12)
+  np.testing.assert_allclose(source.load()(ids_BT).logits_BTV, model(ids_BT).logits_BTV, atol=1e-5)   # as above
+
+
 @pytest.mark.parametrize(('words', 'line'), [
-  ({'format': 'onnx', 'out': 'x'}, "--format = 'onnx': must be one of hf, compressed-tensors"),
+  ({'format': 'onnx', 'out': 'x'}, "--format = 'onnx': must be one of hf, compressed-tensors, gguf"),
   ({'format': 'hf'}, '--out = None: is missing'),
   ({'format': 'hf', 'dtype': 'int8', 'out': 'x'}, "--dtype = 'int8': must be float32"),
+  ({'format': 'gguf', 'dtype': 'int8', 'out': 'x'}, "--dtype = 'int8': must be one of 'float32'"),
+  ({'format': 'stablehlo', 'dtype': 'float16', 'out': 'x'}, '--dtype'),
   ({'format': 'hf', 'text': 'nowhere.txt', 'out': 'x'}, '--text'),
   ({'format': 'hf', 'run': 'nowhere', 'out': 'x'}, 'nowhere'),
 ])

@@ -32,15 +32,18 @@ class LiteRT:
   length: int = 512
   cache: Any = FloatCache()
 
+  independent = 'the interpreter of LiteRT'
+
   def check(self):
     yield from at_least(self, batch=1, prompt=1, length=1)
     if self.prompt > self.length: yield 'prompt', self.prompt, f'must be at most the length, {self.length}'
     yield from check_cache(self.cache)
     if getattr(self.cache, 'bits', 8) < 8: yield 'cache', self.cache, 'LiteRT shifts no bytes: use FloatCache or 8 bits'
 
-  def write(self, model, tokenizer, out: str) -> tuple[str, ...]:
-    """Writes the files named above into the empty folder `out`; notes for the page of the export. Raises ConfigError without
-    the converter, IncompatibleError for what LiteRT cannot say."""
+  def write(self, model, tokenizer, out: str, length: int = 2048) -> tuple[str, ...]:
+    """Writes the files named above into the empty folder `out`; notes for the page of the export. `length`, of texts that
+    the model is made for, is not that of the file's cache. Raises ConfigError without the converter, IncompatibleError for
+    what LiteRT cannot say."""
     if importlib.util.find_spec('litert_converter') is None:
       raise ConfigError('format', 'litert', 'needs the package litert-converter: pip install "efficient_lm[litert]"')
     from efficient_lm.interop.stablehlo import programs
@@ -60,6 +63,24 @@ class LiteRT:
     write_tokenizer(tokenizer, out)
     return (f'The file takes {self.batch} sequences at a time, prompts of at most {self.prompt} tokens, filled up on the '
             f'right to that, and {self.length} tokens in all.', *notes)
+
+  def read(self, out: str, tokens_BT):
+    """Logits (B, T, V) float32 by the interpreter, token by token. Raises ImportError where it is not installed."""
+    import numpy as np
+    from ai_edge_litert.interpreter import Interpreter
+    interpreter = Interpreter(model_path=str(pathlib.Path(out, FILE)))
+    prefill, decode = (interpreter.get_signature_runner(name) for name in ('prefill', 'decode'))
+    slots = [name for name in decode.get_input_details() if name not in ('tokens', 'starts')]
+    tokens_BT = np.asarray(tokens_BT[:, :self.length], np.int32)
+    prompt_BT = np.zeros((self.batch, self.prompt), np.int32)
+    prompt_BT[:len(tokens_BT), :1] = tokens_BT[:, :1]
+    found = prefill(tokens=prompt_BT, lengths=np.ones(self.batch, np.int32))
+    logits = [found['logits']]
+    for t in range(1, tokens_BT.shape[1]):
+      tokens_B = np.resize(tokens_BT[:, t], self.batch)
+      found = decode(tokens=tokens_B, starts=np.full(self.batch, t, np.int32), **{slot: found[slot] for slot in slots})
+      logits.append(found['logits'])
+    return np.stack(logits, 1)[:len(tokens_BT)]
 
 
 def argument_name(name: str) -> str:

@@ -64,7 +64,8 @@ def measured(target, model, out: str, tokens_BT) -> tuple[Parity | None, str]:
     said = str(error).strip().splitlines() or ['']
     return None, f'{target.independent} did not open it ({type(error).__name__}: {said[0]})'
   ours_BTV = logits_of(model, tokens_BT)
-  return Parity.of(ours_BTV, theirs_BTV[..., :ours_BTV.shape[-1]], tokens_BT), ''
+  size = min(ours_BTV.shape[-1], theirs_BTV.shape[-1])   # some leave out rows of the head that stand for no token
+  return Parity.of(ours_BTV[..., :size], theirs_BTV[..., :size], tokens_BT), ''
 
 
 def write(out: str, *, name: str, source: str, target, notes: tuple[str, ...], parity: Parity | None, why: str, text: str):

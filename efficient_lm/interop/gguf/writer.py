@@ -10,6 +10,7 @@ from efficient_lm.interop.gguf import binary, blocks, metadata, packing, tensors
 from efficient_lm.interop.gguf.config import ARCHITECTURES
 from efficient_lm.interop.written import Stored, Written
 
+FILE = 'model.gguf'
 FLOATS = {'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16'}
 OTHERS = ('refuse', 'floats')
 BITS = {'float16': 11, 'bfloat16': 8}   # of a significand
@@ -26,12 +27,21 @@ class GgufFile:
   others: str = 'refuse'
   tokenizer: bool = True
 
+  independent = 'llama.cpp'
+
   def check(self):
     for field, choices in (('floats', tuple(FLOATS)), ('ternary', packing.TERNARY), ('others', OTHERS)):
       value = getattr(self, field)
       if value not in choices: yield field, value, f'must be one of {", ".join(map(repr, choices))}'
 
-  def write(self, written: Written, tokenizer, path: str) -> tuple[str, ...]:
+  def write(self, model, tokenizer, out: str, length: int = 2048) -> tuple[str, ...]:
+    """Writes model.gguf into the folder `out`; `length`: tokens of a text that the model is made for. Returns notes. Raises
+    IncompatibleError for a model that no family says, ConfigError for what GGUF cannot say."""
+    from efficient_lm.interop import write
+    written = write.written(model, length)
+    return (*written.notes, *self.save(written, tokenizer, os.path.join(out, FILE)))
+
+  def save(self, written: Written, tokenizer, path: str) -> tuple[str, ...]:
     """Writes `path`, all or nothing. tokenizer: one of data.tokenizers, or None. Returns what is not as it was in the model,
     in sentences. Raises ConfigError for what GGUF cannot say, before anything is written."""
     config, path = written.config, os.fspath(path)

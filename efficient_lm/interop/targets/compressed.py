@@ -134,7 +134,8 @@ def _only(schemes: dict[str, Scheme]) -> Scheme:
   other = next((module for module in rest if schemes[module] != schemes[first]), None)
   if other is None: return schemes[first]
   one, two = (f'{scheme.format} in groups of {scheme.group}' for scheme in (schemes[first], schemes[other]))
-  raise IncompatibleError(f'{first} and {other} are in different formats ({one}, {two}): a folder has one')
+  raise IncompatibleError(f'{first} and {other} are in different formats ({one}, {two}), and a folder has '
+                          f'one: choose groups that divide the inputs of both')
 
 
 def _outside(written) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ def from_table(activation, x):
 def test_it_computes_the_logits_of_a_file_in_float32(tmp_path, name, monkeypatch):
   """At once and token by token, past the original length of scaled positions."""
   path = tmp_path / 'model.gguf'
-  GgufFile().write(Written(*for_engines(name)), None, path)
+  GgufFile().save(Written(*for_engines(name)), None, path)
   monkeypatch.setitem(layers.ACTIVATIONS, 'gelu_tanh', functools.partial(from_table, layers.ACTIVATIONS['gelu_tanh']))
   found = Gguf(path=str(path))
   ids = np.random.default_rng(0).integers(0, found.spec().vocab_size, min(48, found.context))
@@ -117,7 +117,7 @@ def test_it_finds_the_ids_of_a_tokenizer(tmp_path, name):
   rows = np.resize(model.tensors['model.embed_tokens.weight'], (tokenizer.vocab_size, D))
   model = dataclasses.replace(model, config={**model.config, 'vocab_size': len(rows)},
                               tensors={**model.tensors, 'model.embed_tokens.weight': rows})
-  GgufFile().write(model, tokenizer, path)
+  GgufFile().save(model, tokenizer, path)
   said = answered(path, [1, 2], TEXTS)
   for text, ids in zip(TEXTS, np.split(said['tokens'], said['ends'][:-1]), strict=True):
     assert ids.tolist() == tokenizer.encode(text).tolist(), text

@@ -28,7 +28,7 @@ YARN = {'rope_type': 'yarn', 'rope_theta': 30.0, 'factor': 4.0, 'beta_fast': 2.0
 def test_what_engines_do_not_compute_is_refused_before_a_byte_is_written(tmp_path, name, change, words):
   config, tensors = for_engines(name)
   with pytest.raises((ConfigError, IncompatibleError)) as refused:
-    GgufFile().write(Written({**config, **change}, tensors), None, tmp_path / 'model.gguf')
+    GgufFile().save(Written({**config, **change}, tensors), None, tmp_path / 'model.gguf')
   line = str(refused.value)
   assert all(word in line for word in words), line
   assert line.isprintable() and len(line) < 400 and not list(tmp_path.iterdir())
@@ -46,5 +46,5 @@ def test_a_mixture_with_dense_layers_is_refused(tmp_path):
   found = folder.read(str(FIXTURES / 'qwen3_moe'))
   tensors = {name: tensor.read() for name, tensor in found.tensors.items()}
   with pytest.raises(ConfigError, match=r'mlp_only_layers = \[0\]: llama.cpp loads experts in every layer'):
-    GgufFile().write(Written(found.config, tensors), None, tmp_path / 'model.gguf')
+    GgufFile().save(Written(found.config, tensors), None, tmp_path / 'model.gguf')
   assert not list(tmp_path.iterdir())
