@@ -12,12 +12,22 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
+class Packed:
+  """A matrix (O, I) in few bits, not yet read: `fetch` gives its `formats.Encoded` in numpy, values (O, bytes) and scales
+  (I / group, O), of a format whose numbers are exactly those that the tensor dequantizes to."""
+  format: Any
+  fetch: Callable[[], Any] = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
 class Tensor:
   """One tensor, not yet read. `dtype` is numpy's or ml_dtypes' (bfloat16, float8); `fetch` gives its array, a view of a
-  mapped file where the file allows it, of exactly this shape and dtype."""
+  mapped file where the file allows it, of exactly this shape and dtype. `packed`: as the file stores it, where that is in
+  few bits and a format here says the same."""
   shape: tuple[int, ...]
   dtype: np.dtype
   fetch: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+  packed: Packed | None = None
 
   @classmethod
   def of(cls, array) -> 'Tensor':

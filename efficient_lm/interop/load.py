@@ -5,7 +5,7 @@ needs memory for one array. Arrays stay in the dtype that they are stored in (bf
 is computed on the way, 1 + w, is kept in float32, and that tensors of different dtypes in one array meet in the wider one.
 """
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import jax
 import ml_dtypes
@@ -43,14 +43,15 @@ def abstract(spec, checkpoint: Checkpoint, dtype: str | None = None):
   return jax.tree_util.tree_map_with_path(typed, shapes, is_leaf=is_variable)
 
 
-def load(spec, checkpoint: Checkpoint, mesh=None, dtype: str | None = None):
-  """The model on `mesh` (default: one device), its arrays as `abstract` says. Raises CheckpointError."""
+def load(spec, checkpoint: Checkpoint, mesh=None, dtype: str | None = None, leave: Container[str] = ()):
+  """The model on `mesh` (default: one device), its arrays as `abstract` says. Those whose paths are in `leave` stay shapes.
+  Raises CheckpointError."""
   mesh = mesh or single_device_mesh()
   places, tensors = _matched(spec, checkpoint)
   _check_tied(spec, checkpoint.where, places, tensors)
 
   def filled(path, node):
-    if not is_variable(node): return node
+    if not is_variable(node) or path_name(path) in leave: return node
     source = Source(places[path_name(path)], axes_of(node), tensors)
     return jax.tree.map(source.array, node)
   with jax.set_mesh(mesh):   # whatever mesh the caller is in

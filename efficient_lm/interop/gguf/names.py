@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from efficient_lm.errors import IncompatibleError
-from efficient_lm.interop.checkpoint import Checkpoint, Tensor
-from efficient_lm.interop.gguf import blocks, config
+from efficient_lm.interop.checkpoint import Checkpoint, Packed, Tensor
+from efficient_lm.interop.gguf import blocks, config, unpacking
 from efficient_lm.interop.gguf.reader import File, quoted
 
 _ATTENTION = {'attn_q': 'self_attn.q_proj', 'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj',
@@ -95,7 +95,12 @@ def halves(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _tensor(file: File, name: str, shape: tuple[int, ...], change: Callable | None, expert: int | None = None) -> Tensor:
-  def fetch():
-    found = file.numbers(name, expert)
-    return found if change is None else change(found)
-  return Tensor(shape, blocks.dtype(file.tensors[name].kind), fetch)
+  kind, move = file.tensors[name].kind, change or (lambda rows: rows)
+
+  def packed():
+    raw = file.bytes_of(name)
+    if expert is not None: raw = raw.reshape(file.tensors[name].shape[0], -1)[expert]
+    return unpacking.encoded(move(raw.reshape(shape[0], -1)), kind)   # whole rows, whatever is in them
+  whole_rows = len(shape) == 2 and change is not np.transpose
+  return Tensor(shape, blocks.dtype(kind), lambda: move(file.numbers(name, expert)),
+                Packed(unpacking.FORMATS[kind], packed) if whole_rows and kind in unpacking.FORMATS else None)

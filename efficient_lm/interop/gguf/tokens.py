@@ -43,7 +43,7 @@ def metadata(tokenizer, size: int, architecture: str) -> dict[str, Any]:
 def notes(tokenizer) -> tuple[str, ...]:
   """What engines do in another way, in sentences."""
   if not isinstance(tokenizer, tokenizers.BytePairs) or not json.loads(tokenizer.model).get('normalizer'): return ()
-  return ('The tokenizer composes characters (NFC) first; llama.cpp does not, and finds other ids for a letter and its '
+  return ('The tokenizer composes characters (NFC) first; llama.cpp does not, and finds other ids for a letter and an '
           'accent that are written apart.',)
 
 

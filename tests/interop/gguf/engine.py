@@ -59,7 +59,8 @@ def main(path: str, asked: str, answered: str):
   lib.llama_memory_clear(lib.llama_get_memory(context), True)
   steps = np.concatenate([logits(model, context, [token], i) for i, token in enumerate(wanted['ids'])])
   texts = [ids_of(model, text) for text in wanted['texts']]
-  np.savez(answered, logits=whole, steps=steps, tokens=np.array(sum(texts, []), np.int64), ends=np.cumsum([*map(len, texts)]))
+  tokens = np.array([token for ids in texts for token in ids], np.int64)
+  np.savez(answered, logits=whole, steps=steps, tokens=tokens, ends=np.cumsum([*map(len, texts)]))
 
 
 if __name__ == '__main__':
