@@ -8,6 +8,7 @@
 #   make check-tpu-compile, make check-gpu-compile
 #                     every kernel and a train step compiled for TPUs and for NVIDIA GPUs, none of which has to be here
 #   make check-litert what is exported for LiteRT, in its own interpreter (465 MB of packages)
+#   make check-iree   one decoding step compiled and run by IREE, another reader of StableHLO (578 MB)
 #   make bench        training and decoding against PyTorch, on the device at hand
 #   make bench-ops    every operation against its roofline and its baselines
 #   make smollm2      fetches SmolLM2-135M-Instruct (98 MB, Apache-2.0) into models/smollm2, for --run=models/smollm2
@@ -20,10 +21,11 @@ NEXT := .venv-next
 TPU := .venv-tpu
 CUDA := .venv-cuda
 LITERT := .venv-litert
+IREE := .venv-iree
 PIP := -m pip install --quiet --disable-pip-version-check
 CONFIGS := $(basename $(notdir $(wildcard configs/*.py)))
 
-.PHONY: $(CONFIGS) test test-changed test-next test-faults check-tpu-compile check-gpu-compile check-litert lint bench bench-ops notebooks smollm2 clean
+.PHONY: $(CONFIGS) test test-changed test-next test-faults check-tpu-compile check-gpu-compile check-litert check-iree lint bench bench-ops notebooks smollm2 clean
 
 $(VENV)/.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed: make PYTHON=python3.11")'
@@ -55,6 +57,12 @@ $(LITERT)/.stamp: pyproject.toml
 	$(LITERT)/bin/python $(PIP) -e '.[dev,litert]' jax==0.10.2 jaxlib==0.10.2 flax==0.12.8
 	touch $@
 
+$(IREE)/.stamp: requirements.txt
+	$(PYTHON) -m venv $(IREE)
+	$(IREE)/bin/python $(PIP) -r requirements.txt
+	$(IREE)/bin/python $(PIP) --no-deps iree-base-compiler==3.13.0 iree-base-runtime==3.13.0
+	touch $@
+
 $(CONFIGS): %: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.main --config=configs/$*.py --workdir=runs/$* $(ARGS)
 
@@ -79,6 +87,9 @@ check-gpu-compile: $(CUDA)/.stamp
 check-litert: $(LITERT)/.stamp
 	JAX_PLATFORMS=cpu $(LITERT)/bin/python -m pytest tests/interop/litert_test.py $(ARGS)
 
+check-iree: $(IREE)/.stamp
+	JAX_PLATFORMS=cpu $(IREE)/bin/python -m pytest tests/interop/stablehlo/iree_test.py $(ARGS)
+
 lint: $(VENV)/.stamp
 	$(VENV)/bin/python -m ruff check .
 
@@ -96,4 +107,4 @@ smollm2: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.interop.smollm2
 
 clean:
-	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) $(LITERT) .testmondata* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) $(LITERT) $(IREE) .testmondata* .pytest_cache .ruff_cache .hypothesis
