@@ -11,6 +11,7 @@
 #   make check-gguf   GGUF files that are written here, opened and computed by llama.cpp; the first time it is built, which takes
 #                     ten minutes of a core, cmake and a C++ compiler
 #   make check-litert what is exported for LiteRT, in its own interpreter (465 MB of packages)
+#   make check-iree   one decoding step compiled and run by IREE, another reader of StableHLO (578 MB)
 #   make bench        training and decoding against PyTorch, on the device at hand
 #   make bench-ops    every operation against its roofline and its baselines
 #   make smollm2      fetches SmolLM2-135M-Instruct (98 MB, Apache-2.0) into models/smollm2, for --run=models/smollm2
@@ -25,10 +26,11 @@ CUDA := .venv-cuda
 LITERT := .venv-litert
 LLAMA := .venv-llama
 HF := .venv-hf
+IREE := .venv-iree
 PIP := -m pip install --quiet --disable-pip-version-check
 CONFIGS := $(basename $(notdir $(wildcard configs/*.py)))
 
-.PHONY: $(CONFIGS) test test-changed test-next test-faults check-tpu-compile check-gpu-compile check-hf check-gguf check-litert \
+.PHONY: $(CONFIGS) test test-changed test-next test-faults check-tpu-compile check-gpu-compile check-hf check-gguf check-litert check-iree \
   lint bench bench-ops notebooks smollm2 clean
 
 $(VENV)/.stamp: requirements.txt
@@ -73,6 +75,12 @@ $(HF)/.stamp: requirements.txt
 	$(HF)/bin/python $(PIP) -r requirements.txt torch==2.13.0 transformers==5.24.0 accelerate compressed-tensors==0.20.1
 	touch $@
 
+$(IREE)/.stamp: requirements.txt
+	$(PYTHON) -m venv $(IREE)
+	$(IREE)/bin/python $(PIP) -r requirements.txt
+	$(IREE)/bin/python $(PIP) --no-deps iree-base-compiler==3.13.0 iree-base-runtime==3.13.0
+	touch $@
+
 $(CONFIGS): %: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.main --config=configs/$*.py --workdir=runs/$* $(ARGS)
 
@@ -104,6 +112,9 @@ check-hf: $(HF)/.stamp
 	JAX_PLATFORMS=cpu $(HF)/bin/python -m pytest -n 2 tests/interop/targets tests/interop/tokenizer_files_test.py \
 	  tests/interop/export_test.py $(ARGS)
 
+check-iree: $(IREE)/.stamp
+	JAX_PLATFORMS=cpu $(IREE)/bin/python -m pytest tests/interop/stablehlo/iree_test.py $(ARGS)
+
 lint: $(VENV)/.stamp
 	$(VENV)/bin/python -m ruff check .
 
@@ -121,4 +132,4 @@ smollm2: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.interop.smollm2
 
 clean:
-	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) $(HF) $(LLAMA) $(LITERT) .testmondata* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) $(HF) $(LLAMA) $(LITERT) $(IREE) .testmondata* .pytest_cache .ruff_cache .hypothesis

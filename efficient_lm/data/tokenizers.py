@@ -137,7 +137,7 @@ class SymbolTokenizer(_Codec):
 
 # What is encoded on its own: the words of GPT-2, in pieces of 64 characters at most. The time to learn from a piece grows
 # with the square of its length, as any two neighbours in it may merge.
-_WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
+WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
 _PROBE = 'A é\te\u0301\r\n  ﬁ 漢字 \U0001f600 the'  # what tokenizers that are not plain byte pairs change
 
 
@@ -167,7 +167,7 @@ class BPE:
   def _learn(self, documents: Sequence[bytes]) -> str:
     learner = tokenizers.Tokenizer(tokenizers.models.BPE())
     split = tokenizers.pre_tokenizers
-    learner.pre_tokenizer = split.Sequence([split.Split(tokenizers.Regex(_WORDS), 'isolated'),
+    learner.pre_tokenizer = split.Sequence([split.Split(tokenizers.Regex(WORDS), 'isolated'),
                                             split.ByteLevel(add_prefix_space=False, use_regex=False)])
     learner.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(

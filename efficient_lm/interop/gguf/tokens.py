@@ -19,6 +19,7 @@ from efficient_lm.interop.gguf.vocabulary import BYTE, CONTROL, CUTS, ENDS, NORM
 NONE = {'tokenizer.ggml.model': 'none'}   # of a file without one
 PROBE = ('A é\te\u0301\r\n\n  ﬁ 漢字 \U0001f600 theThe DON\'T we\'ll 12 1234567  x=[1, 22]; //\n\tif (a_b)  \n camelCase '
          'HTTPServer ¿qué? ŠĐ 第１２課 \u200b…—"quoted"  end ')
+OWN_CUTS = {tokenizers.WORDS: vocabulary.GPT2}   # but for words of more than 64 characters
 OWN_MARK = '<|endoftext|>'   # what a mark that is no text of the tokenizer is called
 
 
@@ -42,7 +43,11 @@ def metadata(tokenizer, size: int, architecture: str) -> dict[str, Any]:
 
 def notes(tokenizer) -> tuple[str, ...]:
   """What engines do in another way, in sentences."""
-  if not isinstance(tokenizer, tokenizers.BytePairs) or not json.loads(tokenizer.model).get('normalizer'): return ()
+  if not isinstance(tokenizer, tokenizers.BytePairs): return ()
+  model = json.loads(tokenizer.model)
+  if any(cut in OWN_CUTS for cut in _splits(model.get('pre_tokenizer'))):
+    return ('Words of more than 64 characters are cut by the tokenizer, and not by engines.',)
+  if not model.get('normalizer'): return ()
   return ('The tokenizer composes characters (NFC) first; llama.cpp does not, and finds other ids for a letter and an '
           'accent that are written apart.',)
 
@@ -83,9 +88,10 @@ def _added(model: dict) -> tuple[dict[int, str], dict[int, int]]:
 
 def _cut(tokenizer, model: dict) -> str:
   """The name of how the tokenizer cuts text. Raises ConfigError where none says it."""
-  splits = tuple(_splits(model.get('pre_tokenizer')))
+  splits = tuple(OWN_CUTS.get(cut, cut) for cut in _splits(model.get('pre_tokenizer')))
   composed = (model.get('normalizer') or {}).get('type') == 'NFC'
   whole = bool(model['model'].get('ignore_merges'))
+  if not model['model']['merges'] and not composed: return 'gpt-2'   # nothing is merged, however a text is cut
   for name, cut in CUTS.items():
     if (cut.splits, cut.nfc, cut.whole) == (splits, composed, whole): return name
   raise _refused(tokenizer, f'cuts text by {" then ".join(map(repr, splits))[:80]}, for which engines have no name')
