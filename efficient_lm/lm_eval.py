@@ -21,6 +21,7 @@ All other words are those of `lm-eval run`, which --help lists where the package
 """
 import functools
 import json
+import os
 import sys
 
 from absl import flags
@@ -69,13 +70,13 @@ def main(rest: list[str], overrides: list[str]):
     def __init__(self, run: str, **_):
       del run   # for the record of the harness
       super().__init__(source.load(), source.tokenizer(), longest, FLAGS.batch_size)
-  from lm_eval import models   # first: where a model is registered before it, all of the harness's own are missing
+  # Where a model is registered before `models` is imported, all of the harness's own are missing.
+  import lm_eval.models
   from lm_eval._cli import HarnessCLI
-  from lm_eval.api.registry import register_model
-  from lm_eval.utils import setup_logging
-  del models
-  register_model(NAME)(Model)
-  setup_logging()
+
+  lm_eval.api.registry.register_model(NAME)(Model)
+  lm_eval.utils.setup_logging()
+  os.environ.setdefault('DISABLE_MULTIPROC', '1')   # its errors of means would be computed in forks of a process with JAX
   arguments = json.dumps({'run': source.label})
   sys.argv = ['lm_eval', 'run', '--model', NAME, '--model_args', arguments, *rest]
   cli = HarnessCLI()
@@ -84,12 +85,13 @@ def main(rest: list[str], overrides: list[str]):
 
 def package():
   """`interop.harness`. Raises ConfigError where the package that it is for is missing."""
-  try: from efficient_lm.interop import harness
+  try:
+    from efficient_lm.interop import harness
+    return harness
   except ImportError as error:
     if (error.name or '').split('.')[0] not in ('lm_eval', 'tqdm'): raise
     fix = 'needs the package lm-eval: pip install "efficient_lm[lm-eval]"'
     raise ConfigError('efficient_lm.lm_eval', error.name, fix) from error
-  return harness
 
 
 def start(words: list[str]):

@@ -61,7 +61,7 @@ def score(model, pairs: Sequence[Pair], *, longest: int, at_once: int | None = N
   order = sorted(range(len(pairs)), key=lambda i: -len(texts[i]))
   while order:
     T = min(rounded(len(texts[order[0]]) - 1), longest)
-    rows = at_once or max(1, TOKENS // T)
+    rows = min(at_once or max(1, TOKENS // T), rounded(len(order)))
     chosen, order = order[:rows], order[rows:]
     C = min(T, rounded(max(len(pairs[i][1]) for i in chosen)))
     yield from zip(chosen, *_scored(model, [(texts[i], len(pairs[i][1])) for i in chosen], rows, T, C))
