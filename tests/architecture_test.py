@@ -24,7 +24,7 @@ FLOORS = (
   'techniques',
   'data interop',
   'config runs',
-  'commands main generate evaluate sensitivity export report bench benches',
+  'commands main generate evaluate lm_eval sensitivity export report bench benches',
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 # Tested through others, because they only hold, draw or combine: a reason each.
@@ -36,6 +36,7 @@ WITHOUT_OWN_TEST = {
   'efficient_lm/runs/charts.py': 'draws; report_test',
   'efficient_lm/interop/checkpoint.py': 'holds; load_test',
   'efficient_lm/interop/written.py': 'holds; write_test',
+  'efficient_lm/interop/harness.py': 'lm_eval_test, beside the command that is all it is for',
   **{f'efficient_lm/interop/families/{name}.py': 'families_test, against transformers' for name in (
     '__init__', 'configs', 'deepseek', 'gemma', 'gpt', 'keys', 'llama', 'mixtures', 'places', 'rotary')},
   'efficient_lm/benches/ceilings.py': 'op_bench_test',

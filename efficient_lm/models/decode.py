@@ -156,7 +156,8 @@ def cached_sums(model, batch, cache=specs.FloatCache()):
 
 
 def stream(model, prompt_BT, num_tokens: int, *, sampling=Sampling(), seed: int = 0, vocab_size: int,
-           burst_size: int = 16, cache=specs.FloatCache(), stops: tuple[int, ...] = ()) -> Iterator[np.ndarray]:
+           burst_size: int = 16, cache=specs.FloatCache(), stops: tuple[int, ...] = (),
+           width: int = 0) -> Iterator[np.ndarray]:
   """Yields arrays of new token ids, (B, up to burst_size), until `num_tokens` are drawn or each row has reached a stop.
 
   Args:
@@ -165,13 +166,14 @@ def stream(model, prompt_BT, num_tokens: int, *, sampling=Sampling(), seed: int 
     vocab_size: of the tokenizer; the model's padding of the vocabulary is never drawn.
     cache: the format of what is kept of the tokens read: see `models/spec.py`.
     stops: ids that end a row. All ids after its first stop are that stop.
+    width: prompts are filled up to so many tokens at least, so that prompts of other lengths are read by the same program.
 
   Raises:
     ValueError: an empty prompt, or prompts of several lengths in a cache whose tokens share scales, which would differ from
       those of a prompt alone; at the first token that is asked for.
     IncompatibleError: more tokens than the model has positions; likewise.
   """
-  prompt_BT, lengths_B = _filled(prompt_BT)
+  prompt_BT, lengths_B = _filled(prompt_BT, width)
   if lengths_B is not None and getattr(cache, 'group', 1) > 1:
     raise ValueError(f'a cache of {cache.group} tokens to a scale: prompts of several lengths need one of 1')
   num_bursts = -(-num_tokens // burst_size)
@@ -192,12 +194,14 @@ def stream(model, prompt_BT, num_tokens: int, *, sampling=Sampling(), seed: int 
     if (ended_B >= 0).all(): return
 
 
-def _filled(prompts):
-  """Prompts as one array, shorter ones filled up on the right, and their lengths where these differ, or None."""
+def _filled(prompts, width: int):
+  """Prompts as one array of at least `width` columns, shorter ones filled up on the right, and their lengths, or None where
+  nothing is filled up."""
   lengths = [len(row) for row in prompts]
   if not lengths or not min(lengths): raise ValueError('prompt = []: must hold at least one token')
-  if len(set(lengths)) == 1: return jnp.asarray(prompts, jnp.int32), None
-  filled_BT = np.zeros((len(lengths), max(lengths)), np.int32)
+  width = max(*lengths, width)
+  if min(lengths) == width: return jnp.asarray(prompts, jnp.int32), None
+  filled_BT = np.zeros((len(lengths), width), np.int32)
   for row, prompt in zip(filled_BT, prompts, strict=True): row[:len(prompt)] = prompt
   return jnp.asarray(filled_BT), jnp.asarray(lengths, jnp.int32)
 

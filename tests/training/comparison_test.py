@@ -10,7 +10,7 @@ from flax import nnx
 from efficient_lm.data import ByteTokenizer
 from efficient_lm.data.packing import Rows, pack
 from efficient_lm.data.pipeline import in_sequence
-from efficient_lm.models import spec
+from efficient_lm.models import requests, spec
 from efficient_lm.parallel.sharding import single_device_mesh
 from efficient_lm.training import comparison
 from efficient_lm.training.evaluation import evaluate
@@ -91,7 +91,7 @@ def test_the_figures_do_not_depend_on_how_many_rows_or_logits_are_there_at_once(
   """Sums in another order, to a few times 2**-24."""
   model, reference = model_of(), model_of(seed=1)
   found = [compare(model, reference, batches(rows)) for rows in (3, 16)]
-  monkeypatch.setattr(comparison, 'ROWS', 12)
+  monkeypatch.setattr(comparison, 'over_pieces', functools.partial(requests.over_pieces, rows=12))
   jax.clear_caches()
   found.append(compare(model, reference, batches(2)))   # pieces of 6 tokens, which do not divide 16
   for other in found[1:]:
