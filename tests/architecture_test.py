@@ -35,6 +35,7 @@ WITHOUT_OWN_TEST = {
   'efficient_lm/runs/results.py': 'report_test, which reads many folders',
   'efficient_lm/runs/charts.py': 'draws; report_test',
   'efficient_lm/interop/checkpoint.py': 'holds; load_test',
+  'efficient_lm/interop/gguf/engine.py': 'llama_cpp_test, which needs llama.cpp as it does',
   'efficient_lm/interop/written.py': 'holds; write_test',
   'efficient_lm/interop/harness.py': 'lm_eval_test, beside the command that is all it is for',
   **{f'efficient_lm/interop/families/{name}.py': 'families_test, against transformers' for name in (

@@ -1,7 +1,11 @@
 """Writes a model as one GGUF file, its matrices in few bits as blocks of the very same numbers."""
 import dataclasses
+import json
 import os
-from collections.abc import Mapping
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -40,6 +44,13 @@ class GgufFile:
     from efficient_lm.interop import write
     written = write.written(model, length)
     return (*written.notes, *self.save(written, tokenizer, os.path.join(out, FILE)))
+
+  def read(self, out: str, tokens_BT):
+    """Logits (B, T, V) float32 by llama.cpp, its cache in float32. Raises ImportError where llama-cpp-python is not
+    installed."""
+    import llama_cpp  # noqa: F401
+    path = os.path.join(out, FILE)
+    return np.stack([asked_of_llama_cpp(path, np.asarray(ids_T).tolist())['logits'] for ids_T in tokens_BT])
 
   def save(self, written: Written, tokenizer, path: str) -> tuple[str, ...]:
     """Writes `path`, all or nothing. tokenizer: one of data.tokenizers, or None. Returns what is not as it was in the model,
@@ -89,6 +100,17 @@ class GgufFile:
         raise ConfigError('floats', self.floats, f"{name} has numbers that it cannot hold: choose 'bfloat16' or 'float32'")
       if part.dtype != dtype and (kept.astype(np.float32) != part.astype(np.float32)).any():
         notes[f'Floats are rounded to {self.floats}, by at most 2^-{BITS[self.floats]} of their size (normal numbers).'] = 0
+
+
+def asked_of_llama_cpp(path: str, ids: list[int], texts: Sequence[str] = ()) -> dict[str, np.ndarray]:
+  """What `engine.py` answers for a file, in a process of its own. Raises RuntimeError with the engine's last words."""
+  with tempfile.TemporaryDirectory() as folder:
+    asked, answered = (os.path.join(folder, name) for name in ('asked.json', 'answered.npz'))
+    with open(asked, 'w', encoding='utf-8') as file: json.dump({'ids': ids, 'texts': list(texts)}, file)
+    program = os.path.join(os.path.dirname(__file__), 'engine.py')
+    done = subprocess.run([sys.executable, program, path, asked, answered], capture_output=True, text=True, check=False)
+    if done.returncode: raise RuntimeError(done.stderr[-2000:].strip().rpartition('\n')[2])
+    return dict(np.load(answered))
 
 
 def _moved(name: str, part: Stored, kind: str) -> float:

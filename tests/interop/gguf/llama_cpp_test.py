@@ -1,10 +1,6 @@
 """llama.cpp opens what is written, and computes what this library computes: `make check-gguf`, which builds it."""
 import dataclasses
 import functools
-import json
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +10,7 @@ import pytest
 from efficient_lm.data.tokenizers import ByteTokenizer
 from efficient_lm.formats import MXFP4, Group, Int, Ternary
 from efficient_lm.interop import vocabulary
+from efficient_lm.interop.gguf import writer
 from efficient_lm.interop.gguf.source import Gguf
 from efficient_lm.interop.gguf.writer import GgufFile
 from efficient_lm.interop.written import Written
@@ -22,7 +19,6 @@ from tests.interop.gguf.checkpoints import FIXTURES, for_engines, in_few_bits
 
 pytest.importorskip('llama_cpp', reason='llama-cpp-python is not installed: make check-gguf builds it, 10 minutes of a core')
 
-ENGINE = pathlib.Path(__file__).parent / 'engine.py'
 # Logits up to 17 of models whose sums both compute in float32, in other orders: 7e-6 was the largest difference seen.
 TOLERANCE = 1e-4
 # Its GELU is read from a table of float16, at an argument rounded to float16. With the same roundings here 2.3e-4 is left,
@@ -36,12 +32,7 @@ HALF = dict(scale_dtype='float16')
 
 def answered(path, ids, texts=()) -> dict:
   """What llama.cpp says."""
-  asked, found = path.with_suffix('.json'), path.with_suffix('.npz')
-  asked.write_text(json.dumps({'ids': [int(one) for one in ids], 'texts': list(texts)}))
-  done = subprocess.run([sys.executable, str(ENGINE), str(path), str(asked), str(found)], capture_output=True, text=True,
-                        check=False)
-  assert done.returncode == 0, done.stderr[-2000:]
-  return dict(np.load(found))
+  return writer.asked_of_llama_cpp(str(path), [int(one) for one in ids], texts)
 
 
 def ours(path, ids) -> np.ndarray:
@@ -102,7 +93,7 @@ def test_it_reads_the_weights_of_a_file_in_few_bits(tmp_path, format, target, re
   """It rounds what blocks are multiplied with to 8 bits (1.4e-3 nats was the most seen; ternary blocks of a matrix of one
   scale 1e-9), and to 16 bits before floats of 16 (1e-4): KL shows that, and no more than that."""
   path, ids = tmp_path / 'model.gguf', np.random.default_rng(1).integers(0, V, 64)
-  target.write(model_of(format), ByteTokenizer(), path)
+  target.save(model_of(format), ByteTokenizer(), path)
   found = kl(ours(path, ids), answered(path, ids)['logits'])
   record_property('kl', found)
   print(f'{format.name if format else target.floats}: KL {found:.1e} nats a token')

@@ -1,6 +1,7 @@
-"""What llama.cpp makes of a GGUF file: a program of its own, as a failed assertion there ends the process.
+"""What llama.cpp makes of a GGUF file: a program of its own, as a failed assertion there ends the process. It needs numpy
+and llama-cpp-python, and nothing of this project.
 
-  python tests/interop/gguf/engine.py model.gguf asked.json answered.npz
+  python engine.py model.gguf asked.json answered.npz
 
 asked.json: {"ids": [...], "texts": [...]}. Answered: the logits of all of `ids` (T, V) at once, `steps` token by token, and
 the ids of each text as one array, with `ends`. The cache of keys and values is kept in float32 and flash attention is off:
@@ -14,18 +15,16 @@ import sys
 import llama_cpp as lib
 import numpy as np
 
-LENGTH = 128
 
-
-def opened(path: str):
-  """(model, context)."""
+def opened(path: str, length: int):
+  """(model, context) for texts of `length` tokens."""
   lib.llama_backend_init()
   settings = lib.llama_model_default_params()
   settings.n_gpu_layers, settings.use_extra_bufts = 0, False
   model = lib.llama_model_load_from_file(path.encode(), settings)
   if not model: sys.exit(f'llama.cpp does not load {path}')
   settings = lib.llama_context_default_params()
-  settings.n_ctx = settings.n_batch = settings.n_ubatch = LENGTH
+  settings.n_ctx = settings.n_batch = settings.n_ubatch = length
   settings.n_threads = settings.n_threads_batch = 1
   settings.type_k = settings.type_v = lib.GGML_TYPE_F32
   settings.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -53,8 +52,9 @@ def ids_of(model, text: str) -> list[int]:
 
 
 def main(path: str, asked: str, answered: str):
+  """Asks and answers, by files."""
   with open(asked) as file: wanted = json.load(file)
-  model, context = opened(path)
+  model, context = opened(path, len(wanted['ids']))
   whole = logits(model, context, wanted['ids'])
   lib.llama_memory_clear(lib.llama_get_memory(context), True)
   steps = np.concatenate([logits(model, context, [token], i) for i, token in enumerate(wanted['ids'])])
