@@ -19,6 +19,7 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
 output_type: {kind}
+target_delimiter: ""
 {words}
 metric_list: [{{metric: {metric}}}]
 """

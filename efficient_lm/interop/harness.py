@@ -37,9 +37,10 @@ class Model(TemplateLM):
     return found
 
   def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-    """With bos in front, unless that is declined."""
+    """With bos in front, unless that is declined. Raises ConfigError for characters that the tokenizer does not have."""
     begin = [] if self.codec.bos is None or add_special_tokens is False else [self.codec.bos]
-    return [*begin, *self.codec.encode(string).tolist()]
+    try: return [*begin, *self.codec.encode(string).tolist()]
+    except ValueError as error: raise ConfigError('--tasks', string, str(error)) from error
 
   def _loglikelihood_tokens(self, requests_: list, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
     found = [(0.0, True)] * len(requests_)
