@@ -75,7 +75,8 @@ def _no_place(name: str) -> ConfigError:
 
 def _changed(array: Array, stem: str, kind: str, config: Mapping, architecture: Architecture) -> Array:
   if architecture.permuted and stem in ('attn_q', 'attn_k'):
-    heads = config['num_attention_heads' if stem == 'attn_q' else 'num_key_value_heads']
+    heads = config['num_attention_heads']
+    if stem == 'attn_k': heads = config.get('num_key_value_heads') or heads
     return _rows(array, lambda rows: neighbours(rows, heads))
   if architecture.plus_one and stem.endswith('norm'): return np.asarray(array, np.float32) + np.float32(1)
   if names.is_transposed(stem, kind, architecture) and not isinstance(array, Stored): return array.T

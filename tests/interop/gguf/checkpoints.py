@@ -44,10 +44,10 @@ def for_engines(name: str) -> tuple[dict, dict]:
   return config, tensors
 
 
-def in_few_bits(w_OI, format) -> Stored:
-  """A matrix rounded to nearest, as models hand it out."""
+def in_few_bits(w_OI, format, encoded=None) -> Stored:
+  """A matrix rounded to nearest, or as it is encoded already, as models hand it out."""
   w_OI = np.asarray(w_OI, np.float32)
-  encoded = format.encode(w_OI, format.scales_for(w_OI))
+  encoded = encoded or format.encode(w_OI, format.scales_for(w_OI))
   codes = packing.unpack(encoded.values, format.bits)
   numbers = np.asarray(codes if isinstance(format, Int | Ternary) else format.numbers(codes))
   whole = lambda x: None if x is None else np.repeat(np.asarray(x, np.float32), len(w_OI) // x.shape[0], 0)
