@@ -7,7 +7,7 @@
   --text=FILE       any text file (default: the held-out text of the run; a Hugging Face folder has none)
   --cache=FORMAT    read token by token, as generation does, through a cache in float, int8 or int4, each row as one
                     text (default: rows at once, documents apart)
-  --cache_group=N   tokens that share a scale in int8 and int4 (default 1)
+  --cache_group=N   tokens that share a scale (default: 1 in int8, 32 in int4)
   --config=FILE     a config file whose own classes the run was made with
 """
 import functools
