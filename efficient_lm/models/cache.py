@@ -1,7 +1,7 @@
 """What attention keeps of the tokens that it has read: rows of numbers, a slot for each token, in a format.
 
-Formats are values (`spec.FloatCache`, `spec.IntegerCache`, `spec.TiledCache`) that make empty rows, and the caller of
-`init_cache` chooses one. Layers append to rows and read them, and know of no format.
+Formats are values (`models/cache_formats.py`) that make empty rows, and the caller of `init_cache` chooses one. Layers
+append to rows and read them, and know of no format.
 
 A query sees earlier tokens, and its own, as the cache holds them: rounded, if the cache is quantized. So a prompt that is
 read at once and the same prompt read token by token give the same result, up to the order of sums. (The difference is larger

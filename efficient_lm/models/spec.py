@@ -8,6 +8,10 @@ from typing import Any
 
 from efficient_lm.errors import Problem
 from efficient_lm.models.added import added
+from efficient_lm.models.cache_formats import CACHES as CACHES
+from efficient_lm.models.cache_formats import FloatCache as FloatCache
+from efficient_lm.models.cache_formats import IntegerCache as IntegerCache
+from efficient_lm.models.cache_formats import TiledCache as TiledCache
 from efficient_lm.models.moe import routing
 from efficient_lm.models.rope import LinearScaling as LinearScaling
 from efficient_lm.models.rope import Llama3Scaling as Llama3Scaling
@@ -358,72 +362,3 @@ class Transformer:
     from efficient_lm.models.transformer import Transformer
     depth = sum(stack.num_layers for stack in self.stacks)
     return Transformer(self, Site(self.dim, depth, self.norm_eps, self.norm), rngs=rngs)
-
-
-@dataclasses.dataclass(frozen=True)
-class FloatCache:
-  """Keys and values that decoding keeps, in the dtype of the computation."""
-
-  def check(self):
-    yield from ()
-
-  def keys(self, batch: int, heads: int, length: int, dim: int, dtype):
-    """Empty rows of `dim` numbers: `length` of them, by sequence and head."""
-    from efficient_lm.models.cache import FloatRows
-    return FloatRows.empty(batch, heads, length, dim, dtype)
-
-  values = keys
-
-
-@dataclasses.dataclass(frozen=True)
-class IntegerCache:
-  """Keys and values in `bits` bits, and a float32 scale for each head and `group` successive tokens."""
-  bits: int = 8
-  group: int = 1
-
-  def check(self):
-    yield from one_of(self, 'bits', (8, 4))
-    yield from positive(self, 'group')
-
-  def keys(self, batch: int, heads: int, length: int, dim: int, dtype):
-    """As FloatCache."""
-    from efficient_lm.models.cache import ByToken, IntegerRows
-    return IntegerRows.empty(batch, heads, length, dim, dtype, ByToken(self.bits, self.group))
-
-  values = keys
-
-
-@dataclasses.dataclass(frozen=True)
-class TiledCache:
-  """Keys and values in `bits` bits from the smallest to the largest number of a tile, with a float16 scale and shift each:
-  keys in tiles of one channel and `group` successive tokens, because some of their channels are large in all tokens; values
-  in tiles of one token and at most `part` successive numbers of a head (KIVI, Liu et al. 2024, arXiv 2402.02750, section
-  3.2)."""
-  bits: int = 4
-  group: int = 32
-  part: int = 32
-
-  def check(self):
-    yield from one_of(self, 'bits', (8, 4))
-    if self.group < 8: yield 'group', self.group, 'must be at least 8: each number of a key has a scale for that many tokens'
-    yield from positive(self, 'part')
-
-  def keys(self, batch: int, heads: int, length: int, dim: int, dtype):
-    """As FloatCache."""
-    from efficient_lm.models.cache import ByTile, IntegerRows
-    return IntegerRows.empty(batch, heads, length, dim, dtype, ByTile(self.bits, self.group, 1))
-
-  def values(self, batch: int, heads: int, length: int, dim: int, dtype):
-    """As FloatCache; as many slots as the keys have."""
-    from efficient_lm.models.cache import ByTile, IntegerRows, slots_for
-    return IntegerRows.empty(batch, heads, slots_for(length, self.group), dim, dtype, ByTile(self.bits, 1, self._part(dim)))
-
-  def _part(self, dim: int) -> int:
-    """The longest part up to `part` that divides a row, or in 4 bits half a row, whose numbers share bytes with those of the
-    other half; the whole of that where all such parts are shorter than 8."""
-    whole = dim // 2 if self.bits == 4 else dim
-    parts = [size for size in range(min(8, self.part), min(self.part, whole) + 1) if whole % size == 0]
-    return max(parts, default=whole)
-
-
-CACHES = {'float': FloatCache(), 'int8': IntegerCache(bits=8), 'int4': TiledCache(bits=4)}   # by the name in --cache

@@ -194,18 +194,3 @@ def test_a_cache_takes_the_bytes_that_its_format_promises():
 
 def test_an_odd_row_in_four_bits_is_refused():
   with pytest.raises(ValueError, match='rows of 7: must be even'): spec.CACHES['int4'].keys(1, 1, 4, 7, jnp.float32)
-
-
-@pytest.mark.parametrize(('dim', 'bits', 'part'), [(64, 4, 32), (128, 4, 32), (80, 4, 20), (6, 4, 3), (74, 4, 37), (7, 8, 7),
-                                                   (96, 8, 32)])
-def test_values_of_a_head_share_scales_in_parts_that_divide_it(dim, bits, part):
-  rows = spec.TiledCache(bits=bits).values(1, 1, 4, dim, jnp.float32)
-  assert rows.scale.shape == (1, 1, rows.x_BKSH.shape[2], dim // part)
-
-
-@pytest.mark.parametrize('form, field', [
-  (spec.IntegerCache(bits=5), 'bits'), (spec.IntegerCache(group=0), 'group'), (spec.TiledCache(bits=2), 'bits'),
-  (spec.TiledCache(group=1), 'group'), (spec.TiledCache(part=0), 'part')])
-def test_a_format_that_makes_no_sense_is_named(form, field):
-  assert [problem[0] for problem in form.check()] == [field]
-  assert not any([*sound.check()] for sound in FORMATS.values())

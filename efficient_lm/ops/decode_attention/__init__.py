@@ -13,15 +13,13 @@ def decode_attention(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_sc
                      k_shift=None, v_shift=None, implementation: str = 'auto'):
   """o_BNH = softmax(scale * q k^T) v over the slots first … length - 1 of each sequence, softmax in float32.
 
-  first is 0, or max(0, length - window). Slots outside may hold any finite numbers: they do not affect the result. A
-  sequence of length 0 has o = 0. Of the N = K * G query heads, k * G … k * G + G - 1 read key-value head k.
+  first is 0, or max(0, length - window). Slots outside may hold any finite numbers. A sequence of length 0 has o = 0. Of the
+  N = K * G query heads, k * G … k * G + G - 1 read key-value head k.
 
   A quantized cache holds integers, and a scale for each head and token, or for each head and group of successive tokens:
   k = k_int * k_scale. The scales multiply scores and probabilities, (q . k_int) * k_scale and (p * v_scale) v_int, so that
-  the products read integers and no cache is dequantized. `ops.quantize.quantize_cache` makes keys, values and scales.
-
-  Or it has a scale and a shift for each tile of tokens and dims, k = k_int * scale + shift (`ops.quantize.quantize_tiles`);
-  keys have other tiles than values. No kernel reads these.
+  the products read integers and no cache is dequantized (`ops.quantize.quantize_cache`). Or it has a scale and a shift for
+  each tile of tokens and dims, k = k_int * scale + shift (`ops.quantize.quantize_tiles`). No kernel reads these.
 
   Decoding needs no gradient; asking for one raises NotImplementedError.
 
@@ -49,16 +47,21 @@ def decode_attention(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_sc
   if N % K or k_BKSH.shape[3] * (2 if k_BKSH.dtype == 'uint8' else 1) != H:
     raise ValueError(f'decode_attention of {N} query heads of {H} on {K} key heads of shape {k_BKSH.shape}, {k_BKSH.dtype}: '
                      'heads must divide, and head dims agree (uint8 holds two numbers)')
-  quantized = k_BKSH.dtype in ('int8', 'uint8')
-  if k_BKSH.dtype != v_BKSH.dtype or quantized != (k_scale_BKS is not None) or quantized != (v_scale_BKS is not None):
-    raise ValueError(f'decode_attention with keys in {k_BKSH.dtype} and values in {v_BKSH.dtype}: both need the same '
-                     'dtype, and scales if and only if it is int8 or uint8')
+  _check_scales(k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS)
   for scales, shift in ((k_scale_BKS, k_shift), (v_scale_BKS, v_shift)): _check_tiles(k_BKSH, H, scales, shift, k_shift)
   q_BNH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS = _without_gradient((q_BNH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS))
   return dispatch.run('decode_attention', IMPLEMENTATIONS, implementation, q_BNH, k_BKSH, v_BKSH, lengths_B.astype('int32'),
                       k_scale_BKS=k_scale_BKS, v_scale_BKS=v_scale_BKS, page_table_BS=page_table_BS, window=window,
                       scale=H ** -0.5 if scale is None else scale,
                       **dispatch.given(softcap=softcap, k_shift=k_shift, v_shift=v_shift))
+
+
+def _check_scales(k_BKSH, v_BKSH, k_scale, v_scale):
+  """Raises ValueError for dtypes that differ, and for scales that are missing or superfluous."""
+  quantized = k_BKSH.dtype in ('int8', 'uint8')
+  if k_BKSH.dtype != v_BKSH.dtype or quantized != (k_scale is not None) or quantized != (v_scale is not None):
+    raise ValueError(f'decode_attention with keys in {k_BKSH.dtype} and values in {v_BKSH.dtype}: both need the same '
+                     'dtype, and scales if and only if it is int8 or uint8')
 
 
 def _check_tiles(k_BKSH, H: int, scale, shift, k_shift):
