@@ -16,7 +16,7 @@ BitNet's recipe has a higher peak than a float model and no weight decay in the 
 import dataclasses
 
 from efficient_lm.config import Experiment, choose, presets
-from efficient_lm.formats import Group, Int, MidRise
+from efficient_lm.formats import FullRangeInt, Group, Int, MidRise
 from efficient_lm.runs import trained
 from efficient_lm.techniques import (
   Awq,
@@ -42,7 +42,8 @@ QAT = {
   'bitnet': lambda size: (BitNet(),),
   'distilled_int4': lambda size: (Distill(teacher=trained(size)), aware(GROUPS)),
 }
-ptq = lambda method, *rules: Quantize(rules=(*rules, Rule(weights=GROUPS)), method=method)
+AFTER = FullRangeInt(bits=4, scales=GROUPS.scales)
+ptq = lambda method, *rules: Quantize(rules=(*rules, Rule(weights=AFTER)), method=method)
 outer = lambda last: Rule(where=rf'/blocks/(0|{last})/', weights=Int(scales=GROUPS.scales))
 PTQ = {'gptq': lambda last: (ptq(Gptq()),), 'awq': lambda last: (ptq(Awq()),),
        'mixed': lambda last: (Unroll(), ptq(Gptq(), outer(last)))}

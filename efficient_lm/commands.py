@@ -137,7 +137,7 @@ def define_cache():
   """Defines --cache and --cache_group, for a command that decodes."""
   if 'cache' in FLAGS: return
   flags.DEFINE_string('cache', None, 'format of keys and values')
-  flags.DEFINE_integer('cache_group', 1, 'tokens that share a scale')
+  flags.DEFINE_integer('cache_group', None, 'tokens that share a scale')
 
 
 def cache_format():
@@ -145,9 +145,9 @@ def cache_format():
   name, group = FLAGS.cache or 'float', FLAGS.cache_group
   if name not in spec.CACHES: raise ConfigError('--cache', name, f'must be one of {", ".join(spec.CACHES)}')
   form = spec.CACHES[name]
-  if group == 1: return form
-  if not isinstance(form, spec.IntegerCache):
-    raise ConfigError('--cache_group', group, f'must be 1 for --cache={name}, which has no scales')
+  if group is None: return form
+  if not hasattr(form, 'group'):
+    raise ConfigError('--cache_group', group, f'is not for --cache={name}, which has no scales')
   form = dataclasses.replace(form, group=group)
   for _, value, fix in form.check(): raise ConfigError('--cache_group', value, fix)
   return form

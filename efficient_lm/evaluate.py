@@ -16,7 +16,7 @@
                       KL(reference || model), and the share of tokens at which both find the same token the likeliest
   --cache=FORMAT      read token by token, as generation does, through a cache in float, int8 or int4, each window as one
                       text (default: windows at once, documents apart)
-  --cache_group=N     tokens that share a scale in int8 and int4 (default 1)
+  --cache_group=N     tokens that share a scale (default: 1 in int8, 32 in int4)
   --json              prints one line of JSON instead of a sentence
   --config=FILE       a config file whose own classes the run was made with
 """

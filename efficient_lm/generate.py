@@ -14,7 +14,7 @@
   --top_p=P           draw from the fewest most likely tokens whose probabilities reach P
   --seed=N            the same seed draws the same text (default 0)
   --cache=FORMAT      of keys and values of tokens read: float (default), int8 or int4
-  --cache_group=N     tokens that share a scale in int8 and int4 (default 1)
+  --cache_group=N     tokens that share a scale (default: 1 in int8, 32 in int4)
   --config=FILE       a config file whose own classes the run was made with
 """
 import math

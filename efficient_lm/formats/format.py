@@ -47,7 +47,7 @@ class Format:
   Numbers "in steps" are numbers divided by their scale, plus the zero point if there is one.
 
   element: the name of one number's type, such as 'int4'. bits: bits of a stored code, at most 8. scales: the granularity.
-  symmetric: whether the grid is symmetric around 0. largest: the largest number of a symmetric grid, in steps.
+  symmetric: whether the grid is symmetric around 0. largest: the largest magnitude of a grid without zero points, in steps.
   offset: the difference of a number and its code, in steps; None if numbers are not codes plus a constant.
   joint: whether all scales of a matrix share a factor.
   standard: whether a standard fixes the size of groups, so that `fitted` does not change it.
@@ -100,7 +100,8 @@ class Format:
     raise NotImplementedError
 
   def fit(self, low, high) -> Scales:
-    """Scales that stretch the grid from low to high, (..., n, q) each. They are positive, also for a tile of zeros."""
+    """Scales that stretch the grid from low to high, (..., n, q) each. They are not 0, also for a tile of zeros, and
+    positive unless the format says otherwise."""
     from efficient_lm.ops.absmax import scale_of
     return Scales(_transposed(self.kept(scale_of(jnp.maximum(-low, high), self.largest))))
 

@@ -1,4 +1,5 @@
-"""Grids of equal steps: integers of 8, 4, 3 or 2 bits, mid-rise grids without a zero, and ternary numbers."""
+"""Grids of equal steps: integers of 8, 4, 3 or 2 bits, full-range ones with a step of either sign, mid-rise grids
+without a zero, and ternary numbers."""
 import dataclasses
 from typing import Any
 
@@ -51,6 +52,42 @@ class Int(Format):
 
   @property
   def element(self) -> str: return f'int{self.bits}{"" if self.symmetric else " with zero point"}'
+
+
+@config
+class FullRangeInt(Format):
+  """All 2^bits integers -2^(bits - 1) … 2^(bits - 1) - 1 times a step of either sign, for weights after training: of 3 bits,
+  `Int` leaves one level of eight unused. The sign gives the additional level to the side of a tile's largest magnitude, as
+  GGUF's Q4_0 does, and no zero point is stored. The step is the least with which that number is not cut off, and the largest
+  of the other side by at most half a step (Q4_0 cuts off up to a whole one)."""
+  bits: int = 4
+  scales: Any = dataclasses.field(default_factory=Channel)
+  scale_dtype: str = scale_dtype_field()
+
+  symmetric = False
+
+  def check(self):
+    yield from bits_problems(self)
+    yield from scale_dtype_problems(self)
+
+  @property
+  def largest(self) -> float: return 2. ** (self.bits - 1)
+
+  def codes(self, y):
+    from efficient_lm.ops.absmax import nearest
+    return nearest(y, limit=self.largest - 1, lowest=-self.largest)
+
+  def numbers(self, codes): return codes.astype(jnp.float32)
+
+  def fit(self, low, high):
+    """Scales of either sign: code -2^(bits - 1) stands for whichever of low and high is farther from 0."""
+    from efficient_lm.ops.absmax import scale_of
+    far, near = jnp.maximum(-low, high), jnp.minimum(-low, high)
+    step = self.kept(scale_of(jnp.maximum(far, near * (self.largest / (self.largest - 0.5))), self.largest))
+    return Scales(jnp.swapaxes(jnp.where(high > -low, -step, step), -1, -2))
+
+  @property
+  def element(self) -> str: return f'full-range int{self.bits}'
 
 
 @config

@@ -111,12 +111,12 @@ def plain(model):
 def in_bytes(weight):
   """A `Quantized` weight without codes that share bytes. Raises IncompatibleError for one that rounds its inputs to what
   LiteRT does not have."""
-  from efficient_lm.formats import Encoded, Int
+  from efficient_lm.formats import Encoded, FullRangeInt, Int
   from efficient_lm.ops import packing
   from efficient_lm.weights.quantized import Quantized
   from efficient_lm.weights.weight import Dense
   format, rounding = weight.format, weight.activations
-  if isinstance(format, Int):
+  if isinstance(format, (Int, FullRangeInt)):
     if format.bits == 8: return weight
     encoded = Encoded(packing.unpack(weight.encoded.values, format.bits), weight.encoded.scales)
     wide = dataclasses.replace(format, bits=8)

@@ -43,7 +43,7 @@ class GroupedQueryAttention(nnx.Module):
 
   def init_cache(self, batch: int, length: int, dtype, form):
     K, H = self.cache_shape
-    return KeyValues(*(form.rows(batch, K, length, H, dtype) for _ in range(2)))
+    return KeyValues(form.keys(batch, K, length, H, dtype), form.values(batch, K, length, H, dtype))
 
   def __call__(self, x_BTD, positions_BT, segments_BT=None, cache=None, start=0):
     q_BTNH = self.query.contract('BTD,DNH->BTNH', x_BTD)
@@ -95,7 +95,7 @@ class LatentAttention(nnx.Module):
       self.scale *= self.scaling.softmax
 
   def init_cache(self, batch: int, length: int, dtype, form):
-    latent, key = (form.rows(batch, 1, length, size, dtype) for size in self.cache_sizes)
+    latent, key = (form.keys(batch, 1, length, size, dtype) for size in self.cache_sizes)
     return {'latent': latent, 'key': key}
 
   def _queries(self, x_BTD, positions_BT):

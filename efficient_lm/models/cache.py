@@ -1,7 +1,7 @@
 """What attention keeps of the tokens that it has read: rows of numbers, a slot for each token, in a format.
 
-Formats are values (`spec.FloatCache`, `spec.IntegerCache`) that make empty rows, and the caller of `init_cache` chooses one.
-Layers append to rows and read them, and know of no format.
+Formats are values (`models/cache_formats.py`) that make empty rows, and the caller of `init_cache` chooses one. Layers
+append to rows and read them, and know of no format.
 
 A query sees earlier tokens, and its own, as the cache holds them: rounded, if the cache is quantized. So a prompt that is
 read at once and the same prompt read token by token give the same result, up to the order of sums. (The difference is larger
@@ -18,18 +18,21 @@ from jax import lax
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.ops.attention import attention
 from efficient_lm.ops.decode_attention import decode_attention
-from efficient_lm.ops.decode_attention.cache import per_token, unpacked
-from efficient_lm.ops.quantize import quantize_cache
+from efficient_lm.ops.decode_attention.cache import Stored
+from efficient_lm.ops.quantize import quantize_cache, quantize_tiles
 from efficient_lm.parallel.sharding import by_shard, constrain
 
 
 def write(x_BKSH, new_BKTH, start):
-  """Puts `new` into the slots from `start` on, which may be one number or one for each sequence; scales, (B, K, S),
+  """Puts `new` into the slots from `start` on, which may be one number or one for each sequence; scales, (B, K, S …),
   likewise."""
+  return constrain(_put(x_BKSH, new_BKTH, start), 'BKSH'[:x_BKSH.ndim])
+
+
+def _put(x_BKSH, new_BKTH, start):
   put = lambda x, new, at, axis: lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), at, axis)
-  if jnp.ndim(start): written = jax.vmap(functools.partial(put, axis=1))(x_BKSH, new_BKTH, start)
-  else: written = put(x_BKSH, new_BKTH, start, 2)
-  return constrain(written, 'BKSH'[:x_BKSH.ndim])
+  if jnp.ndim(start): return jax.vmap(functools.partial(put, axis=1))(x_BKSH, new_BKTH, start)
+  return put(x_BKSH, new_BKTH, start, 2)
 
 
 @jax.tree_util.register_dataclass
@@ -37,12 +40,16 @@ def write(x_BKSH, new_BKTH, start):
 class FloatRows:
   """Rows as they were computed."""
   x_BKSH: jax.Array
-  scale_BKS = None
 
   @classmethod
   def empty(cls, batch: int, heads: int, length: int, dim: int, dtype):
     """Rows of `dim` numbers for `length` tokens, by head."""
     return cls(jnp.zeros((batch, heads, length, dim), dtype))
+
+  @property
+  def stored(self) -> Stored:
+    """As `ops.decode_attention` reads it."""
+    return Stored(self.x_BKSH)
 
   def append(self, new_BTKH, start):
     """With the rows of tokens start … start + T - 1."""
@@ -53,52 +60,118 @@ class FloatRows:
     return self.x_BKSH[:, :, :end].swapaxes(1, 2).astype(dtype)
 
 
+def slots_for(length: int, group: int) -> int:
+  """The slots that `length` tokens need whose groups share scales. Groups are written whole, and sometimes one that holds
+  nothing after them: see `IntegerRows.append`."""
+  return length if group == 1 else (-(-length // group) + 1) * group
+
+
+@dataclasses.dataclass(frozen=True)
+class ByToken:
+  """Rounding with a scale for each head and `group` successive tokens."""
+  bits: int
+  group: int
+
+  def __call__(self, x_BKSH):
+    """values, scale, and None for the shift that there is not."""
+    return *quantize_cache(x_BKSH, bits=self.bits, group=self.group), None
+
+
+@dataclasses.dataclass(frozen=True)
+class ByTile:
+  """Rounding with a scale and a shift for each head and tile of `group` successive tokens x `part` successive dims."""
+  bits: int
+  group: int
+  part: int
+
+  def __call__(self, x_BKSH):
+    """values, scale and shift."""
+    return quantize_tiles(x_BKSH, bits=self.bits, group=self.group, part=self.part)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class IntegerRows:
-  """Rows in 8 or 4 bits, and a scale for each head and `group` successive tokens (`ops.quantize.quantize_cache`).
+  """Rows in 8 or 4 bits, with scales that `group` successive tokens share.
 
   A group that is not complete is rounded anew with each token that joins it, from its floats in `recent`: at any time the
   cache holds what quantizing all tokens so far at once would give. (KIVI, Liu et al. 2024, arXiv 2402.02750, keeps recent
-  floats too, and has queries see those.)
+  floats too, and has queries see those.) What a group lacks counts as its first token, which no range is wider for.
   """
-  x_BKSH: jax.Array        # int8, or uint8 with two numbers of four bits to a byte
-  scale_BKS: jax.Array     # S / group of them
-  recent_BKTH: jax.Array   # group - 1: no room for a complete group, which is never rounded again
-  bits: int = dataclasses.field(metadata=dict(static=True))
+  x_BKSH: jax.Array          # int8, or uint8 with two numbers of four bits to a byte
+  scale: jax.Array           # (B, K, S / group), or of tiles (B, K, S / group, H / part)
+  shift: jax.Array | None    # of tiles
+  recent_BKTH: jax.Array     # group - 1: no room for a complete group, which is never rounded again
+  padding_B: jax.Array       # how many of the tokens that are appended next only fill up a shorter text, on the right
+  rounding: ByToken | ByTile = dataclasses.field(metadata=dict(static=True))
 
   @classmethod
-  def empty(cls, batch: int, heads: int, length: int, dim: int, dtype, *, bits: int, group: int):
+  def empty(cls, batch: int, heads: int, length: int, dim: int, dtype, rounding: ByToken | ByTile):
     """Rows of `dim` numbers for `length` tokens, by head. Raises IncompatibleError for an odd dim in four bits."""
-    if bits == 4 and dim % 2:
+    group = rounding.group
+    if rounding.bits == 4 and dim % 2:
       raise IncompatibleError(f'a cache in 4 bits of rows of {dim}: must be even, for two to share a byte')
-    # Groups are written whole, and sometimes one that holds nothing after them: see `append`.
-    slots = length if group == 1 else (-(-length // group) + 1) * group
-    values, scales = jax.eval_shape(lambda x: quantize_cache(x, bits=bits, group=group),
-                                    jax.ShapeDtypeStruct((batch, heads, slots, dim), dtype))
-    zeros = lambda like: jnp.zeros(like.shape, like.dtype)
-    return cls(zeros(values), zeros(scales), jnp.zeros((batch, heads, group - 1, dim), dtype), bits)
+    shape = batch, heads, slots_for(length, group), dim
+    stored = jax.eval_shape(rounding, jax.ShapeDtypeStruct(shape, dtype))
+    zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), stored)
+    return cls(*zeros, jnp.zeros((batch, heads, group - 1, dim), dtype), jnp.zeros(batch, jnp.int32), rounding)
+
+  @property
+  def stored(self) -> Stored:
+    """As `ops.decode_attention` reads it."""
+    return Stored(self.x_BKSH, self.scale, self.shift)
+
+  def padded(self, lengths_B, length: int):
+    """These rows, for prompts of these lengths that are filled up on the right to `length` and appended next."""
+    padding_B = length - lengths_B.astype(jnp.int32)
+    return dataclasses.replace(self, padding_B=jnp.broadcast_to(padding_B, self.padding_B.shape))
 
   def append(self, new_BTKH, start):
     """With the rows of tokens start … start + T - 1. The group that `start` lies in is rounded again."""
-    T, group = new_BTKH.shape[1], self.recent_BKTH.shape[2] + 1
+    T, group = new_BTKH.shape[1], self.rounding.group
     begun = start % group if group > 1 else 0   # a constant where it can be one: XLA leaves less to do then
-    recent_BKTH = jnp.where(jnp.arange(group - 1)[:, None] < begun, self.recent_BKTH, 0)
-    B, K, _, H = recent_BKTH.shape
-    rows_BKTH = jnp.zeros((B, K, (-(-(T - 1) // group) + 1) * group, H), recent_BKTH.dtype)   # wherever in a group T begin
-    rows_BKTH = lax.dynamic_update_slice_in_dim(rows_BKTH, recent_BKTH, 0, axis=2)
-    rows_BKTH = lax.dynamic_update_slice_in_dim(rows_BKTH, new_BTKH.swapaxes(1, 2).astype(rows_BKTH.dtype), begun, axis=2)
-    values, scale = quantize_cache(rows_BKTH, bits=self.bits, group=group)
+    B, K, _, H = self.recent_BKTH.shape
+    rows_BKTH = jnp.zeros((B, K, (-(-(T - 1) // group) + 1) * group, H), self.recent_BKTH.dtype)   # wherever T begin in one
+    rows_BKTH = lax.dynamic_update_slice_in_dim(rows_BKTH, self.recent_BKTH, 0, axis=2)
+    rows_BKTH = _put(rows_BKTH, new_BTKH.swapaxes(1, 2), begun)
+    end_B = jnp.broadcast_to(begun + T, B) - self.padding_B
     first = start // group
-    # If the last group is complete, this takes anything: `begun` is then 0 at the next call, and nothing of it is used.
-    recent_BKTH = lax.dynamic_slice_in_dim(rows_BKTH, (begun + T) // group * group, group - 1, axis=2)
-    return dataclasses.replace(self, x_BKSH=write(self.x_BKSH, values, first * group),
-                               scale_BKS=write(self.scale_BKS, scale, first), recent_BKTH=recent_BKTH)
+    values, *scales = self.rounding(_filled(rows_BKTH, end_B, group))
+    scale, shift = (None if new is None else write(old, new, first) for old, new in zip((self.scale, self.shift), scales))
+    return IntegerRows(write(self.x_BKSH, values, first * group), scale, shift, _last_group(rows_BKTH, end_B, T, group),
+                       jnp.zeros_like(self.padding_B), self.rounding)
 
   def read(self, dtype, end: int | None = None):
     """(B, end, K, H): the rows of the first slots, of all by default, dequantized."""
-    scale_BKS = per_token(self.scale_BKS, self.x_BKSH.shape[2])[:, :, :end, None]
-    return (unpacked(self.x_BKSH[:, :, :end], jnp.float32) * scale_BKS).swapaxes(1, 2).astype(dtype)
+    group = self.rounding.group
+    groups = None if end is None else -(-end // group)   # only these need be dequantized
+    slots = None if end is None else groups * group
+    part = Stored(self.x_BKSH[:, :, :slots], *(None if x is None else x[:, :, :groups] for x in (self.scale, self.shift)))
+    return part.numbers()[:, :, :end].swapaxes(1, 2).astype(dtype)
+
+
+def _last_group(rows_BKTH, end_B, num_new: int, group: int):
+  """The first group - 1 rows of the group that end_B lies in. Where that is complete they are anything: `begun` is then 0 at
+  the next call, and nothing of them is used."""
+  if num_new == 1 or group == 1: return rows_BKTH[:, :, :group - 1]
+  take = jax.vmap(lambda rows, at: lax.dynamic_slice_in_dim(rows, at, group - 1, 1))
+  return take(rows_BKTH, end_B // group * group)
+
+
+def _filled(rows_BKTH, end_B, group: int):
+  """Rows with the first token of its group in place of each from end_B on."""
+  if group == 1: return rows_BKTH
+  B, K, T, H = rows_BKTH.shape
+  groups = rows_BKTH.reshape(B, K, T // group, group, H)
+  there = jnp.arange(T).reshape(T // group, group) < end_B[:, None, None]
+  return jnp.where(there[:, None, :, :, None], groups, groups[:, :, :, :1]).reshape(rows_BKTH.shape)
+
+
+def padded(cache, lengths_B, length: int):
+  """An empty cache, for prompts of these lengths that are filled up on the right to `length` and read next: what fills them
+  up then takes part in no scale."""
+  is_rows = lambda node: isinstance(node, IntegerRows)
+  return jax.tree.map(lambda rows: rows.padded(lengths_B, length) if is_rows(rows) else rows, cache, is_leaf=is_rows)
 
 
 def attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, **options):
@@ -136,9 +209,10 @@ class KeyValues:
     return attend(q_BTNH, k_BSKH, v_BSKH, None if segments_BS is None else segments_BS[:, :end], **options)
 
   def _decode(self, q_BNH, length, options):
-    stored = (self.keys.x_BKSH, self.values.x_BKSH, self.keys.scale_BKS, self.values.scale_BKS)
-    stored = [x for x in stored if x is not None]
+    stored = [pair for pair in zip(self.keys.stored, self.values.stored) if pair[0] is not None]
+    stored = [x for pair in stored for x in pair]   # keys, values; their scales; their shifts
+    names = 'k_scale_BKS', 'v_scale_BKS', 'k_shift', 'v_shift'
     def run(q_BNH, lengths_B, k, v, *scales):
-      return decode_attention(q_BNH, k, v, lengths_B, **options, **dict(zip(('k_scale_BKS', 'v_scale_BKS'), scales)))
-    letters = ('BNH', 'B', 'BKSH', 'BKSH', 'BKS', 'BKS')[:2 + len(stored)]
+      return decode_attention(q_BNH, k, v, lengths_B, **options, **dict(zip(names, scales)))
+    letters = ('BNH', 'B', *('BKSH'[:x.ndim] for x in stored))
     return by_shard(run, letters, 'BNH')(q_BNH, jnp.broadcast_to(jnp.int32(length), q_BNH.shape[:1]), *stored)

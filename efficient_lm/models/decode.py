@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 
 from efficient_lm.models import spec as specs
+from efficient_lm.models.cache import padded
 from efficient_lm.models.transformer import Repeated, Stack, Unrolled
 from efficient_lm.parallel.sharding import wait_on_cpu
 from efficient_lm.tree import rewrite
@@ -116,7 +117,9 @@ def prefill(model, prompt_BT, lengths_B=None, *, length: int, vocab_size: int, c
   lengths_B: of prompts that are filled up on the right. What follows a prompt is not seen by it, and the tokens drawn take
   its slots one by one before any of them sees it.
   """
-  outputs = model(prompt_BT, cache=model.init_cache(prompt_BT.shape[0], length, cache))
+  empty = model.init_cache(prompt_BT.shape[0], length, cache)
+  if lengths_B is not None: empty = padded(empty, lengths_B, prompt_BT.shape[1])
+  outputs = model(prompt_BT, cache=empty)
   if lengths_B is None: hidden_BTD = outputs.hidden_BTD[:, -1:]
   else: hidden_BTD = jnp.take_along_axis(outputs.hidden_BTD, lengths_B[:, None, None] - 1, axis=1)
   return dataclasses.replace(outputs, hidden_BTD=hidden_BTD).logits_BTV[:, 0, :vocab_size], outputs.cache
@@ -169,13 +172,10 @@ def stream(model, prompt_BT, num_tokens: int, *, sampling=Sampling(), seed: int 
     width: prompts are filled up to so many tokens at least, so that prompts of other lengths are read by the same program.
 
   Raises:
-    ValueError: an empty prompt, or prompts of several lengths in a cache whose tokens share scales, which would differ from
-      those of a prompt alone; at the first token that is asked for.
+    ValueError: an empty prompt; at the first token that is asked for.
     IncompatibleError: more tokens than the model has positions; likewise.
   """
   prompt_BT, lengths_B = _filled(prompt_BT, width)
-  if lengths_B is not None and getattr(cache, 'group', 1) > 1:
-    raise ValueError(f'a cache of {cache.group} tokens to a scale: prompts of several lengths need one of 1')
   num_bursts = -(-num_tokens // burst_size)
   longest = prompt_BT.shape[1]
   start = longest if lengths_B is None else lengths_B

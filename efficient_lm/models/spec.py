@@ -8,6 +8,10 @@ from typing import Any
 
 from efficient_lm.errors import Problem
 from efficient_lm.models.added import added
+from efficient_lm.models.cache_formats import CACHES as CACHES
+from efficient_lm.models.cache_formats import FloatCache as FloatCache
+from efficient_lm.models.cache_formats import IntegerCache as IntegerCache
+from efficient_lm.models.cache_formats import TiledCache as TiledCache
 from efficient_lm.models.moe import routing
 from efficient_lm.models.rope import LinearScaling as LinearScaling
 from efficient_lm.models.rope import Llama3Scaling as Llama3Scaling
@@ -358,35 +362,3 @@ class Transformer:
     from efficient_lm.models.transformer import Transformer
     depth = sum(stack.num_layers for stack in self.stacks)
     return Transformer(self, Site(self.dim, depth, self.norm_eps, self.norm), rngs=rngs)
-
-
-@dataclasses.dataclass(frozen=True)
-class FloatCache:
-  """Keys and values that decoding keeps, in the dtype of the computation."""
-
-  def check(self):
-    yield from ()
-
-  def rows(self, batch: int, heads: int, length: int, dim: int, dtype):
-    """Empty rows of `dim` numbers: `length` of them, by sequence and head."""
-    from efficient_lm.models.cache import FloatRows
-    return FloatRows.empty(batch, heads, length, dim, dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class IntegerCache:
-  """Keys and values in `bits` bits, and a float32 scale for each head and `group` successive tokens."""
-  bits: int = 8
-  group: int = 1
-
-  def check(self):
-    yield from one_of(self, 'bits', (8, 4))
-    yield from positive(self, 'group')
-
-  def rows(self, batch: int, heads: int, length: int, dim: int, dtype):
-    """As FloatCache."""
-    from efficient_lm.models.cache import IntegerRows
-    return IntegerRows.empty(batch, heads, length, dim, dtype, bits=self.bits, group=self.group)
-
-
-CACHES = {'float': FloatCache(), 'int8': IntegerCache(bits=8), 'int4': IntegerCache(bits=4)}   # by the name in --cache

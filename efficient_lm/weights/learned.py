@@ -81,7 +81,8 @@ class LearnedStep(Quantizer):
     """A copy of the format. Raises IncompatibleError if its steps are not free, to be any positive float."""
     end = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     scale, zero, outer = jax.eval_shape(format.fit, end, end)
-    if not (zero is None and outer is None and scale.dtype in (jnp.float32, jnp.float16)):
+    floats = scale.dtype in (jnp.float32, jnp.float16)
+    if not (format.symmetric and zero is None and outer is None and floats):
       raise IncompatibleError(f'{format.name}: only a grid around 0 with one float scale to a tile can be learned')
     return Quantizer.copied(format)
 

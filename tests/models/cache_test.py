@@ -1,5 +1,4 @@
 """A cache gives back what was put in, as its format rounds it, however it was put in; attention over it is attention."""
-import dataclasses
 import functools
 
 import jax
@@ -14,14 +13,17 @@ from jax import lax
 from efficient_lm.models import spec
 from efficient_lm.models.cache import KeyValues
 from efficient_lm.ops.attention import attention
-from efficient_lm.ops.decode_attention.cache import unpacked
-from efficient_lm.ops.quantize import quantize_cache
+from efficient_lm.ops.decode_attention.cache import Stored
+from efficient_lm.ops.quantize import quantize_cache, quantize_tiles
 from efficient_lm.parallel.sharding import wait_on_cpu
 from efficient_lm.tree import num_bytes
 
 B, K, S, H = 2, 2, 24, 8
-FORMATS = {**spec.CACHES, 'groups of 3, 8 bits': spec.IntegerCache(8, 3), 'groups of 8, 4 bits': spec.IntegerCache(4, 8)}
-every_format = pytest.mark.parametrize('name', FORMATS)
+INTEGERS = {'int8': spec.IntegerCache(), 'groups of 3, 8 bits': spec.IntegerCache(8, 3),
+            'groups of 8, 4 bits': spec.IntegerCache(4, 8)}
+TILES = {'tiles of 8, 4 bits': spec.TiledCache(group=8, part=2)}
+FORMATS = {**spec.CACHES, **INTEGERS, **TILES, 'int4 by token': spec.IntegerCache(4)}
+every_format = pytest.mark.parametrize('name', ['float', *INTEGERS, *TILES])
 # Logits of order one, two layers: some hundred float32 operations of 2**-24 each, in another order.
 ROUNDING = dict(rtol=1e-4, atol=2e-5)
 
@@ -35,7 +37,7 @@ append = jax.jit(lambda rows, new, start: rows.append(new, start))
 
 def filled(name, x_BTKH, pieces):
   """Rows that got x in pieces of these sizes."""
-  rows, start = FORMATS[name].rows(B, K, S, H, jnp.float32), 0
+  rows, start = FORMATS[name].keys(B, K, S, H, jnp.float32), 0
   for size in pieces:
     rows = append(rows, x_BTKH[:, start:start + size], start)
     start += size
@@ -43,11 +45,12 @@ def filled(name, x_BTKH, pieces):
 
 
 def rounded(form, x_BTKH):
-  """x as quantizing all of it at once rounds it, zeros standing for what is missing of the last group."""
+  """Keys as quantizing all of them at once rounds them, the last token standing for what is missing of the last group."""
   T = x_BTKH.shape[1]
-  padded = jnp.pad(x_BTKH.swapaxes(1, 2), ((0, 0), (0, 0), (0, -T % form.group), (0, 0)))
-  values, scale = quantize_cache(padded, bits=form.bits, group=form.group)
-  return (unpacked(values, jnp.float32) * jnp.repeat(scale, form.group, -1)[..., None]).swapaxes(1, 2)[:, :T]
+  padded = jnp.pad(x_BTKH.swapaxes(1, 2), ((0, 0), (0, 0), (0, -T % form.group), (0, 0)), mode='edge')
+  if isinstance(form, spec.TiledCache): stored = quantize_tiles(padded, bits=form.bits, group=form.group, part=1)
+  else: stored = quantize_cache(padded, bits=form.bits, group=form.group)
+  return Stored(*stored).numbers().swapaxes(1, 2)[:, :T]
 
 
 @every_format
@@ -60,7 +63,7 @@ def test_rows_are_those_rounded_all_at_once_whatever_the_pieces_they_came_in(nam
   np.testing.assert_allclose(got, x if name == 'float' else rounded(form, x), rtol=1e-6)
 
 
-@every_format
+@pytest.mark.parametrize('name', ['float', *INTEGERS])
 def test_a_row_is_at_most_half_a_step_away(name):
   x, form = drawn(1, B, S, K, H), FORMATS[name]
   error = np.abs(filled(name, x, [S]).read(jnp.float32, S) - x)
@@ -69,6 +72,18 @@ def test_a_row_is_at_most_half_a_step_away(name):
     largest = np.abs(x).max(-1).reshape(B, S // form.group, form.group, K).max(2)
     half_step = np.repeat(largest, form.group, 1) / (2 ** (form.bits - 1) - 1) / 2
     assert np.all(error <= half_step[..., None] * (1 + 1e-5)) and error.max() > 0.9 * half_step.min()
+
+
+@pytest.mark.parametrize('name', TILES)
+def test_a_key_is_at_most_half_a_step_of_its_channel_away(name):
+  """However large another channel is."""
+  form, x = FORMATS[name], drawn(1, B, S, K, H).at[..., 3].multiply(1000).at[..., 5].add(50)
+  error = np.abs(filled(name, x, [S]).read(jnp.float32, S) - x)
+  padded = jnp.pad(x, ((0, 0), (0, -S % form.group), (0, 0), (0, 0)), mode='edge')
+  groups = np.asarray(padded).reshape(B, -1, form.group, K, H)
+  half_step = np.repeat((groups.max(2) - groups.min(2)) / (2 ** form.bits - 1) / 2, form.group, 1)[:, :S]
+  # Scale and shift are in float16, as the numbers themselves might be.
+  assert np.all(error <= half_step * 1.01 + np.abs(x).max((1, 2), keepdims=True) * 2. ** -11) and error[..., 3].max() > 1
 
 
 @every_format
@@ -126,10 +141,10 @@ def tokens_of(size=2):
   return np.random.default_rng(1).integers(0, 24, (size, 8)).astype(np.int32)
 
 
-@pytest.mark.parametrize('form', spec.CACHES)
+@pytest.mark.parametrize('form', ['float', 'int8', 'int4 by token'])
 @pytest.mark.parametrize('name', MODELS)
 def test_a_prompt_read_at_once_is_that_read_token_by_token(name, form):
-  model, form = model_of(MODELS[name]), spec.CACHES[form]
+  model, form = model_of(MODELS[name]), FORMATS[form]
   one_by_one = logits_through(model, tokens_of(), form, 0)
   np.testing.assert_allclose(logits_through(model, tokens_of(), form, 5), one_by_one, **ROUNDING)
 
@@ -139,12 +154,13 @@ def test_fewer_bits_are_further_from_reading_without_a_cache(name):
   model = model_of(MODELS[name])
   exact = jax.jit(lambda model, tokens: model(tokens).logits_BTV)(model, tokens_of())
   error = {form: float(jnp.abs(logits_through(model, tokens_of(), FORMATS[form], 0) - exact).max())
-           for form in ('float', 'int8', 'int4')}
+           for form in ('float', 'int8', 'int4 by token', 'int4')}
   # Logits are about 2. Half a step is 1/254 or 1/14 of a row's largest number; two layers add a few of them up.
-  assert error['float'] < 1e-4 and 1e-3 < error['int8'] < 0.04 and 3 * error['int8'] < error['int4'] < 1
+  assert error['float'] < 1e-4 and 1e-3 < error['int8'] < 0.04 and 3 * error['int8'] < error['int4 by token'] < 1
+  assert error['int8'] < error['int4'] < error['int4 by token']
 
 
-@pytest.mark.parametrize('form', ['float', 'int8', 'groups of 8, 4 bits'])
+@pytest.mark.parametrize('form', ['float', 'int8', 'tiles of 8, 4 bits'])
 @pytest.mark.parametrize('name', ['grouped', 'latent'])
 def test_eight_devices_decode_as_one(mesh, name, form):
   model, tokens = model_of(MODELS[name]), tokens_of(4)
@@ -166,17 +182,15 @@ def test_a_cache_takes_the_bytes_that_its_format_promises():
   dims = 2 * 2 * 2 * 3 * 16   # layers, keys and values, heads, sequences, slots
   size = lambda form: num_bytes(layers.init_cache(3, 16, jnp.dtype('bfloat16'), form))
   assert size(FORMATS['float']) == dims * 4 * 2
-  assert size(FORMATS['int8']) == dims * (4 + 4)
-  assert size(FORMATS['int4']) == dims * (2 + 4)
+  padding = 2 * 2 * 3 * 4   # layers, keys and values, sequences: an int32 each
+  assert size(FORMATS['int8']) == dims * (4 + 4) + padding
+  assert size(FORMATS['int4 by token']) == dims * (2 + 4) + padding
   # One group more than fills the slots, and seven tokens of a group in bfloat16.
-  assert size(FORMATS['groups of 8, 4 bits']) == dims // 16 * (24 * 2 + 3 * 4 + 7 * 4 * 2)
+  assert size(FORMATS['groups of 8, 4 bits']) == dims // 16 * (24 * 2 + 3 * 4 + 7 * 4 * 2) + padding
+  keys = 24 * 2 + 3 * 4 * (2 + 2) + 7 * 4 * 2   # scale and shift of each channel
+  values = 24 * (2 + 2 * (2 + 2))               # of each token and half of its channels
+  assert size(FORMATS['tiles of 8, 4 bits']) == dims // 32 * (keys + values) + padding
 
 
 def test_an_odd_row_in_four_bits_is_refused():
-  with pytest.raises(ValueError, match='rows of 7: must be even'): spec.CACHES['int4'].rows(1, 1, 4, 7, jnp.float32)
-
-
-@pytest.mark.parametrize('form, field', [(spec.IntegerCache(bits=5), 'bits'), (spec.IntegerCache(group=0), 'group')])
-def test_a_format_that_makes_no_sense_is_named(form, field):
-  assert [problem[0] for problem in form.check()] == [field]
-  assert not [*dataclasses.replace(form, bits=8, group=1).check()] and not [*spec.FloatCache().check()]
+  with pytest.raises(ValueError, match='rows of 7: must be even'): spec.CACHES['int4'].keys(1, 1, 4, 7, jnp.float32)

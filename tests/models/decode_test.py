@@ -151,7 +151,8 @@ def test_an_empty_prompt_is_an_error(prompt):
   with pytest.raises(ValueError, match='at least one token'): text(prompt=prompt)
 
 
-@pytest.mark.parametrize('kind, cache', [('windowed', 'int8'), ('latent', 'int4'), ('experts', 'float')])
+@pytest.mark.parametrize('kind, cache', [('windowed', 'int8'), ('latent', 'int4'), ('experts', 'float'),
+                                         ('windowed', 'int4')])
 def test_prompts_of_several_lengths_are_continued_as_each_alone(kind, cache):
   """Greedily, past the longest prompt, and in bursts that are shorter than the gap between the two."""
   prompts = [[5, 3], [*PROMPT[1], 7, 3, 9, 11, 2]]
@@ -164,11 +165,6 @@ def test_a_prompt_alone_draws_what_one_of_several_lengths_draws_from_the_same_di
   """Rows of a batch draw independently, and the padding of the vocabulary is never drawn."""
   ids = text(40, Sampling(3.0), prompt=[[1], [1], [1, 2, 3]])
   assert ids.max() < TOKENIZER and np.any(ids[0] != ids[1])
-
-
-def test_tokens_that_share_scales_with_others_refuse_prompts_of_several_lengths():
-  with pytest.raises(ValueError, match='a cache of 4 tokens to a scale: prompts of several lengths need one of 1'):
-    text(prompt=[[1, 2, 3], [1]], cache=spec.IntegerCache(group=4))
 
 
 def live_bytes():

@@ -58,6 +58,12 @@ def test_a_soft_cap_agrees_with_the_reference(name):
   assert np.abs(expected - run('reference', *arguments, softcap=None)).max() > 1e-2, 'it changes something'
 
 
+def test_kernels_refuse_scales_of_tiles():
+  *arguments, k_scale, v_scale, k_shift, v_shift = Case(2, 64, storage='int4 tiles').arguments()
+  options = dict(k_scale_BKS=k_scale, v_scale_BKS=v_scale, k_shift=k_shift, v_shift=v_shift)
+  assert all('tiles' in module.refuses(*arguments, **options) for module in (pallas_tpu, pallas_gpu))
+
+
 def test_kernels_refuse_a_soft_cap():
   arguments = Case(2, 64).arguments()[:4]
   assert all('soft cap' in module.refuses(*arguments, softcap=5.) for module in (pallas_tpu, pallas_gpu))
@@ -173,6 +179,17 @@ def test_arguments_that_do_not_agree_are_refused(change, message):
   q, k, v, lengths = Case(2, 4).arguments()
   q, k, v, options = change(q, k, v)
   with pytest.raises(ValueError, match=message): decode_attention(q, k, v, lengths, **options)
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+  (lambda given: given | {'k_shift': None}, 'if and only if'),
+  (lambda given: given | {'v_shift': None}, 'if and only if'),
+  (lambda given: given | {'k_scale_BKS': given['k_scale_BKS'][..., 0]}, 'if and only if'),
+  (lambda given: {name: x[..., :1] for name, x in given.items()}, 'each half')])
+def test_tiles_that_do_not_agree_are_refused(change, message):
+  q, k, v, lengths, *scales = Case(2, 16, storage='int4 tiles').arguments()
+  given = dict(zip(('k_scale_BKS', 'v_scale_BKS', 'k_shift', 'v_shift'), scales))
+  with pytest.raises(ValueError, match=message): decode_attention(q, k, v, lengths, **change(given))
 
 
 @pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])

@@ -10,7 +10,7 @@ from hypothesis import strategies
 from jax.experimental.pallas import tpu as pltpu
 
 from efficient_lm.ops.packing import unpack_halves
-from efficient_lm.ops.quantize import pallas_gpu, pallas_tpu, quantize, quantize_cache
+from efficient_lm.ops.quantize import pallas_gpu, pallas_tpu, quantize, quantize_cache, quantize_tiles
 from efficient_lm.ops.quantize.cases import CASES, Case, bench
 from efficient_lm.ops.quantize.tiles import GpuTiles, TpuTiles, factors_for
 from efficient_lm.ops.rms_norm import rms_norm
@@ -78,6 +78,31 @@ def test_a_cache_errs_by_half_a_step_of_its_head_and_group(bits, group):
   assert (jnp.abs(values * per_token - x) <= per_token * (0.5 + 1e-5)).all() and np.isfinite(scale).all()
   largest = jnp.abs(values.reshape(2, 3, 12 // group, -1)).max(-1)
   assert (jnp.where(scale > 1e-20, largest, 2 ** (bits - 1) - 1) == 2 ** (bits - 1) - 1).all()
+
+
+@pytest.mark.parametrize(('bits', 'group', 'part'), [(8, 3, 4), (4, 4, 1), (4, 1, 4)])
+def test_tiles_of_a_cache_err_by_half_a_step_each(bits, group, part):
+  """Half a step, and what float16 adds to the tile's largest number; constant tiles and zeros included."""
+  x = jax.random.normal(jax.random.key(0), (2, 3, 12, 8)).at[0, 0].set(0).at[0, 1].set(-300).at[1, 0].multiply(1e-3)
+  values, scale, shift = quantize_tiles(x, bits=bits, group=group, part=part)
+  assert values.shape == (2, 3, 12, 8 * bits // 8) and scale.shape == shift.shape == (2, 3, 12 // group, 8 // part)
+  values = unpack_halves(values) if bits == 4 else values
+  tiles = lambda y: y.reshape(2, 3, 12 // group, group, 8 // part, part)
+  each = lambda y: y.astype(jnp.float32)[:, :, :, None, :, None]
+  error = jnp.abs(tiles(values) * each(scale) + each(shift) - tiles(x))
+  largest = jnp.max(jnp.abs(tiles(x)), (-3, -1), keepdims=True)
+  assert (error <= each(scale) * 0.5 + largest * 2. ** -10 + 2. ** -24).all()
+  assert values.min() == -2 ** (bits - 1) and values.max() == 2 ** (bits - 1) - 1, 'all levels are used'
+
+
+def test_what_float16_cannot_hold_stays_finite():
+  values, scale, shift = quantize_tiles(jnp.array([[[[1e9, -1e9], [3e38, 0.]]]]), bits=8, group=2, part=1)
+  assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in (values, scale, shift))
+
+
+@pytest.mark.parametrize('options', [dict(group=5, part=1), dict(group=1, part=8), dict(bits=3, group=1, part=1)], ids=str)
+def test_tiles_that_do_not_divide_are_refused(options):
+  with pytest.raises(ValueError, match=r'must divide|choose 4 or 8'): quantize_tiles(jnp.ones((1, 1, 4, 8)), **options)
 
 
 @pytest.mark.parametrize(('options', 'message'), [

@@ -93,7 +93,7 @@ def test_generate_streams_the_same_text_for_the_same_seed(workdir, capsys):
   (['--tokens=0'], '--tokens = 0'), (['--temperature=-1'], '--temperature = -1'), (['--top_p=0'], '--top_p = 0'),
   (['--top_k=0'], '--top_k = 0'), (['--prompt='], "--prompt = ''"), (['--run=/nowhere'], '/nowhere'),
   (['--cache=int5'], "--cache = 'int5': must be one of float, int8, int4"),
-  (['--cache=float', '--cache_group=4'], '--cache_group = 4: must be 1 for --cache=float'),
+  (['--cache=float', '--cache_group=4'], '--cache_group = 4: is not for --cache=float'),
   (['--cache=int8', '--cache_group=0'], '--cache_group = 0: must be at least 1'),
 ])
 def test_generate_refuses_in_one_line(workdir, capsys, words, said):
@@ -102,13 +102,13 @@ def test_generate_refuses_in_one_line(workdir, capsys, words, said):
   error = capsys.readouterr().err.strip()
   assert said in error and '\n' not in error
   for name in ('top_k', 'top_p'): generate.FLAGS[name].value = None
-  generate.FLAGS['cache'].value, generate.FLAGS['cache_group'].value = None, 1
+  generate.FLAGS['cache'].value, generate.FLAGS['cache_group'].value = None, None
 
 
 def bits_of(workdir, capsys, *words):
   """Bits per byte of the held-out text, as `evaluate` prints them."""
   assert exit_code(evaluate.main, ['evaluate', f'--run={workdir}', *words]) == 0
-  evaluate.FLAGS['cache'].value, evaluate.FLAGS['cache_group'].value = None, 1
+  evaluate.FLAGS['cache'].value, evaluate.FLAGS['cache_group'].value = None, None
   return float(capsys.readouterr().out.split()[0])
 
 

@@ -10,7 +10,20 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficient_lm.formats import MXFP8, NF4, AbsMax, Channel, Float8, Group, Int, MeanSquaredError, MidRise, Tensor, Ternary
+from efficient_lm.formats import (
+  MXFP8,
+  NF4,
+  AbsMax,
+  Channel,
+  Float8,
+  FullRangeInt,
+  Group,
+  Int,
+  MeanSquaredError,
+  MidRise,
+  Tensor,
+  Ternary,
+)
 from efficient_lm.formats.ranges import Reduce
 from efficient_lm.models import spec
 from efficient_lm.models.moe import routing
@@ -270,9 +283,10 @@ def test_steps_of_any_size_learn_alike_and_from_either_side(kind, format):
 @pytest.mark.parametrize('make, message', [
   (lambda weight: LearnedStep.of_weight(weight, MXFP8()), 'MXFP8 per group of 32: only a grid around 0'),
   (lambda weight: LearnedStep.of_weight(weight, Int(symmetric=False)), 'int8 with zero point per channel: only a grid'),
+  (lambda weight: LearnedStep.of_weight(weight, FullRangeInt()), 'full-range int4 per channel: only a grid around 0'),
   (lambda weight: Stretched.of_weight(weight, NF4()), 'NF4 per group of 64: .* equal steps can be stretched: choose Mid'),
   (lambda weight: LearnedStep.of_tokens(weight, Int()), r'int8 per channel: .* scales=Tensor\(\), one step for all')],
-  ids=['power of two', 'zero point', 'unequal steps', 'a step a token'])
+  ids=['power of two', 'zero point', 'a step of either sign', 'unequal steps', 'a step a token'])
 def test_what_cannot_be_learned_is_refused(make, message):
   with pytest.raises(ValueError, match=message): make(Dense(draw(64, N), 'DF', 'D'))
 

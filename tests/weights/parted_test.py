@@ -14,7 +14,7 @@ from efficient_lm.weights.weight import Dense, OutputsFirst, Transposed
 from tests.formats.every import FORMATS
 from tests.weights.every import draw
 
-INTEGERS = [format for format in FORMATS if format.element.startswith(('int', 'mid', 'tern'))]
+INTEGERS = [format for format in FORMATS if format.element.startswith(('int', 'full', 'mid', 'tern'))]
 FLOATS = [format for format in FORMATS if format not in INTEGERS]
 named = {'ids': lambda format: getattr(format, 'name', None)}
 SIZES = jnp.array([2, 0, 1, 3])   # experts chosen twice and thrice, one by nobody

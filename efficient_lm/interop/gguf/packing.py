@@ -8,7 +8,7 @@ Alphabet: O outputs, I inputs, Q groups that share a scale, n blocks of a row, C
 """
 import numpy as np
 
-from efficient_lm.formats import MXFP4, Format, Int, Ternary
+from efficient_lm.formats import MXFP4, Format, FullRangeInt, Int, Ternary
 from efficient_lm.formats.floating import E2M1
 from efficient_lm.interop.gguf import blocks
 from efficient_lm.interop.written import Stored
@@ -39,7 +39,7 @@ def group(stored: Stored) -> int:
 def _kind(format: Format, has_zero: bool, ternary: str) -> str | None:
   if isinstance(format, MXFP4): return 'MXFP4'
   if isinstance(format, Ternary) or (isinstance(format, Int) and format.bits == 2 and not has_zero): return ternary
-  if isinstance(format, Int): return {(4, False): 'Q4_0', (4, True): 'Q4_1', (8, False): 'Q8_0'}.get((format.bits, has_zero))
+  if isinstance(format, (Int, FullRangeInt)): return {(4, False): 'Q4_0', (4, True): 'Q4_1', (8, False): 'Q8_0'}.get((format.bits, has_zero))
   return None
 
 

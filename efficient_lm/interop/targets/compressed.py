@@ -113,10 +113,10 @@ def _schemes(written) -> tuple[dict[str, Scheme], set[str]]:
 
 
 def _scheme(name: str, one) -> Scheme:
-  from efficient_lm.formats import Channel, Float8, Group, Int
+  from efficient_lm.formats import Channel, Float8, FullRangeInt, Group, Int
   format, tokens = one.format, one.activations
   kind = 'float' if type(format) is Float8 else 'int'
-  fits = type(format) in (Int, Float8) and isinstance(format.scales, (Channel, Group)) and one.zero_OQ is None
+  fits = type(format) in (Int, FullRangeInt, Float8) and isinstance(format.scales, (Channel, Group)) and one.zero_OQ is None
   if not fits or format.bits not in (8, 4) or format.element == 'float8_e5m2':
     raise IncompatibleError(f'{name} is in {format.name}, which no scheme of compressed-tensors says: symmetric integers of '
                             f'8 or 4 bits and float8 e4m3, per channel or group, are')

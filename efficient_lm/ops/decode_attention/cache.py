@@ -1,4 +1,6 @@
 """The layout of a key-value cache, and the slots of it that a query sees: shared by all implementations."""
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 
 from efficient_lm.ops.packing import unpack_halves
@@ -20,6 +22,41 @@ def contiguous(x, page_table_BS):
   x = jnp.swapaxes(x[page_table_BS], 1, 2)
   B, K, pages, Q, *rest = x.shape
   return x.reshape(B, K, pages * Q, *rest)
+
+
+class Stored(NamedTuple):
+  """Keys or values of a cache. scale: None; one for each head and token, or group of tokens, (B, K, Q); or one for each tile
+  of S / Q tokens x H / P dims, (B, K, Q, P), with a shift of that shape."""
+  x: Any
+  scale: Any = None
+  shift: Any = None
+
+  @property
+  def group(self) -> int:
+    """Tokens that share a scale of a tile; 1 where there are no tiles."""
+    return 1 if self.shift is None else self.x.shape[2] // self.scale.shape[2]
+
+  @property
+  def width(self) -> int:
+    """The numbers of a row."""
+    return self.x.shape[3] * (2 if self.x.dtype == jnp.uint8 else 1)
+
+  def map(self, function) -> 'Stored':
+    """With `function` of each array that there is."""
+    return Stored(*(None if x is None else function(x) for x in self))
+
+  def numbers(self):
+    """Float32, dequantized."""
+    x = unpacked(self.x, jnp.float32)
+    if self.shift is not None: return scaled_tiles(x, self.scale, self.shift)
+    return x if self.scale is None else x * per_token(self.scale, x.shape[2])[..., None]
+
+
+def scaled_tiles(x, scale, shift):
+  """x * scale + shift, float32, of x (..., S, H) and scale and shift (..., Q, P) of its tiles."""
+  (*lead, S, H), (Q, P) = x.shape, scale.shape[-2:]
+  scale, shift = (y.astype(jnp.float32)[..., :, None, :, None] for y in (scale, shift))
+  return (x.astype(jnp.float32).reshape(*lead, Q, S // Q, P, H // P) * scale + shift).reshape(x.shape)
 
 
 def unpacked(x, dtype):

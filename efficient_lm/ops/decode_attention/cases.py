@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from efficient_lm.ops.decode_attention import IMPLEMENTATIONS, decode_attention
 from efficient_lm.ops.decode_attention.cache import first_slots, unpacked
-from efficient_lm.ops.quantize import quantize_cache
+from efficient_lm.ops.quantize import quantize_cache, quantize_tiles
 
-BITS = {'float32': 32, 'bfloat16': 16, 'int8': 8, 'int4': 4}
+BITS = {'float32': 32, 'bfloat16': 16, 'int8': 8, 'int4': 4, 'int8 tiles': 8, 'int4 tiles': 4}
+GROUP = 8   # tokens that share a scale of a key's channel, where there are tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +29,23 @@ class Case:
   ragged: bool = True
 
   def arguments(self) -> tuple[jax.Array, ...]:
-    """q_BNH, k, v, lengths_B; for a quantized cache k_scale and v_scale; with pages the page table."""
+    """q_BNH, k, v, lengths_B; for a quantized cache k_scale and v_scale, and with tiles k_shift and v_shift; with pages the
+    page table."""
     keys = jax.random.split(jax.random.key(self.slots), 5)
     N, K, H = self.heads
     pages = self.batch * self.slots // self.page + 1 if self.page else self.batch
     shape = (pages, K, self.page or self.slots, H)
-    k, v = (self._stored(jax.random.normal(key, shape)) for key in keys[:2])
+    tiles = (GROUP, 1), (1, H // 2)
+    k, v = (self._stored(jax.random.normal(key, shape), *tile) for key, tile in zip(keys, tiles))
     arrays = (jax.random.normal(keys[2], (self.batch, N, H), self.dtype), k[0], v[0], self.lengths())
-    if len(k) == 2: arrays += k[1], v[1]
+    for scales in zip(k[1:], v[1:]): arrays += scales
     if self.page:   # one page is nobody's
       arrays += (jax.random.permutation(keys[3], pages)[:-1].reshape(self.batch, -1).astype(jnp.int32),)
     return arrays
 
-  def _stored(self, x) -> tuple[jax.Array, ...]:
+  def _stored(self, x, group: int, part: int) -> tuple[jax.Array, ...]:
     bits = BITS[self.storage]
+    if self.has_tiles: return quantize_tiles(x, bits=bits, group=group, part=part)
     return quantize_cache(x, bits=bits) if bits <= 8 else (x.astype(self.storage),)
 
   def lengths(self):
@@ -50,9 +54,20 @@ class Case:
     drawn_B = jax.random.randint(jax.random.key(1), (self.batch,), 1, self.slots + 1)
     return drawn_B.at[-1].set(1).at[0].set(self.slots).astype(jnp.int32)
 
+  @property
+  def has_tiles(self) -> bool:
+    """Whether scales are of tiles, with shifts."""
+    return self.storage.endswith('tiles')
+
+  @property
+  def names(self) -> list[str]:
+    """Of the arguments after the lengths."""
+    scales = ['k_scale_BKS', 'v_scale_BKS'] * (BITS[self.storage] <= 8) + ['k_shift', 'v_shift'] * self.has_tiles
+    return scales + ['page_table_BS'] * (self.page is not None)
+
   def call(self, implementation: str, tiles=None):
     """The op as a function of the arguments."""
-    names = ['k_scale_BKS', 'v_scale_BKS'] * (BITS[self.storage] <= 8) + ['page_table_BS'] * (self.page is not None)
+    names = self.names
     def run(q_BNH, k, v, lengths_B, *rest):
       options = dict(zip(names, rest), window=self.window)
       if tiles is None: return decode_attention(q_BNH, k, v, lengths_B, **options, implementation=implementation)
@@ -76,6 +91,7 @@ class Case:
     """Those of keys, values and scales of the visible tokens, of queries and of results."""
     N, K, H = self.heads
     scales = 4 if BITS[self.storage] <= 8 else 0
+    if self.has_tiles: scales = 2 * (H / GROUP + 2)   # float16 scales and shifts, of keys and of values on average
     queries = self.batch * N * H * jnp.dtype(self.dtype).itemsize
     return 2 * self.tokens * K * (H * BITS[self.storage] / 8 + scales) + 2 * queries
 
@@ -93,7 +109,7 @@ class Case:
   def baselines(self) -> dict:
     """What one would write without this operation: the cache is dequantized, and two products are computed in the dtype of
     the queries."""
-    return {} if self.page else {'jnp': self._plain}
+    return {} if self.page or self.has_tiles else {'jnp': self._plain}
 
   def _plain(self, q_BNH, k, v, lengths_B, *scales):
     (B, N, H), K = q_BNH.shape, k.shape[1]
@@ -122,6 +138,11 @@ CASES = {
   'int4 in pages and window': Case(3, 64, storage='int4', page=16, window=20),
   'bfloat16': Case(2, 300, storage='bfloat16', dtype=jnp.bfloat16),
   'int8 for bfloat16': Case(2, 300, storage='int8', dtype=jnp.bfloat16),
+  'int4 in tiles': Case(3, 136, storage='int4 tiles'),
+  'int8 in tiles, window': Case(3, 600, storage='int8 tiles', window=300),
+  'int4 in tiles, one token': Case(2, 8, heads=(6, 1, 8), storage='int4 tiles', window=1),
+  'int4 in tiles and pages': Case(3, 64, storage='int4 tiles', page=16, window=20),
+  'int4 in tiles for bfloat16': Case(2, 304, storage='int4 tiles', dtype=jnp.bfloat16),
   'float32 on bfloat16': Case(2, 40, storage='bfloat16'),
 }
 
@@ -130,7 +151,7 @@ def bench(platform: str) -> dict[str, Case]:
   """Caches of Llama 3.1 in each storage on accelerators, a small one on a CPU."""
   if platform == 'cpu':
     shapes = {'1 x 32k': Case(1, 32768, heads=(8, 2, 64), ragged=False)}
-    storages, dtype = ('float32', 'int8', 'int4'), jnp.float32
+    storages, dtype = ('float32', 'int8', 'int4', 'int4 tiles'), jnp.float32
   else:
     shapes = {
       'Llama-3.1-8B, 1 x 128k': Case(1, 131072, heads=(32, 8, 128), ragged=False),

@@ -35,10 +35,11 @@ BITS = {'bfloat16': 16, 'int8': 8, 'uint8': 4}
 
 
 def refuses(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, page_table_BS=None, softcap=None, tiles=None,
-            **_) -> str:
+            k_shift=None, **_) -> str:
   """Why this kernel cannot take these arguments, or ''."""
   G, H, Q = q_BNH.shape[1] // k_BKSH.shape[1], q_BNH.shape[2], k_BKSH.shape[2]
   if softcap is not None: return 'it has no soft cap'
+  if k_shift is not None: return 'it reads no scales and shifts of tiles'
   if not hasattr(plgpu, 'InterpretGPUParams'): return 'needs jax 0.11'
   if q_BNH.dtype != jnp.bfloat16: return f'queries are {q_BNH.dtype}: must be bfloat16'
   if k_BKSH.dtype.name not in BITS: return f'the cache is {k_BKSH.dtype}: must be bfloat16, int8 or uint8'

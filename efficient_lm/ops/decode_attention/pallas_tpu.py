@@ -24,9 +24,10 @@ LOWEST = -1e30
 LANES = 128
 
 
-def refuses(q_BNH, k_BKSH, v_BKSH, lengths_B, *, page_table_BS=None, softcap=None, **_) -> str:
+def refuses(q_BNH, k_BKSH, v_BKSH, lengths_B, *, page_table_BS=None, softcap=None, k_shift=None, **_) -> str:
   """Why this kernel cannot take these arguments, or ''."""
   if softcap is not None: return 'it has no soft cap'
+  if k_shift is not None: return 'it reads no scales and shifts of tiles'
   rows = {'float32': 8, 'bfloat16': 16}.get(k_BKSH.dtype.name, 32)
   if page_table_BS is not None and k_BKSH.shape[2] % rows:
     return f'pages of {k_BKSH.shape[2]} tokens: must be a multiple of {rows} in {k_BKSH.dtype}'

@@ -2,14 +2,15 @@
 import jax
 import jax.numpy as jnp
 
-from efficient_lm.ops.decode_attention.cache import contiguous, first_slots, per_token, unpacked
+from efficient_lm.ops.decode_attention.cache import Stored, contiguous, first_slots
 
 
 def decode_attention(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=None, page_table_BS=None,
-                     window=None, scale: float, softcap=None):
+                     window=None, scale: float, softcap=None, k_shift=None, v_shift=None):
   """o = softmax(scale * q k^T) v over slots first … length - 1; see the API."""
   (B, N, H), K = q_BNH.shape, k_BKSH.shape[1]
-  k_BKSH, v_BKSH = (_numbers(*cached, page_table_BS) for cached in ((k_BKSH, k_scale_BKS), (v_BKSH, v_scale_BKS)))
+  stored = Stored(k_BKSH, k_scale_BKS, k_shift), Stored(v_BKSH, v_scale_BKS, v_shift)
+  k_BKSH, v_BKSH = (contiguous(cached.numbers(), page_table_BS) for cached in stored)
   slot_S, first_B = jnp.arange(k_BKSH.shape[2]), first_slots(lengths_B, window)
   seen_BS = (slot_S >= first_B[:, None]) & (slot_S < lengths_B[:, None])
   q_BKGH = q_BNH.astype(jnp.float32).reshape(B, K, N // K, H)
@@ -19,9 +20,3 @@ def decode_attention(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_sc
   p_BKGS = jax.nn.softmax(scores_BKGS, axis=-1, where=seen_BS[:, None, None])
   o_BKGH = jnp.einsum('BKGS,BKSH->BKGH', jnp.where(seen_BS[:, None, None], p_BKGS, 0), v_BKSH, precision=precise)
   return o_BKGH.reshape(B, N, -1).astype(q_BNH.dtype)
-
-
-def _numbers(x, scale, page_table_BS):
-  x = unpacked(x, jnp.float32)
-  if scale is not None: x *= per_token(scale, x.shape[2])[..., None]
-  return contiguous(x, page_table_BS)

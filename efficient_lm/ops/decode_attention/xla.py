@@ -1,12 +1,16 @@
 """Attention of one token of each sequence in plain JAX: over all slots at once, or block by block.
 
-Scales multiply scores and probabilities, never the cache: (q . k_int) * scale, and p * scale before v_int. The cache is only
-converted to floats, which a product does as it reads it.
+A scale of a token multiplies scores and probabilities, never the cache: (q . k_int) * scale, and p * scale before v_int. The
+cache is only converted to floats, which a product does as it reads it. Scales and shifts of tiles are applied as it is
+converted, a block at a time on CPUs.
 """
+import math
+
 import jax.numpy as jnp
 from jax import lax
 
-from efficient_lm.ops.decode_attention.cache import combine, contiguous, first_slots, num_slots, per_token
+from efficient_lm.ops.decode_attention import cache as caches
+from efficient_lm.ops.decode_attention.cache import Stored, combine, contiguous, first_slots, num_slots, per_token
 from efficient_lm.ops.packing import planes
 
 # Numbers of keys in a block, over all sequences and heads. Converted, they and as many values fit a core's cache (2^16 to
@@ -15,17 +19,18 @@ BLOCK, MIN_SLOTS = 2 ** 18, 64
 
 
 def whole(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=None, page_table_BS=None, window=None,
-          scale: float, softcap=None):
+          scale: float, softcap=None, k_shift=None, v_shift=None):
   """All slots at once, masked: two products and a softmax, for devices with enough bandwidth to read all slots."""
   q_BKGH = _heads(q_BNH, k_BKSH.shape[1])
-  k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS = _gathered(k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, page_table_BS)
-  seen_BS = _seen(jnp.arange(k_BKSH.shape[2]), first_slots(lengths_B, window), lengths_B)
-  o_BKGH, m_BKG1, l_BKG1 = _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale, softcap)
+  keys, values = (_by_token(*stored).map(lambda x: contiguous(x, page_table_BS))
+                  for stored in ((k_BKSH, k_scale_BKS, k_shift), (v_BKSH, v_scale_BKS, v_shift)))
+  seen_BS = _seen(jnp.arange(keys.x.shape[2]), first_slots(lengths_B, window), lengths_B)
+  o_BKGH, m_BKG1, l_BKG1 = _partial(q_BKGH, keys, values, seen_BS, scale, softcap)
   return combine(o_BKGH[..., None, :], m_BKG1, l_BKG1).reshape(*q_BNH.shape[:2], -1).astype(q_BNH.dtype)
 
 
 def blocks(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=None, page_table_BS=None, window=None,
-           scale: float, softcap=None):
+           scale: float, softcap=None, k_shift=None, v_shift=None):
   """For CPUs: one block of slots at a time, up to the end of the longest sequence, so that converted keys and values stay in
   a core's cache, and slots that no query sees cost nothing.
 
@@ -33,9 +38,8 @@ def blocks(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=No
   therefore faster only where most slots are invisible; the program decides that at run time, when the lengths are known.
   """
   q_BKGH, S = _heads(q_BNH, k_BKSH.shape[1]), num_slots(k_BKSH, page_table_BS)
-  k_scale_BKS, v_scale_BKS = (scales if scales is None else per_token(scales, k_BKSH.shape[2])
-                              for scales in (k_scale_BKS, v_scale_BKS))
-  cache, size = (k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS), _block(k_BKSH, page_table_BS)
+  cache = _by_token(k_BKSH, k_scale_BKS, k_shift), _by_token(v_BKSH, v_scale_BKS, v_shift)
+  size = _block(k_BKSH, page_table_BS, math.lcm(*(stored.group for stored in cache)))
   first_B = first_slots(lengths_B, window)
 
   def at_once():
@@ -45,7 +49,7 @@ def blocks(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=No
     o_BKGH, m_BKG1, l_BKG1 = carry
     # The last block is moved back to fit the cache, and the slots that it shares with the block before are masked.
     start = jnp.minimum(i * size, S - size)
-    block = (None if x is None else _slots(x, page_table_BS, start, size) for x in cache)
+    block = (stored.map(lambda x: _slots(x, page_table_BS, start, size, k_BKSH.shape[2])) for stored in cache)
     seen_BS = _seen(start + jnp.arange(size), jnp.maximum(first_B, i * size), lengths_B)
     o, m, total = _partial(q_BKGH, *block, seen_BS, scale, softcap)
     new_m = jnp.maximum(m_BKG1, m)
@@ -54,8 +58,7 @@ def blocks(q_BNH, k_BKSH, v_BKSH, lengths_B, *, k_scale_BKS=None, v_scale_BKS=No
 
   def one_by_one():
     rows = q_BKGH.shape[:3]
-    width = v_BKSH.shape[3] * (2 if v_BKSH.dtype == jnp.uint8 else 1)
-    empty = jnp.zeros((*rows, width), jnp.float32), jnp.full((*rows, 1), LOWEST), jnp.zeros((*rows, 1), jnp.float32)
+    empty = jnp.zeros((*rows, cache[1].width), jnp.float32), jnp.full((*rows, 1), LOWEST), jnp.zeros((*rows, 1), jnp.float32)
     return lax.fori_loop(jnp.min(first_B) // size, -(-jnp.max(lengths_B) // size), step, empty)[::2]
 
   if page_table_BS is None and size == S: o_BKGH, l_BKG1 = at_once()
@@ -73,17 +76,16 @@ def _heads(q_BNH, K: int):
   return q_BNH.reshape(B, K, N // K, H)
 
 
-def _gathered(k, v, k_scale, v_scale, page_table_BS):
-  scales = (None if scale is None else contiguous(per_token(scale, x.shape[2]), page_table_BS)
-            for x, scale in ((k, k_scale), (v, v_scale)))
-  return contiguous(k, page_table_BS), contiguous(v, page_table_BS), *scales
+def _by_token(x, scale, shift) -> Stored:
+  """Keys or values with a scale for each token, if they have no tiles."""
+  return Stored(x, scale if scale is None or shift is not None else per_token(scale, x.shape[2]), shift)
 
 
-def _block(k, page_table_BS) -> int:
-  """The number of slots of a block: those of a page, or as many of a contiguous cache as BLOCK allows."""
+def _block(k, page_table_BS, group: int) -> int:
+  """The number of slots of a block: those of a page, or as many of a contiguous cache as BLOCK allows, in whole groups."""
   sequences, K, slots, H = k.shape
   if page_table_BS is not None: return slots
-  return min(slots, max(MIN_SLOTS, BLOCK // (sequences * K * H)))
+  return min(slots, -(-max(MIN_SLOTS, BLOCK // (sequences * K * H)) // group) * group)
 
 
 def _seen(slot_S, first_B, end_B):
@@ -91,40 +93,48 @@ def _seen(slot_S, first_B, end_B):
   return (slot_S >= first_B[:, None]) & (slot_S < end_B[:, None])
 
 
-def _slots(x, page_table_BS, start, size: int):
-  """Slots start … start + size - 1 of a cache, or of its scales."""
-  if page_table_BS is None: return lax.dynamic_slice_in_dim(x, start, size, axis=2)
+def _slots(x, page_table_BS, start, size: int, slots: int):
+  """Slots start … start + size - 1 of the `slots` of a cache, or their scales."""
+  group = slots // x.shape[2]
+  if page_table_BS is None: return lax.dynamic_slice_in_dim(x, start // group, size // group, axis=2)
   return x[lax.dynamic_index_in_dim(page_table_BS, start // size, axis=1, keepdims=False)]
 
 
-def _partial(q_BKGH, k_BKSH, v_BKSH, k_scale_BKS, v_scale_BKS, seen_BS, scale: float, softcap):
+def _partial(q_BKGH, keys: Stored, values: Stored, seen_BS, scale: float, softcap):
   """Over the visible slots: the sum of e^(s - m) v, m = max s, and the sum of e^(s - m)."""
   seen_B11S = seen_BS[:, None, None]
-  s_BKGS = scale * _against_keys(q_BKGH, k_BKSH)
-  if k_scale_BKS is not None: s_BKGS *= k_scale_BKS[:, :, None]
+  s_BKGS = scale * _against_keys(q_BKGH, keys)
+  if _has_tokens_scales(keys): s_BKGS *= keys.scale[:, :, None]
   if softcap is not None: s_BKGS = softcap * jnp.tanh(s_BKGS / softcap)
   s_BKGS = jnp.where(seen_B11S, s_BKGS, LOWEST)
   m_BKG1 = jnp.max(s_BKGS, axis=-1, keepdims=True)
   p_BKGS = jnp.where(seen_B11S, jnp.exp(s_BKGS - m_BKG1), 0)
   l_BKG1 = jnp.sum(p_BKGS, axis=-1, keepdims=True)
-  if v_scale_BKS is not None: p_BKGS = jnp.where(seen_B11S, p_BKGS * v_scale_BKS[:, :, None], 0)
-  return _times_values(p_BKGS.astype(q_BKGH.dtype), v_BKSH), m_BKG1, l_BKG1
+  if _has_tokens_scales(values): p_BKGS = jnp.where(seen_B11S, p_BKGS * values.scale[:, :, None], 0)
+  return _times_values(p_BKGS.astype(q_BKGH.dtype), values), m_BKG1, l_BKG1
 
 
-def _parts(x_BKSH, dtype):
-  """The numbers of the cache in `dtype`: one array, or two of half the head dim where two numbers share a byte.
-  Concatenating the halves first took four times as long on a CPU."""
-  parts = planes(x_BKSH, 4) if x_BKSH.dtype == jnp.uint8 else (x_BKSH,)
+def _has_tokens_scales(stored: Stored) -> bool:
+  return stored.scale is not None and stored.shift is None
+
+
+def _parts(stored: Stored, dtype):
+  """The numbers of the cache in `dtype`, without scales of tokens: one array, or two of half the head dim where two numbers
+  share a byte. Concatenating the halves first took four times as long on a CPU."""
+  parts = planes(stored.x, 4) if stored.x.dtype == jnp.uint8 else (stored.x,)
+  if stored.shift is not None:
+    scales = (jnp.split(x, len(parts), axis=-1) for x in (stored.scale, stored.shift))
+    parts = map(caches.scaled_tiles, parts, *scales)
   return [part.astype(dtype) for part in parts]
 
 
-def _against_keys(q_BKGH, k_BKSH):
-  parts = _parts(k_BKSH, q_BKGH.dtype)
+def _against_keys(q_BKGH, keys: Stored):
+  parts = _parts(keys, q_BKGH.dtype)
   return sum(_product(q, k, 3) for q, k in zip(jnp.split(q_BKGH, len(parts), axis=-1), parts))
 
 
-def _times_values(p_BKGS, v_BKSH):
-  return jnp.concatenate([_product(p_BKGS, v, 2) for v in _parts(v_BKSH, p_BKGS.dtype)], axis=-1)
+def _times_values(p_BKGS, values: Stored):
+  return jnp.concatenate([_product(p_BKGS, v, 2) for v in _parts(values, p_BKGS.dtype)], axis=-1)
 
 
 def _product(a, b, b_axis: int):

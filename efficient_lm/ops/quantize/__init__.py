@@ -1,7 +1,7 @@
 """Quantization of rows to eight bits in one pass, after RMS normalisation or a Hadamard rotation or both if asked for; and
 quantization of keys and values for a cache, to eight or four bits.
 
-The cache of models uses `quantize_cache`. No model uses `quantize`.
+Caches of models use `quantize_cache` and `quantize_tiles`. No model uses `quantize`.
 """
 import jax.numpy as jnp
 
@@ -63,6 +63,43 @@ def quantize_cache(x_BKSH, *, bits: int = 8, group: int = 1):
   values, scale_BKQ1 = absmax.values_and_scale(x_BKQJ, limit=2 ** (bits - 1) - 1, least=absmax.SMALL)
   values = values.reshape(x_BKSH.shape)
   return values if bits == 8 else pack_halves(values), scale_BKQ1[..., 0]
+
+
+def quantize_tiles(x_BKSH, *, bits: int = 4, group: int, part: int):
+  """Keys or values for a cache, from the smallest to the largest number of each tile of `group` tokens x `part` dims.
+
+    scale = (max - min) / (2^bits - 1);   shift = (max + min + scale) / 2;   values = round((x - shift) / scale)
+
+  Some channels of keys are large in all tokens (KIVI, Liu et al. 2024, arXiv 2402.02750, section 3.1): with a scale and a
+  shift of their own, part = 1, they do not widen the steps of the others. A shift is a zero point in the unit of the
+  numbers, so that it need not lie on the grid.
+
+  Args:
+    x_BKSH: (..., S, H), tokens and head dim last.
+    bits: 8 for int8, (..., S, H); 4 for two codes to a byte along H, uint8 (..., S, H / 2): see `packing.pack_halves`.
+    group: tokens that share a scale; divides S.
+    part: successive dims that share a scale; divides H, and of 4 bits H / 2.
+
+  Returns:
+    values, and scale and shift (..., S / group, H / part) in float16. x ≈ values * scale + shift, with an error of at most
+    half a scale and what rounding to float16 adds: 2^-11 of the tile's largest number, as if the cache were in float16.
+    What is outside of float16's range, 65504, is cut off.
+  """
+  *heads, S, H = x_BKSH.shape
+  if bits not in (4, 8): raise ValueError(f'quantize_tiles to {bits} bits: choose 4 or 8')
+  if S % group or H % part or (bits == 4 and H // 2 % part):
+    raise ValueError(f'quantize_tiles of {S} x {H} numbers in tiles of {group} x {part}: must divide, in 4 bits half of {H}')
+  most = float(jnp.finfo(jnp.float16).max)
+  x = jnp.clip(x_BKSH.astype(jnp.float32), -most, most).reshape(*heads, S // group, group, H // part, part)
+  low, high = (reduce(x, axis=(-3, -1), keepdims=True) for reduce in (jnp.min, jnp.max))
+  # The codes are for the scales as they are stored. The least scale is the least positive number of float16.
+  scale = jnp.maximum((high - low) / (2 ** bits - 1), 2. ** -24).astype(jnp.float16)
+  step = scale.astype(jnp.float32)
+  shift = jnp.clip((high + low + step) / 2, -most, most).astype(jnp.float16)
+  limit = 2 ** (bits - 1)
+  values = absmax.nearest((x - shift.astype(jnp.float32)) / step, limit=limit - 1, lowest=-limit).reshape(x_BKSH.shape)
+  flat = lambda y: y[..., 0, :, 0]
+  return values if bits == 8 else pack_halves(values), flat(scale), flat(shift)
 
 
 def _pallas_tpu():

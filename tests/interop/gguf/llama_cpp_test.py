@@ -1,6 +1,7 @@
 """llama.cpp opens what is written, and computes what this library computes: `make check-gguf`, which builds it."""
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +121,7 @@ def test_a_real_model_is_computed_and_its_text_read(tmp_path, smollm2):
   source, path = Gguf(path=smollm2), tmp_path / 'model.gguf'
   checkpoint, tokenizer = names.checkpoint(source.file), source.tokenizer()
   model = Written(checkpoint.config, {name: tensor.read() for name, tensor in checkpoint.tensors.items()})
-  assert GgufFile().write(model, tokenizer, path) == ()
+  assert GgufFile().save(model, tokenizer, path) == ()
   texts = [*TEXTS, pathlib.Path(__file__).read_text()]
   ids = tokenizer.encode(texts[-1])[:64]
   said, wanted = answered(path, ids, texts), ours(path, ids)

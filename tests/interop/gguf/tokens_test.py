@@ -65,11 +65,14 @@ def test_what_llama_cpp_does_not_do_is_said():
 
 
 def test_a_cut_without_a_name_is_refused():
-  """Words of at most 64 characters, as tokenizers that are learned here cut them."""
   tokenizer = BPE(vocab_size=300)
-  learned = BytePairs(tokenizer._learn([b'the cat sat on the mat ' * 20]), 300, bos=299, eod=299)
+  model = tokenizer._learn([b'the cat sat on the mat ' * 20])
+  learned = BytePairs(model, 300, bos=299, eod=299)
+  assert tokens.metadata(learned, 300, 'llama')['tokenizer.ggml.pre'] == 'gpt-2'
+  assert tokens.notes(learned) == ('Words of more than 64 characters are cut by the tokenizer, and not by engines.',)
+  other = BytePairs(model.replace('{1,64}', '{1,7}'), 300, bos=299, eod=299)
   with pytest.raises(ConfigError, match=r'tokenizer = .BytePairs.*engines have no name.*tokenizer=False'):
-    tokens.metadata(learned, 300, 'llama')
+    tokens.metadata(other, 300, 'llama')
 
 
 def test_more_ids_than_rows_and_symbols_are_refused():

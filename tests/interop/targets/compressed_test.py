@@ -7,7 +7,7 @@ import pytest
 
 from efficient_lm.data.tokenizers import ByteTokenizer
 from efficient_lm.errors import IncompatibleError
-from efficient_lm.formats import MXFP4, Block, Channel, Float8, Group, Int
+from efficient_lm.formats import MXFP4, Block, Channel, Float8, FullRangeInt, Group, Int
 from efficient_lm.interop import folder, write
 from efficient_lm.interop.huggingface import HuggingFace
 from efficient_lm.interop.parity import logits_of
@@ -21,7 +21,7 @@ from efficient_lm.weights.weight import Dense, Weight
 
 FIXTURES = pathlib.Path(__file__).parent.parent / 'fixtures'
 LAYERS = r'attention|mlp/(gate|up|down)|experts'
-SCHEMES = {'W4A16': (Int(bits=4, scales=Group(size=8)), None), 'W4A16 by rows': (Int(bits=4, scales=Channel()), None),
+SCHEMES = {'W4A16': (Int(bits=4, scales=Group(size=8)), None), 'W4A16 by rows': (FullRangeInt(scales=Channel()), None),
            'W8A8': (Int(), Int()), 'W8A16': (Int(), None), 'FP8': (Float8(), Float8())}
 
 
