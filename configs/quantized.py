@@ -42,8 +42,7 @@ QAT = {
   'bitnet': lambda size: (BitNet(),),
   'distilled_int4': lambda size: (Distill(teacher=trained(size)), aware(GROUPS)),
 }
-AFTER = FullRangeInt(bits=4, scales=GROUPS.scales)
-ptq = lambda method, *rules: Quantize(rules=(*rules, Rule(weights=AFTER)), method=method)
+ptq = lambda method, *rules: Quantize(rules=(*rules, Rule(weights=FullRangeInt(scales=GROUPS.scales))), method=method)
 outer = lambda last: Rule(where=rf'/blocks/(0|{last})/', weights=Int(scales=GROUPS.scales))
 PTQ = {'gptq': lambda last: (ptq(Gptq()),), 'awq': lambda last: (ptq(Awq()),),
        'mixed': lambda last: (Unroll(), ptq(Gptq(), outer(last)))}

@@ -39,7 +39,8 @@ def group(stored: Stored) -> int:
 def _kind(format: Format, has_zero: bool, ternary: str) -> str | None:
   if isinstance(format, MXFP4): return 'MXFP4'
   if isinstance(format, Ternary) or (isinstance(format, Int) and format.bits == 2 and not has_zero): return ternary
-  if isinstance(format, (Int, FullRangeInt)): return {(4, False): 'Q4_0', (4, True): 'Q4_1', (8, False): 'Q8_0'}.get((format.bits, has_zero))
+  of_integers = {(4, False): 'Q4_0', (4, True): 'Q4_1', (8, False): 'Q8_0'}
+  if isinstance(format, (Int, FullRangeInt)): return of_integers.get((format.bits, has_zero))
   return None
 
 
