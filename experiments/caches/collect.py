@@ -20,7 +20,7 @@ from experiments import collecting
 SLOTS = 4096
 CACHES = {'float': spec.FloatCache(), **{
   f'int{bits}, {name}': spec.IntegerCache(bits=bits, group=group)
-  for bits in (8, 4) for name, group in (('a scale a token', 1), ('a scale 32 tokens', 32))}}
+  for bits in (8, 4) for name, group in (('a scale a token', 1), ('a scale 32 tokens', 32))}, 'int4, tiles': spec.TiledCache()}
 
 
 def collect(workdir) -> dict:
