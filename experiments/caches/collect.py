@@ -18,7 +18,7 @@ from efficient_lm.tree import num_bytes
 from experiments import collecting
 
 SLOTS = 4096
-CACHES = {'float': spec.FloatCache(), **{
+CACHES = {'float': spec.FloatCache(), 'int4, tiles': spec.TiledCache(), **{
   f'int{bits}, {name}': spec.IntegerCache(bits=bits, group=group)
   for bits in (8, 4) for name, group in (('a scale a token', 1), ('a scale 32 tokens', 32))}}
 

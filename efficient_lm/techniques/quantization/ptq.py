@@ -34,9 +34,10 @@ class Quantize:
     """The model in few bits, and what there is to say of it."""
     import jax
 
-    from efficient_lm.compression import calibration, layerwise, rewriting
+    from efficient_lm.compression import calibration, layerwise, rewriting, search
     from efficient_lm.parallel.sharding import shardings
-    model, notes = rewriting.without_low_precision(model), []
+    model = original = rewriting.without_low_precision(model)
+    notes = []
     for stage in self.before:
       model, said = stage(model, context)
       notes += said
@@ -49,6 +50,7 @@ class Quantize:
       notes += layers.notes(calibration.num_tokens(batches))
     rest = lambda path, weight, rule: weight if path in layers.done else layerwise.nearest(path, weight, rule, self.method)
     model = rewriting.apply(model, self.rules, rest)
+    if self.method.needs: notes.append(search.divergence_note(original, model, batches[:1]))
     return jax.device_put(model, shardings(model, context.mesh)) if context.mesh is not None else model, tuple(notes)
 
   def abstract(self, model):

@@ -65,6 +65,17 @@ def test_all_that_rules_name_is_stored_in_their_format_and_shapes_are_known_befo
   if method != 'nearest': assert notes[1].startswith('calibrated on 256 tokens: output error 0.')
 
 
+@pytest.mark.parametrize('method', ['gptq', 'awq'])
+def test_the_divergence_from_the_float_model_is_noted(method):
+  """Of the first calibration batch, by its equation over all logits."""
+  model, notes = after(method)
+  batch = next(iter(Context().batches(1)))
+  exact, changed = (jax.nn.log_softmax(logits_of(one, batch)) for one in (model_of(), model))
+  wanted = float(jnp.mean(jnp.sum(jnp.exp(exact) * (exact - changed), -1)))
+  said = float(re.fullmatch(r'KL to the float model: ([0-9.]+) nats a token, of [0-9]+ calibration tokens', notes[-1])[1])
+  assert wanted > 1e-3 and abs(said - wanted) < 1e-4, 'it is said with four digits'
+
+
 def test_round_to_nearest_is_that():
   model, _ = after('nearest')
   plain = tree.rewrite(model_of(), Weight, lambda _, weight: round_to_nearest(weight, FORMAT), 'mlp/up$')
