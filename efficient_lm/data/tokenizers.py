@@ -185,16 +185,48 @@ class BPE:
     return learner.to_str()
 
 
-class BytePairs(_Codec):
+class _Pieces(_Codec):
+  """A model of the package `tokenizers`; `_pieces` are the bytes that each id stands for.
+
+  Attributes:
+    specials: the ids of its marks, by their text; no text encodes to them.
+    template: Jinja of the chats that it was trained on, or None.
+  """
+
+  def __init__(self, model: str, vocab_size: int, *, bos: int | None, eod: int | None, stops: Sequence[int] | None,
+               template: str | None):
+    """As BytePairs."""
+    self.model = json.dumps(json.loads(model))
+    self.vocab_size, self.bos, self.eod, self.template = vocab_size, bos, eod, template
+    self._stops = super().stops if stops is None else tuple(stops)
+    self._encoder = tokenizers.Tokenizer.from_str(model)
+    _plain(self._encoder)
+    self._added = self._encoder.get_added_tokens_decoder()
+    self.specials = {token.content: index for index, token in self._added.items() if token.special}
+    self._marks = {mark for mark in (bos, eod) if mark is not None}
+    self._pieces = [b''] * vocab_size
+
+  @property
+  def stops(self) -> tuple[int, ...]:
+    return self._stops
+
+  @property
+  def bytes_V(self) -> np.ndarray:
+    return np.array([len(piece) for piece in self._pieces], np.int32)
+
+  def encode(self, text: str | bytes) -> np.ndarray:
+    return self.encode_all([text])[0]
+
+  def decode_bytes(self, ids) -> bytes:
+    return b''.join(self._pieces[index] for index in np.asarray(ids).tolist())
+
+
+class BytePairs(_Pieces):
   """A learned BPE. Bytes that are not UTF-8 become ids of single bytes: every document survives.
 
   One of others (`foreign`) may fall short of that, and gives the ids that transformers gives: it may compose characters
   (NFC) first, may know words that no merging makes and that stand whole wherever they occur, and bytes that it has no id
   for drop out of a text.
-
-  Attributes:
-    specials: the ids of its marks, by their text; no text encodes to them.
-    template: Jinja of the chats that it was trained on, or None.
   """
 
   def __init__(self, model: str, vocab_size: int, *, bos: int | None, eod: int | None,
@@ -204,16 +236,10 @@ class BytePairs(_Codec):
     A mark may be one of the model's own ids, if no text encodes to it. Raises ValueError for a model that does not fit in
     `vocab_size` beside the marks or that changes text.
     """
-    self.model = json.dumps(parsed := json.loads(model))
-    self.vocab_size, self.bos, self.eod = vocab_size, bos, eod
-    self.foreign, self.template = foreign, template
-    self._stops = super().stops if stops is None else tuple(stops)
-    self._encoder = _text_only(tokenizers.Tokenizer.from_str(model), foreign)
-    byte_of = byte_of_character()
-    added = self._encoder.get_added_tokens_decoder()
-    self.specials = {token.content: index for index, token in added.items() if token.special}
-    marks = {mark for mark in (bos, eod) if mark is not None}
-    self._pieces, made = [b''] * vocab_size, _made(parsed['model'])
+    super().__init__(model, vocab_size, bos=bos, eod=eod, stops=stops, template=template)
+    self.foreign = foreign
+    _check_text_only(self._encoder, foreign)
+    byte_of, added, marks, made = byte_of_character(), self._added, self._marks, _made(json.loads(model)['model'])
     for piece, index in self._encoder.get_vocab().items():
       if index >= vocab_size or (index in marks and index not in added and piece in made and not foreign):
         raise ValueError(f'token {index} does not fit in a vocabulary of {vocab_size} with the marks {sorted(marks)}')
@@ -226,10 +252,6 @@ class BytePairs(_Codec):
     probe = unicodedata.normalize('NFC', _PROBE) if self._encoder.normalizer is not None else _PROBE
     if self.decode_bytes(self.encode(_PROBE)) != probe.encode(): raise ValueError('it changes the text')
 
-  @property
-  def stops(self) -> tuple[int, ...]:
-    return self._stops
-
   @functools.cached_property
   def key(self) -> str:
     model = json.loads(self.model)
@@ -239,13 +261,6 @@ class BytePairs(_Codec):
     parts = [bpe, model.get('pre_tokenizer'), self.bos, self.eod]
     if self.foreign: parts += [model.get('normalizer'), [t['content'] for t in model['added_tokens'] if not t['special']]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-  @property
-  def bytes_V(self) -> np.ndarray:
-    return np.array([len(piece) for piece in self._pieces], np.int32)
-
-  def encode(self, text: str | bytes) -> np.ndarray:
-    return self.encode_all([text])[0]
 
   def encode_all(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
     # Pieces alternate: valid text, then broken bytes, which Python decodes to lone surrogates.
@@ -259,47 +274,30 @@ class BytePairs(_Codec):
 
     return [np.concatenate([ids(*item) for item in enumerate(pieces)]) for pieces in split]
 
-  def decode_bytes(self, ids) -> bytes:
-    return b''.join(self._pieces[index] for index in np.asarray(ids).tolist())
-
   def to_json(self) -> str:
     foreign = {'foreign': True, 'template': self.template} if self.foreign else {}
     return json.dumps({'kind': 'bpe', 'vocab_size': self.vocab_size, 'bos': self.bos, 'eod': self.eod,
                        'stops': self.stops, **foreign, 'model': json.loads(self.model)})
 
 
-class SentencePieces(_Codec):
+class SentencePieces(_Pieces):
   """A tokenizer made by SentencePiece (Kudo and Richardson 2018, arXiv:1808.06226), as Llama 2, Mistral and Gemma have one:
   '▁' stands for a space, and bytes have ids of their own ('<0x0A>') for what no piece has. Most begin a text with a space
   that it does not have: `decode_bytes` gives it back, and bits per byte counts it.
-
-  Attributes:
-    specials, template: as those of BytePairs.
   """
 
   def __init__(self, model: str, vocab_size: int, *, bos: int | None, eod: int | None, stops: Sequence[int] | None = None,
                template: str | None = None):
     """As BytePairs, one of others. Raises ValueError for a model that changes text in other ways."""
-    self.model = json.dumps(json.loads(model))
-    self.vocab_size, self.bos, self.eod, self.template = vocab_size, bos, eod, template
-    self._stops = super().stops if stops is None else tuple(stops)
-    self._encoder = tokenizers.Tokenizer.from_str(model)
-    _plain(self._encoder)
-    added = self._encoder.get_added_tokens_decoder()
-    self.specials = {token.content: index for index, token in added.items() if token.special}
-    marks = {mark for mark in (bos, eod) if mark is not None}
+    super().__init__(model, vocab_size, bos=bos, eod=eod, stops=stops, template=template)
+    added, marks = self._added, self._marks
     if not {*marks, *self.stops, *self._encoder.get_vocab().values()} <= {*range(vocab_size)}:
       raise ValueError(f'bos, eod, stops and all tokens must be ids below {vocab_size}')
-    self._pieces = [b''] * vocab_size
     for piece, index in self._encoder.get_vocab().items():
       if index not in added: self._pieces[index] = _bytes_of_piece(piece)
       elif not added[index].special: self._pieces[index] = piece.encode()
     for index in marks: self._pieces[index] = b''
     if self.decode_bytes(self.encode(_PROBE)).removeprefix(b' ') != _PROBE.encode(): raise ValueError('it changes the text')
-
-  @property
-  def stops(self) -> tuple[int, ...]:
-    return self._stops
 
   @functools.cached_property
   def key(self) -> str:
@@ -307,20 +305,10 @@ class SentencePieces(_Codec):
     parts = [model.get(name) for name in ('model', 'normalizer', 'pre_tokenizer', 'added_tokens')] + [self.bos, self.eod]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-  @property
-  def bytes_V(self) -> np.ndarray:
-    return np.array([len(piece) for piece in self._pieces], np.int32)
-
-  def encode(self, text: str | bytes) -> np.ndarray:
-    return self.encode_all([text])[0]
-
   def encode_all(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
     """Bytes that are no UTF-8 are encoded as the character that replaces them."""
     texts = [_bytes(document).decode('utf-8', 'replace') for document in documents]
     return [np.array(one.ids, np.int32) for one in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
-
-  def decode_bytes(self, ids) -> bytes:
-    return b''.join(self._pieces[index] for index in np.asarray(ids).tolist())
 
   def to_json(self) -> str:
     return json.dumps({'kind': 'sentencepiece', 'vocab_size': self.vocab_size, 'bos': self.bos, 'eod': self.eod,
@@ -357,9 +345,8 @@ def _checked(tokenizer):
   return tokenizer
 
 
-def _text_only(encoder, foreign: bool):
-  """The encoder, set to give every text exactly the ids of its own characters. Raises ValueError where it cannot."""
-  _plain(encoder)
+def _check_text_only(encoder, foreign: bool):
+  """Raises ValueError for an encoder that does not give every text exactly the ids of its own characters."""
   normalizer, added = encoder.normalizer, encoder.get_added_tokens_decoder().values()
   if normalizer is not None and not (foreign and isinstance(normalizer, tokenizers.normalizers.NFC)):
     raise ValueError('a normalizer changes the text')
@@ -367,7 +354,6 @@ def _text_only(encoder, foreign: bool):
     raise ValueError('added tokens that are not special have no place among byte pairs')
   if any(token.lstrip or token.rstrip or token.single_word for token in added if not token.special):
     raise ValueError('added tokens that take the spaces beside them change the text')
-  return encoder
 
 
 def _made(bpe: dict) -> set[str]:

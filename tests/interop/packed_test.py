@@ -27,7 +27,7 @@ def written(path, name: str, format) -> str:
   config, tensors = for_engines(name)
   fits = lambda key, w: w.ndim == 2 and w.shape[1] % 32 == 0 and 'router' not in key and '.gate.weight' not in key
   tensors = {key: drawn(w.shape, format, seed=i) if fits(key, w) else w for i, (key, w) in enumerate(tensors.items())}
-  GgufFile().write(Written(config, tensors), None, path / 'model.gguf')
+  GgufFile().save(Written(config, tensors), None, path / 'model.gguf')
   assert any(isinstance(one, Stored) for one in tensors.values())
   return str(path)
 

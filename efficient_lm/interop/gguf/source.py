@@ -4,37 +4,28 @@ import hashlib
 import os
 
 from efficient_lm.errors import ConfigError
-from efficient_lm.interop import families
-from efficient_lm.interop.gguf import config, names, reader, vocabulary
+from efficient_lm.interop.gguf import names, reader, vocabulary
+from efficient_lm.interop.imported import Imported
 from efficient_lm.models.added import added
 
-DTYPES = (None, 'float32', 'bfloat16', 'float16')
 SAMPLE = 4096   # bytes
 
 
 @dataclasses.dataclass(kw_only=True)
-class Gguf:
+class Gguf(Imported):
   """The model in the file `path`, or in the only GGUF file of a folder. `dtype`: of the computation (None: float32).
   `parameters`: dtype that its arrays are held in (None: that of the file; float32 for blocks, which are dequantized). A run
   that trains it should hold them in 'float32': the small steps of an optimizer are lost in 16 bits. `packed`: whether
   matrices in Q8_0, Q4_0 and MXFP4 stay as they are stored, and frozen; the same numbers in an eighth to a quarter of the
   memory. Other blocks are dequantized still: Q4_1 has offsets that no zero point of whole steps is."""
-  path: str
-  dtype: str | None = None
-  parameters: str | None = None
   packed: bool = added(False)
 
-  def check(self):
-    if not self.path: yield 'path', self.path, 'must name a .gguf file'
-    for field in ('dtype', 'parameters'):
-      value = getattr(self, field)
-      if value not in DTYPES: yield field, value, 'must be float32, bfloat16 or float16, or None'
+  place = 'a .gguf file'
 
   @property
   def label(self) -> str:
     """What it is called in files and messages."""
-    held = [f'{field} {value}' for field, value in (('computed in', self.dtype), ('held in', self.parameters)) if value]
-    return ', '.join([self.path, *held, *['as stored'] * self.packed])
+    return ', '.join([super().label, *['as stored'] * self.packed])
 
   @property
   def here(self) -> bool:
@@ -48,29 +39,26 @@ class Gguf:
     if found is None: raise ConfigError('path', self.path, 'is neither a GGUF file nor a folder with one')
     return reader.read(found)
 
-  @property
-  def context(self) -> int:
-    """Tokens of a text that the model was made for. Raises as `spec` does."""
-    found = config.config_of(self.file)
-    return found.get('n_positions') or found['max_position_embeddings'] or 2048
-
-  def spec(self):
-    """Raises CheckpointError for a damaged file, IncompatibleError or ConfigError for a model that no model here is."""
+  def config(self):
+    """As Imported. Raises CheckpointError for a damaged file, IncompatibleError for a model that is not understood."""
     file = self.file
-    model = families.spec_of(names.checkpoint(file).config, file.path)
-    return model if self.dtype is None else dataclasses.replace(model, dtype=self.dtype)
+    return names.checkpoint(file).config, file.path
+
+  def checkpoint(self):
+    """As Imported."""
+    return names.checkpoint(self.file)
 
   def abstract(self):
-    """Raises as `spec` does, and CheckpointError for tensors that are not those of the model."""
-    from efficient_lm.interop import load, packed
-    abstract = packed.abstract if self.packed else load.abstract
-    return abstract(self.spec(), names.checkpoint(self.file), self.parameters)
+    """As Imported."""
+    if not self.packed: return super().abstract()
+    from efficient_lm.interop import packed
+    return packed.abstract(self.spec(), self.checkpoint(), self.parameters)
 
   def load(self, mesh=None):
-    """On `mesh` (default: on one device). Raises as `abstract` does."""
-    from efficient_lm.interop import load, packed
-    filled = packed.load if self.packed else load.load
-    return filled(self.spec(), names.checkpoint(self.file), mesh, self.parameters)
+    """As Imported."""
+    if not self.packed: return super().load(mesh)
+    from efficient_lm.interop import packed
+    return packed.load(self.spec(), self.checkpoint(), mesh, self.parameters)
 
   def tokenizer(self):
     """Raises IncompatibleError for one that is not understood."""
