@@ -18,6 +18,7 @@ from efficient_lm.runs import loading, record, run
 from efficient_lm.techniques.quantization.ptq import Quantize
 from tests import minute
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')   # nearly all of their time is compiling
 FLAGS = ('run', 'format', 'out', 'dtype', 'text', 'stage')
 
 

@@ -27,6 +27,7 @@ from efficient_lm.weights.quantized import Quantized, round_to_nearest
 from efficient_lm.weights.rotated import Rotated
 from efficient_lm.weights.weight import Dense
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')   # nearly all of their time is compiling
 FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 NAMES = sorted(path.parent.name for path in FIXTURES.glob('*/expected.npz'))
 SPELLINGS = (('rope_parameters',), ('rope_theta', 'rope_scaling', 'rope_local_base_freq'))

@@ -19,6 +19,7 @@ from efficient_lm.weights.quantized import Quantized, round_to_nearest
 from efficient_lm.weights.quantizers import Rounding
 from efficient_lm.weights.weight import Dense, Weight
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')   # nearly all of their time is compiling
 FIXTURES = pathlib.Path(__file__).parent.parent / 'fixtures'
 LAYERS = r'attention|mlp/(gate|up|down)|experts'
 SCHEMES = {'W4A16': (Int(bits=4, scales=Group(size=8)), None), 'W4A16 by rows': (FullRangeInt(scales=Channel()), None),

@@ -11,6 +11,7 @@ from efficient_lm.interop.huggingface import HuggingFace
 from efficient_lm.interop.targets import HuggingFaceFolder
 from efficient_lm.interop.targets import folder as target
 
+pytestmark = pytest.mark.usefixtures('quick_compilation')   # nearly all of their time is compiling
 FIXTURES = pathlib.Path(__file__).parent.parent / 'fixtures'
 NAMES = sorted(path.parent.name for path in FIXTURES.glob('*/expected.npz'))
 
