@@ -14,7 +14,7 @@ from efficient_lm.compression.method import RoundToNearest
 from efficient_lm.compression.rewriting import without_low_precision
 from efficient_lm.compression.rules import Rule
 from efficient_lm.errors import ConfigError, IncompatibleError
-from efficient_lm.formats import NF4, Float8, Group, Int, MeanSquaredError, MidRise, Percentile, Ternary
+from efficient_lm.formats import Group, Int, MeanSquaredError, MidRise, Percentile, Ternary
 from efficient_lm.models import spec
 from efficient_lm.models.moe.layer import MoE
 from efficient_lm.models.moe.routing import SoftmaxTopK
@@ -211,8 +211,7 @@ FOUR_BITS = Rule(weights=Int(bits=4, scales=Group(size=4)))
 METHODS = {'rtn': RoundToNearest(), 'least squares': RoundToNearest(range=MeanSquaredError()),
            'percentile': RoundToNearest(range=Percentile(percent=99)), 'gptq': Gptq(block=8),
            'gptq in order': Gptq(act_order=False, true_sequential=True), 'awq': Awq(grid=4, clips=3)}
-ZERO_OR_NONE = {'int4': Int(bits=4, scales=Group(size=4)), 'zero point': Int(bits=4, symmetric=False), 'float8': Float8(),
-                'NF4': NF4(scales=Group(size=8)), 'ternary': Ternary(), 'mid-rise': MidRise()}
+ZERO_OR_NONE = {'int4': Int(bits=4, scales=Group(size=4)), 'ternary': Ternary(), 'mid-rise': MidRise()}
 
 
 def context():
@@ -231,10 +230,13 @@ def trained(*names):
   return learner.finished(state.model, state.opt_state, techniques)
 
 
-@pytest.mark.parametrize('name', [name for name in TECHNIQUES if name not in ROUNDING])
-@pytest.mark.parametrize('before', [(SmoothQuant(sequences=2), Rotate()), (Rotate(), SmoothQuant(sequences=2))],
-                         ids=['smooth-rotate', 'rotate-smooth'])
-def test_a_float_model_is_smoothed_and_rotated_in_either_order_and_then_stored_in_four_bits(name, before):
+SMOOTHED = (SmoothQuant(sequences=2), Rotate())
+
+
+@pytest.mark.parametrize('before, name', [
+  *((SMOOTHED, name) for name in TECHNIQUES if name not in ROUNDING), (SMOOTHED[::-1], 'prune')],
+  ids=lambda value: value if isinstance(value, str) else '-'.join(type(stage).__name__ for stage in value))
+def test_a_float_model_is_smoothed_and_rotated_in_either_order_and_then_stored_in_four_bits(before, name):
   model = trained(name)
   # Products in 8 bits are for training: what has been trained is a float model.
   wanted = logits(without_low_precision(model))
@@ -273,8 +275,7 @@ def test_what_low_precision_is_wrapped_around_is_found_by_every_stage(name, stag
 
 
 @pytest.mark.parametrize('method, format', [
-  *itertools.product(METHODS, ('int4', 'mid-rise')),
-  *itertools.product(('rtn', 'gptq'), ('zero point', 'float8', 'NF4', 'ternary'))])
+  *itertools.product(METHODS, ('mid-rise',)), *itertools.product(('rtn', 'gptq'), ('int4', 'ternary'))])
 def test_what_was_pruned_is_zero_whatever_quantizes_it(method, format):
   """In a format that has no zero, too: there the mask goes around. (All pairs: compression/layerwise_test.)"""
   method, format, model = METHODS[method], ZERO_OR_NONE[format], trained('prune')
