@@ -78,7 +78,7 @@ def main(overrides: list[str]):
   notes = export(made, source.load(), tokenizer, FLAGS.out, source=source.label, length=length,
                  tokens_BT=tokens_BT[:, :length], text=text)
   print_ = console.terminal().print
-  print_(f'[bold]{FLAGS.out}[/]: {type(made).__name__} of {source.label}')
+  print_(f'[bold]{FLAGS.out}[/]: {made.title} of {source.label}')
   for note in notes: print_(note)
 
 

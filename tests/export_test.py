@@ -1,5 +1,4 @@
 """A model taken away, by the command and by a stage of its run."""
-import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 from efficient_lm import export
 from efficient_lm.commands import exit_code
 from efficient_lm.compression.rules import Rule
-from efficient_lm.data import TextFiles
 from efficient_lm.formats import Group, Int
 from efficient_lm.interop.export import Export
 from efficient_lm.interop.gguf.source import Gguf
@@ -26,13 +24,8 @@ FLAGS = ('run', 'format', 'out', 'dtype', 'text', 'stage')
 def workdir(tmp_path_factory):
   """A run that trains nothing, quantizes, and writes what it has in the words of others."""
   folder = tmp_path_factory.mktemp('run')
-  for i in range(6): (folder / f'{i}.txt').write_text(f'some text {i}, ä€😀 ' * 20)
-  made = minute.get_config('quick')
-  data = dataclasses.replace(made.data, source=TextFiles(train=(f'{folder}/*.txt',), heldout_fraction=0.3), eval_tokens=128)
   layers = Rule(where='attention|mlp', weights=Int(bits=4, scales=Group(size=16)))
-  model, train = dataclasses.replace(made.model, vocab_size=264), dataclasses.replace(made.train, steps=0)
-  made = dataclasses.replace(made, data=data, model=model, train=train, stages=(
-    Quantize(rules=(layers,)), Export(to=CompressedTensors())))
+  made = minute.over_bytes(folder, stages=(Quantize(rules=(layers,)), Export(to=CompressedTensors())))
   run.run(made, made, folder / 'run')
   return folder / 'run'
 
@@ -52,14 +45,14 @@ def said(workdir, capsys):
 
 def test_what_is_exported_is_a_source_that_computes_the_same(said, workdir, tmp_path):
   out = said(format='hf', out=tmp_path / 'out')
-  assert 'HuggingFaceFolder of' in out and 'written as the floats' in ' '.join(out.split())
+  assert 'Hugging Face folder of' in out and 'written as the floats' in ' '.join(out.split())
   model, source = loading.load_model(workdir), HuggingFace(path=str(tmp_path / 'out'))
   tokenizer, ids_BT = record.tokenizer(workdir), np.arange(24).reshape(2, 12)
   # Sums in another order: products of integers with a scale a group there, of dequantized floats here.
   np.testing.assert_allclose(source.load()(ids_BT).logits_BTV, model(ids_BT).logits_BTV, atol=1e-5)
   np.testing.assert_array_equal(source.tokenizer().prompt('some ä'), tokenizer.prompt('some ä'))
   again = said(run=tmp_path / 'out', format='hf', out=tmp_path / 'again')   # a folder of others is exported as well
-  assert 'HuggingFaceFolder' in again
+  assert 'Hugging Face folder' in again
   assert (tmp_path / 'again' / 'model.safetensors').read_bytes() == (tmp_path / 'out' / 'model.safetensors').read_bytes()
 
 
@@ -68,7 +61,7 @@ def test_the_stage_writes_what_the_command_writes(said, workdir, tmp_path):
   (stage,) = workdir.glob('stages/*/export')
   assert (stage / 'model.safetensors').read_bytes() == (tmp_path / 'out' / 'model.safetensors').read_bytes()
   ledger = json.loads((workdir / 'ledger.json').read_text())
-  assert 'Export: CompressedTensors in' in json.dumps(ledger)
+  assert 'Export: Hugging Face folder in few bits in' in json.dumps(ledger)
 
 
 def test_programs_for_others_compute_what_the_model_does(said, workdir, tmp_path):

@@ -1,5 +1,4 @@
 """Text from a run, as a user asks for it in a terminal: where it ends, what cannot be asked for, what terminals can show."""
-import dataclasses
 import io
 import os
 import pathlib
@@ -11,7 +10,6 @@ import pytest
 
 from efficient_lm import generate
 from efficient_lm.commands import exit_code
-from efficient_lm.data import TextFiles
 from efficient_lm.models import decode
 from efficient_lm.runs import loading, record, run
 from tests import minute
@@ -23,13 +21,8 @@ DEFAULTS = {'prompt': 'a', 'tokens': 8, 'stop': None, 'temperature': 0.8, 'top_k
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  """A run on bytes that has trained nothing: every byte, and the end of a document, is about as likely as any other."""
   folder = tmp_path_factory.mktemp('run')
-  for i in range(6): (folder / f'{i}.txt').write_text(f'some text {i}, ä€😀 ' * 20)
-  made = minute.get_config('quick')
-  data = dataclasses.replace(made.data, source=TextFiles(train=(f'{folder}/*.txt',), heldout_fraction=0.3), eval_tokens=128)
-  made = dataclasses.replace(made, data=data, model=dataclasses.replace(made.model, vocab_size=264),
-                             train=dataclasses.replace(made.train, steps=0))
+  made = minute.over_bytes(folder)
   run.run(made, made, folder / 'run')
   return folder / 'run'
 

@@ -38,7 +38,7 @@ class Export:
     ids = corpus.tokenizer.prompt(corpus.eval_documents()[0].content[:16 * TOKENS])[:min(TOKENS, length)]
     notes = export(self.to, model, corpus.tokenizer, out, source=str(context.outputs), length=length, replace=True,
                    tokens_BT=np.asarray(ids)[None], text='held-out text')
-    return model, (f'Export: {type(self.to).__name__} in {out}', *notes)
+    return model, (f'Export: {self.to.title} in {out}', *notes)
 
   def abstract(self, model):
     return model
@@ -57,7 +57,7 @@ def export(target, model, tokenizer, out: str, *, source: str, length: int, toke
   try:
     notes = target.write(model, tokenizer, part, length)
     figures, why = parity.measured(target, model, part, tokens_BT)
-    parity.write(part, name=type(target).__name__, source=source, target=target, notes=notes, parity=figures, why=why,
+    parity.write(part, source=source, target=target, notes=notes, parity=figures, why=why,
                  text=text)
     if os.path.exists(out): shutil.rmtree(out)
     os.rename(part, out)

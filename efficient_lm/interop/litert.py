@@ -32,6 +32,7 @@ class LiteRT:
   length: int = 512
   cache: Any = FloatCache()
 
+  title = 'LiteRT file'
   independent = 'the interpreter of LiteRT'
 
   def check(self):

@@ -68,9 +68,9 @@ def measured(target, model, out: str, tokens_BT) -> tuple[Parity | None, str]:
   return Parity.of(ours_BTV[..., :size], theirs_BTV[..., :size], tokens_BT), ''
 
 
-def write(out: str, *, name: str, source: str, target, notes: tuple[str, ...], parity: Parity | None, why: str, text: str):
+def write(out: str, *, source: str, target, notes: tuple[str, ...], parity: Parity | None, why: str, text: str):
   """Both files, in the folder of the export. `why`: there are no figures; `text`: what they were computed on."""
-  found = dict(model=source, format=name, settings=dataclasses.asdict(target), files=_sizes(out), notes=list(notes),
+  found = dict(model=source, format=target.title, settings=dataclasses.asdict(target), files=_sizes(out), notes=list(notes),
                versions=_versions(), engine=target.independent, text=text, not_checked=why or None,
                parity=None if parity is None else dataclasses.asdict(parity))
   with open(os.path.join(out, FIGURES), 'w', encoding='utf-8') as file: json.dump(found, file, indent=2, ensure_ascii=False)
@@ -89,7 +89,7 @@ def _versions() -> dict[str, str]:
 
 
 def _page(found: dict[str, Any]) -> str:
-  lines = [f'# {found["model"]}, exported as {found["format"]}', '']
+  lines = [f'# {found["model"]}: {found["format"]}', '']
   if found['parity'] is None: lines += [f'Not compared with another engine: {found["not_checked"]}.', '']
   else: lines += [*_table(found), '']
   lines += [f'- {note}' for note in found['notes']] + [''] * bool(found['notes'])

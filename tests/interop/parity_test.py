@@ -37,7 +37,7 @@ def test_an_engine_that_fails_is_said_and_nothing_is_claimed(tmp_path):
   found, why = parity.measured(Target(), None, str(tmp_path), TOKENS_BT)
   assert found is None and why == 'an engine did not open it (RuntimeError: first line)'
   (tmp_path / 'weights').write_bytes(b'1234')
-  said = dict(name='Target', source='a model', target=Target(), notes=('A note.',), text='')
+  said = dict(source='a model', target=Target(), notes=('A note.',), text='')
   parity.write(str(tmp_path), parity=None, why=why, **said)
   page, figures = (tmp_path / 'README.md').read_text(), json.loads((tmp_path / 'parity.json').read_text())
   assert figures['parity'] is None and figures['not_checked'] == why and figures['files'] == {'weights': 4}

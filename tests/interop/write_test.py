@@ -122,8 +122,8 @@ def test_what_is_stored_leaves_as_its_numbers_and_scales_and_stands_for_the_same
 
 def test_rotated_weights_are_rotated_back_and_said():
   model = build(small())
-  turned = lambda weight: Dense(Rotated(weight, 32).materialize(), weight.axes, weight.inputs)   # an inverse
-  rotated = rewrite(model, Dense, lambda _, weight: Rotated(round_to_nearest(turned(weight), Int()), 32), where='mlp/down')
+  inverse = lambda weight: Dense(Rotated(weight, 32).materialize(), weight.axes, weight.inputs)   # its own
+  rotated = rewrite(model, Dense, lambda _, weight: Rotated(round_to_nearest(inverse(weight), Int()), 32), where='mlp/down')
   written = write.written(rotated)
   name = 'model.layers.0.mlp.down_proj.weight'
   assert 'rotated back' in written.notes[0] and len(written.notes) == 1

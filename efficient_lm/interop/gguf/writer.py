@@ -31,6 +31,7 @@ class GgufFile:
   others: str = 'refuse'
   tokenizer: bool = True
 
+  title = 'GGUF file'
   independent = 'llama.cpp'
 
   def check(self):

@@ -55,6 +55,7 @@ class StableHlo:
   cache: Any = FloatCache()
   platforms: tuple[str, ...] = ('cpu', 'cuda', 'tpu')
 
+  title = 'StableHLO'
   independent = 'jax in a process without this project'
 
   def check(self):

@@ -20,6 +20,7 @@ class CompressedTensors:
   (FP8), symmetric. `dtype`: of what stays in floats, and of scales; None: as the model holds it, scales in float32."""
   dtype: str | None = None
 
+  title = 'Hugging Face folder in few bits'
   independent = 'transformers with compressed-tensors'
 
   def check(self):

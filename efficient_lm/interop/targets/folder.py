@@ -14,6 +14,7 @@ class HuggingFaceFolder:
   holds it. What is in few bits is written as the floats that it stands for."""
   dtype: str | None = None
 
+  title = 'Hugging Face folder'
   independent = 'transformers'   # what opens it, beside this project
 
   def check(self):

@@ -23,9 +23,9 @@ def written(name: str, format=None) -> Written:
   """A fixture; its projections in `format`, if one is given."""
   config, tensors = for_engines(name)
   if format is None: return Written(config, tensors)
-  turned = {key: w.T if name == 'gpt2' and 'wte' not in key and 'wpe' not in key else w for key, w in tensors.items()}
+  by_outputs = {key: w.T if name == 'gpt2' and 'wte' not in key and 'wpe' not in key else w for key, w in tensors.items()}
   fits = lambda key, w: w.ndim == 2 and w.shape[1] % 32 == 0 and 'wpe' not in key
-  return Written(config, {key: drawn(turned[key].shape, format) if fits(key, turned[key]) else w
+  return Written(config, {key: drawn(by_outputs[key].shape, format) if fits(key, by_outputs[key]) else w
                           for key, w in tensors.items()})
 
 
