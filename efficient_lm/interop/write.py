@@ -41,7 +41,8 @@ def written(model, length: int = 2048, dtype: str | None = None) -> Written:
   model, notes = _plain(model)
   description, more = _without_capacity(described(model))
   config = configs.config_of(description, length, alike)
-  apart = _apart(families.spec_of(config))
+  meant = families.spec_of(config)
+  apart = dataclasses.replace(meant, stacks=tuple(meant.layers))
   pieces: dict[str, list[Piece]] = {}
   for path, place in families.places(apart, config).items():
     found = _found(model, path)
@@ -90,16 +91,6 @@ def _without_capacity(description: spec.Transformer) -> tuple[spec.Transformer, 
   stacks = tuple(dataclasses.replace(stack, mlp=free(stack.mlp)) for stack in description.stacks)
   note = 'The capacity of experts is left out: no token is dropped elsewhere, as none is here where text is generated.'
   return dataclasses.replace(description, stacks=stacks), (note,)
-
-
-def _apart(model: spec.Transformer) -> spec.Transformer:
-  """The description with a stack for each layer, as a family reads it."""
-  stacks = []
-  for stack in model.stacks:
-    pattern = stack.layers if isinstance(stack, spec.Repeated) else (stack,)
-    one = lambda layer: spec.Stack(num_layers=1, attention=layer.attention, mlp=layer.mlp, block=stack.block)
-    stacks += [one(pattern[i % len(pattern)]) for i in range(stack.num_layers)]
-  return dataclasses.replace(model, stacks=tuple(stacks))
 
 
 def _names(place: Place) -> Iterator[tuple[str, int | None]]:

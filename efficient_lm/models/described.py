@@ -45,12 +45,8 @@ def described(model) -> spec.Transformer:
 
 def alike(one: spec.Transformer) -> spec.Transformer:
   """A description as `described` gives it: equal for two models that compute the same functions of their arrays."""
-  stacks = []
-  for stack in one.stacks:
-    layers = stack.layers if isinstance(stack, spec.Repeated) else (stack,)
-    stacks += [spec.Stack(num_layers=1, attention=layer.attention, mlp=_plain(layer.mlp), block=stack.block)
-               for _ in range(stack.num_layers // len(layers)) for layer in layers]
-  return dataclasses.replace(one, stacks=tuple(stacks))
+  plain = tuple(dataclasses.replace(layer, mlp=_plain(layer.mlp)) for layer in one.layers)
+  return dataclasses.replace(one, stacks=plain)
 
 
 def _stack(block: Block, where: str) -> spec.Stack:

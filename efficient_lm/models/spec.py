@@ -358,6 +358,16 @@ class Transformer:
     yield from one_of(self, 'dtype', DTYPES)
     if not hasattr(self.norm, 'build'): yield 'norm', self.norm, 'must be RMS() or LayerNorm()'
 
+  @property
+  def layers(self) -> list[Stack]:
+    """All layers in the order of computation, each as a stack of its own."""
+    found = []
+    for stack in self.stacks:
+      pattern = stack.layers if isinstance(stack, Repeated) else (stack,)
+      each = [Stack(num_layers=1, attention=one.attention, mlp=one.mlp, block=stack.block) for one in pattern]
+      found += each * (stack.num_layers // len(each))
+    return found
+
   def build(self, *, rngs):
     from efficient_lm.models.transformer import Transformer
     depth = sum(stack.num_layers for stack in self.stacks)

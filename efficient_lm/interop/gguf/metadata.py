@@ -36,14 +36,14 @@ def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
   model, architecture = families.spec_of(config), architecture_of(config)
   _check_engine(architecture, model)
   made = _gpt2(model) if architecture == 'gpt2' else _rotary(model, config)
-  made |= {'vocab_size': model.vocab_size, 'embedding_length': model.dim, 'block_count': len(_layers(model))}
+  made |= {'vocab_size': model.vocab_size, 'embedding_length': model.dim, 'block_count': len(model.layers)}
   return {'general.architecture': architecture, 'general.type': 'model',
           **{f'{architecture}.{key}': value for key, value in made.items()}}
 
 
 def frequencies(config: Mapping[str, Any]) -> np.ndarray | None:
   """What Llama 3.1 divides its frequencies by, (H / 2,) float32: the tensor FREQUENCIES; None for models without."""
-  first = _layers(families.spec_of(config))[0][0]
+  first = families.spec_of(config).layers[0].attention
   scaling = first.rope.scaling if first.rope else None
   if not isinstance(scaling, spec.Llama3Scaling): return None
   half, low, high = first.head_dim // 2, scaling.low_freq_factor, scaling.high_freq_factor
@@ -65,8 +65,8 @@ def check(path: str, config: Mapping[str, Any], made: Mapping[str, Any], shapes:
 
 def _check_engine(architecture: str, model: spec.Transformer):
   """Raises ConfigError for what a file could say, and llama.cpp (0.5.0-dev, run) does not hear."""
-  layers = _layers(model)
-  first, dense = layers[0][0], [i for i, (_, mlp, _) in enumerate(layers) if not isinstance(mlp, spec.MoE)]
+  layers = model.layers
+  first, dense = layers[0].attention, [i for i, layer in enumerate(layers) if not isinstance(layer.mlp, spec.MoE)]
   if 0 < len(dense) < len(layers):
     raise ConfigError('mlp_only_layers', dense, 'llama.cpp loads experts in every layer of a mixture: export a Hugging Face '
                                                 'folder')
@@ -79,33 +79,24 @@ def _check_engine(architecture: str, model: spec.Transformer):
                       'and beta_slow 1, whatever a file says: export a Hugging Face folder')
 
 
-def _layers(model: spec.Transformer) -> list[tuple[Any, Any, Any]]:
-  """(attention, mlp, block) of each."""
-  found = []
-  for stack in model.stacks:
-    pattern = stack.layers if isinstance(stack, spec.Repeated) else (stack,)
-    found += [(one.attention, one.mlp, stack.block) for one in pattern] * (stack.num_layers // len(pattern))
-  return found
-
-
 def _gpt2(model: spec.Transformer) -> dict[str, Any]:
-  attention, mlp, _ = _layers(model)[0]
+  attention, mlp = model.layers[0].attention, model.layers[0].mlp
   return {'context_length': model.ends.positions.length, 'feed_forward_length': mlp.hidden,
           'attention.head_count': attention.num_heads, 'attention.layer_norm_epsilon': model.norm_eps}
 
 
 def _rotary(model: spec.Transformer, config: Mapping[str, Any]) -> dict[str, Any]:
   """Of all architectures with rotary embedding and RMSNorm."""
-  layers = _layers(model)
-  attention = next((one for one, _, _ in layers if one.window is None), layers[0][0])
-  head_dim, mlp = attention.head_dim, layers[0][1]
+  layers = [layer.attention for layer in model.layers]
+  attention = next((one for one in layers if one.window is None), layers[0])
+  head_dim, mlp = attention.head_dim, model.layers[0].mlp
   made = {
     'context_length': config.get('max_position_embeddings') or 2048, 'attention.head_count': attention.num_heads,
     'attention.head_count_kv': attention.num_kv_heads, 'attention.key_length': head_dim, 'attention.value_length': head_dim,
     'attention.layer_norm_rms_epsilon': model.norm_eps, 'rope.dimension_count': head_dim,
     'rope.freq_base': attention.rope.theta, **_scaling(attention.rope.scaling),
     'feed_forward_length': config.get('intermediate_size') or mlp.hidden, **(_experts(mlp, config))}
-  windowed = next((one for one, _, _ in layers if one.window is not None), None)
+  windowed = next((one for one in layers if one.window is not None), None)
   if windowed and config['model_type'].startswith('gemma'): made['attention.sliding_window'] = windowed.window
   if windowed and config['model_type'] == 'gemma3_text': made['rope.freq_base_swa'] = windowed.rope.theta
   if attention.softcap is not None: made['attn_logit_softcapping'] = attention.softcap
@@ -134,8 +125,7 @@ def _differences(wanted: spec.Transformer, found: spec.Transformer) -> Iterator[
   """(field, value, other value) of what two models compute; in which dtype is no matter of the file."""
   ends = [dataclasses.replace(model, stacks=(), dtype='float32') for model in (wanted, found)]
   yield from _unequal('model', *ends)
-  for i, pair in enumerate(zip(_layers(wanted), _layers(found), strict=True)):
-    for parts in zip(*pair): yield from _unequal(f'layer {i}', *parts)
+  for i, pair in enumerate(zip(wanted.layers, found.layers, strict=True)): yield from _unequal(f'layer {i}', *pair)
 
 
 def _unequal(field: str, value, other) -> Iterator[tuple[str, Any, Any]]:
