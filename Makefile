@@ -1,6 +1,7 @@
 # Every target works on a fresh clone: it builds .venv (python >= 3.11 with the venv module is all it needs) and goes on.
 #   make moe          trains configs/moe.py into runs/moe; run it again to resume. So for every file in configs/
-#   make test         the tests            make lint    ruff
+#   make test         the tests, in half an hour on two cores; make lint    ruff
+#   make test-long    all of them, the cases of tests/long.py too, in an hour
 #   make test-changed the tests that the changes since its last run concern; the first time, all. Programs that a test starts
 #                     are not followed: make test has the last word
 #   make test-next    the tests with the newest jax and flax that python3.12 gets
@@ -30,7 +31,7 @@ IREE := .venv-iree
 PIP := -m pip install --quiet --disable-pip-version-check
 CONFIGS := $(basename $(notdir $(wildcard configs/*.py)))
 
-.PHONY: $(CONFIGS) test test-changed test-next test-faults check-tpu-compile check-gpu-compile check-hf check-gguf check-litert check-iree \
+.PHONY: $(CONFIGS) test test-long test-changed test-next test-faults check-tpu-compile check-gpu-compile check-hf check-gguf check-litert check-iree \
   lint bench bench-ops notebooks smollm2 clean
 
 $(VENV)/.stamp: requirements.txt
@@ -87,11 +88,14 @@ $(CONFIGS): %: $(VENV)/.stamp
 test: $(VENV)/.stamp
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
+test-long: $(VENV)/.stamp
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --long $(ARGS)
+
 test-changed: $(VENV)/.stamp
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --testmon $(ARGS)
 
 test-next: $(NEXT)/.stamp
-	$(NEXT)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
+	$(NEXT)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --long $(ARGS)
 
 test-faults: $(VENV)/.stamp
 	$(VENV)/bin/python -m pytest -s tests/faults --kills=20 $(ARGS)

@@ -15,6 +15,15 @@ import pytest
 
 def pytest_addoption(parser):
   parser.addoption('--kills', type=int, default=3, help='how many times tests/faults kills a recipe of stages')
+  parser.addoption('--long', action='store_true', help='all tests, those of tests/long.py too')
+
+
+def pytest_collection_modifyitems(config, items):
+  """Leaves out what is long, unless it is asked for."""
+  if config.getoption('--long'): return
+  from tests import long
+  items[:], left = long.split(items)
+  config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(scope='module', autouse=True)
