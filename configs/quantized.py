@@ -6,7 +6,7 @@
 
 A variant is a kind from below, of size tiny, or with _gpt2_124m at its end. Those of QAT are quantization-aware training of
 the layers' weights, most with 8-bit activations, and store them in their format at the end; those of PTQ start from
-runs/baseline, train nothing, calibrate and quantize. Of `mixed`, mixed precision, the layers are taken apart: the first and
+runs/baseline, train nothing, calibrate and quantize, embedding and head to 8 bits. Of `mixed`, mixed precision, the layers are taken apart: the first and
 the last are stored in 8 bits, the others in 4. tiny (default, int4): minutes on a CPU, in bits per byte beside
 configs/baseline.py; the table is in experiments/quantization. gpt2_124m: for one H100 or a v5e-8, not run yet.
 
@@ -42,8 +42,12 @@ QAT = {
   'bitnet': lambda size: (BitNet(),),
   'distilled_int4': lambda size: (Distill(teacher=trained(size)), aware(GROUPS)),
 }
-ptq = lambda method, *rules: Quantize(rules=(*rules, Rule(weights=FullRangeInt(scales=GROUPS.scales))), method=method)
-outer = lambda last: Rule(where=rf'/blocks/(0|{last})/', weights=Int(scales=GROUPS.scales))
+# Scales as files of GGUF and compressed-tensors hold them, so that an export has the very numbers that GPTQ chose.
+HALF = dict(scale_dtype='float16')
+layers = Rule(weights=FullRangeInt(scales=GROUPS.scales, **HALF))
+outside = Rule(where='embed|own_head', weights=Int(**HALF))
+ptq = lambda method, *rules: Quantize(rules=(*rules, layers, outside), method=method)
+outer = lambda last: Rule(where=rf'/blocks/(0|{last})/', weights=Int(scales=GROUPS.scales, **HALF))
 PTQ = {'gptq': lambda last: (ptq(Gptq()),), 'awq': lambda last: (ptq(Awq()),),
        'mixed': lambda last: (Unroll(), ptq(Gptq(), outer(last)))}
 
