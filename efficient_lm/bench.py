@@ -71,7 +71,7 @@ def decoding(quick: bool) -> result.Case:
 def prefill_int8(quick: bool) -> result.Case:
   """Reading a prompt with weights and activations in 8 bits against the same model in floats."""
   from efficient_lm.benches import models
-  return models.prefill(models.wide(quick), 64 if quick else 512, target=1.0)
+  return models.prefill(models.wide(quick), 64 if quick else 512, target=1.3)
 
 
 def decode_few_bits(quick: bool, name: str, batch: int, num_experts: int | None = None) -> result.Case:

@@ -143,9 +143,10 @@ def command(pytestconfig):
 
 
 def test_the_command(command, tmp_path):
-  run = command('--quick', '--only=decode', '--repeats=1', f'--out={tmp_path}')
+  names = ['decode', 'prefill_int8', 'decode_int4_1', 'decode_int4_8_experts']
+  run = command('--quick', f'--only={",".join(names)}', '--repeats=1', f'--out={tmp_path}')
   assert run.returncode == 0, run.stderr
-  assert [row.name for row in result.read(tmp_path / 'bench.json').rows] == ['decode']
+  assert [row.name for row in result.read(tmp_path / 'bench.json').rows] == names
 
 
 @pytest.mark.parametrize('word, said', [('--only=dense', 'dense_train'), ('--repeats=0', 'at least 1')])

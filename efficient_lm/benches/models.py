@@ -8,7 +8,6 @@ import numpy as np
 
 from efficient_lm import formats
 from efficient_lm.benches.result import OURS, Case, Disagreement, difference, within
-from efficient_lm.compression import rules
 from efficient_lm.data.packing import Rows, Stream
 from efficient_lm.models import decode
 from efficient_lm.models import spec as specs
@@ -16,7 +15,10 @@ from efficient_lm.runs import measure
 from efficient_lm.training.learner import assemble, initial_state, new_model
 from efficient_lm.training.optimizers import AdamW, WarmupCosine
 from efficient_lm.training.trainer import compiled_step
-from efficient_lm.weights import quantized
+from efficient_lm.tree import rewrite
+from efficient_lm.weights.quantized import round_to_nearest
+from efficient_lm.weights.quantizers import Rounding
+from efficient_lm.weights.weight import Weight
 
 STEPS = 1_000      # steps of the schedule, more than are timed
 COMPARED = 4       # steps whose losses must agree: the learning rate of the first is 0 (warm-up), the next ones move weights
@@ -129,9 +131,8 @@ def prefill(spec: specs.Transformer, length: int, target: float | None = None) -
   """Reading a prompt into a cache with weights and activations in 8 bits, against the same model in floats. Its logits are
   compared, but not required to agree: the difference is the error of quantization."""
   model = new_model(spec, jax.random.key(0))
-  rounding = quantized.Rounding(formats.Int())
-  stored = jax.jit(lambda model: rules.apply(model, (rules.Rule(weights=formats.Int()),), lambda path, weight, rule: (
-    quantized.round_to_nearest(weight, rule.weights, rounding))))(model)
+  change = lambda _, weight: round_to_nearest(weight, formats.Int(), Rounding(formats.Int()))
+  stored = jax.jit(lambda model: rewrite(model, Weight, change))(model)
   prompt_BT = np.random.default_rng(0).integers(0, spec.vocab_size, (1, length)).astype(np.int32)
   prefill = functools.partial(decode.prefill, length=length, vocab_size=spec.vocab_size)
   call = lambda model: lambda: jax.block_until_ready(prefill(model, prompt_BT))[0]

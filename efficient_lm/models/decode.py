@@ -38,7 +38,7 @@ class Sampling:
 
   def __call__(self, logits_BV, key):
     """ids_B drawn from the kept tokens."""
-    if self.temperature < GREEDY: return jnp.argmax(logits_BV, -1)
+    if self.temperature < GREEDY: return most_likely(logits_BV)
     return jax.random.categorical(key, self.keep(logits_BV))
 
   def keep(self, logits_BV):
@@ -55,6 +55,14 @@ class Sampling:
       least_B1 = jnp.min(jnp.where(before_BV < max(self.top_p, TINY), sorted_BV, jnp.inf), -1, keepdims=True)
       logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
     return logits_BV / temperature
+
+
+def most_likely(logits_BV):
+  """ids_B as `jnp.argmax` gives them: the first of the largest, or of NaN. XLA:CPU vectorizes each of these two reductions
+  and not that of pairs, which takes 5 times as long for 8 rows of 49,152."""
+  best_B1 = jnp.max(logits_BV, -1, keepdims=True)
+  id_BV = lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
+  return jnp.min(jnp.where((logits_BV == best_B1) | jnp.isnan(logits_BV), id_BV, logits_BV.shape[1]), -1)
 
 
 def ready(model, donate: bool = False):

@@ -31,8 +31,8 @@ from efficient_lm.ops.packing import pack_parts, planes, unpack_parts
 from efficient_lm.ops.quantized_matmul.storage import quantize_rows
 from efficient_lm.ops.quantized_matmul.xla import integer_product
 
-FEW_ROWS = 2             # up to this number, rows are multiplied one by one
-BLOCK = (64, 256, 192)   # outputs of a block: its number divides them and lies between the first two, or is the third
+FEW_ROWS = 2                     # up to this number, rows are multiplied one by one
+BLOCK, MIN_BLOCKS = 2 ** 21, 3   # numbers of a block at most (8 MiB in float32), and blocks at least
 
 
 @jax.tree_util.register_dataclass
@@ -140,24 +140,19 @@ def _of_its_own(x):
 
 
 def blocks(x_MI, w: PartedMatrix, activations: str | None = None):
-  """Widened and multiplied block by block of outputs."""
+  """Widened and multiplied block by block of outputs, several of them: XLA fuses a product that stands in no loop with
+  the widening, which it then does again for every row (ten times slower)."""
   x, scale_M1 = _rounded(x_MI, activations)
   O, W = w.values.shape
   def product(w):
     return sum(_outputs_first(w.part(p), x[:, p * W:(p + 1) * W]) for p in range(w.num_parts))
-  size = O if w.scale_OQ is None else _block(O)
+  size = O if w.scale_OQ is None else -(-O // max(MIN_BLOCKS, -(-O * w.shape[1] // BLOCK)))
   if size == O: return (product(w).T * scale_M1).astype(x_MI.dtype)
   def block(i, y_OM):
     start = jnp.minimum(i * size, O - size)   # the last one may compute some outputs again
     return lax.dynamic_update_slice_in_dim(y_OM, product(w.rows(start, size)), start, axis=0)
   y_OM = lax.fori_loop(0, -(-O // size), block, jnp.zeros((O, x.shape[0]), jnp.float32))
   return (y_OM.T * scale_M1).astype(x_MI.dtype)
-
-
-def _block(O: int) -> int:
-  least, most, otherwise = BLOCK
-  if most >= O: return O
-  return next((size for size in range(most, least - 1, -1) if O % size == 0), otherwise)
 
 
 def integers(x_MI, w: PartedMatrix, activations: str):
