@@ -6,9 +6,10 @@
 
 A variant is a kind from below, of size tiny, or with _gpt2_124m at its end. Those of QAT are quantization-aware training of
 the layers' weights, most with 8-bit activations, and store them in their format at the end; those of PTQ start from
-runs/baseline, train nothing, calibrate and quantize, embedding and head to 8 bits. Of `mixed`, mixed precision, the layers are taken apart: the first and
-the last are stored in 8 bits, the others in 4. tiny (default, int4): minutes on a CPU, in bits per byte beside
-configs/baseline.py; the table is in experiments/quantization. gpt2_124m: for one H100 or a v5e-8, not run yet.
+runs/baseline, train nothing, calibrate and quantize, embedding and head to 8 bits, with scales in float16, as files of GGUF
+and compressed-tensors hold them. Of `mixed`, mixed precision, the layers are taken apart: the first and the last are stored
+in 8 bits, the others in 4. tiny (default, int4): minutes on a CPU, in bits per byte beside configs/baseline.py; the table is
+in experiments/quantization. gpt2_124m: for one H100 or a v5e-8, not run yet.
 
 BitNet's recipe has a higher peak than a float model and no weight decay in the second half; not tried at that size:
 --config.train.optimizer.schedule.peak=1.8e-3 --config.train.optimizer.decay_until=0.5 for bitnet_gpt2_124m.
@@ -42,14 +43,11 @@ QAT = {
   'bitnet': lambda size: (BitNet(),),
   'distilled_int4': lambda size: (Distill(teacher=trained(size)), aware(GROUPS)),
 }
-# Scales as files of GGUF and compressed-tensors hold them, so that an export has the very numbers that GPTQ chose.
-HALF = dict(scale_dtype='float16')
-layers = Rule(weights=FullRangeInt(scales=GROUPS.scales, **HALF))
-outside = Rule(where='embed|own_head', weights=Int(**HALF))
-ptq = lambda method, *rules: Quantize(rules=(*rules, layers, outside), method=method)
-outer = lambda last: Rule(where=rf'/blocks/(0|{last})/', weights=Int(scales=GROUPS.scales, **HALF))
-PTQ = {'gptq': lambda last: (ptq(Gptq()),), 'awq': lambda last: (ptq(Awq()),),
-       'mixed': lambda last: (Unroll(), ptq(Gptq(), outer(last)))}
+FILES = (Rule(weights=FullRangeInt(scales=GROUPS.scales, scale_dtype='float16')),
+         Rule(where='embed|own_head', weights=Int(scale_dtype='float16')))
+ptq = lambda method, *rules: Quantize(rules=(*rules, *FILES), method=method)
+PTQ = {'gptq': lambda last: (ptq(Gptq()),), 'awq': lambda last: (ptq(Awq()),), 'mixed': lambda last: (
+  Unroll(), ptq(Gptq(), Rule(where=rf'/blocks/(0|{last})/', weights=Int(scales=GROUPS.scales, scale_dtype='float16'))))}
 
 
 def get_config(variant: str = 'tiny') -> Experiment:
