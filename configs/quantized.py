@@ -56,5 +56,5 @@ def get_config(variant: str = 'tiny') -> Experiment:
   kind, size = choose(variant, kinds)
   experiment = presets.dense(size)
   if kind in QAT: return dataclasses.replace(experiment, techniques=QAT[kind](size), stages=(Convert(),))
-  return dataclasses.replace(experiment, model=None, start=trained(size), train=dataclasses.replace(experiment.train, steps=0),
-                             stages=PTQ[kind](experiment.model.stacks[0].num_layers - 1))
+  stages, untrained = PTQ[kind](experiment.model.stacks[0].num_layers - 1), dataclasses.replace(experiment.train, steps=0)
+  return dataclasses.replace(experiment, model=None, start=trained(size), stages=stages, train=untrained)

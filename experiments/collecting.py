@@ -42,6 +42,12 @@ def write(found: dict, folder):
   (Path(folder) / 'results.json').write_text(json.dumps(found, indent=1, allow_nan=False) + '\n', encoding='utf-8')
 
 
+def read(folder) -> dict | None:
+  """results.json of `folder`; None where there is none."""
+  file = Path(folder) / 'results.json'
+  return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
+
+
 def write_table(table: str, folder):
   """In place of the first table of the README in `folder`."""
   readme = Path(folder) / 'README.md'
