@@ -43,11 +43,11 @@ QAT = {
   'bitnet': lambda size: (BitNet(),),
   'distilled_int4': lambda size: (Distill(teacher=trained(size)), aware(GROUPS)),
 }
-FILES = (Rule(weights=FullRangeInt(scales=GROUPS.scales, scale_dtype='float16')),
-         Rule(where='embed|own_head', weights=Int(scale_dtype='float16')))
-ptq = lambda method, *rules: Quantize(rules=(*rules, *FILES), method=method)
-PTQ = {'gptq': lambda last: (ptq(Gptq()),), 'awq': lambda last: (ptq(Awq()),), 'mixed': lambda last: (
-  Unroll(), ptq(Gptq(), Rule(where=rf'/blocks/(0|{last})/', weights=Int(scales=GROUPS.scales, scale_dtype='float16'))))}
+four, eight = (kind(scales=GROUPS.scales, scale_dtype='float16') for kind in (FullRangeInt, Int))
+ptq = lambda method, *rules: Quantize(rules=(*rules, Rule(weights=four), Rule(where='embed|own_head', weights=eight)),
+                                      method=method)
+PTQ = {'gptq': lambda last: (ptq(Gptq()),), 'awq': lambda last: (ptq(Awq()),),
+       'mixed': lambda last: (Unroll(), ptq(Gptq(), Rule(where=rf'/blocks/(0|{last})/', weights=eight)))}
 
 
 def get_config(variant: str = 'tiny') -> Experiment:

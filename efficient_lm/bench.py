@@ -81,6 +81,12 @@ def decode_few_bits(quick: bool, name: str, batch: int, num_experts: int | None 
   return few_bits.decoding(spec, name, batch, target=1.5 if batch > 1 or num_experts else 2.0)
 
 
+def importing(quick: bool) -> result.Case:
+  """Reading a checkpoint of Hugging Face, against safetensors.torch."""
+  from efficient_lm.benches import loading
+  return loading.importing(quick, target=0.5)
+
+
 # Name -> the case, at full or small size.
 CASES = {
   'dense_train': dense_train,
@@ -92,6 +98,7 @@ CASES = {
      for name in ('int8', 'int4') for batch in (1, 8)},
   **{f'decode_int4_{count}_experts': functools.partial(decode_few_bits, name='int4', batch=1, num_experts=count)
      for count in (8, 32, 128)},
+  'import': importing,
 }
 
 

@@ -10,6 +10,7 @@ THINNED = re.compile(r'''
   ops/\w+_test\.py::test_((the_)?tpu_kernels?|splash)_equals?_the_reference | ops/\w+_test\.py::test_equals_the_reference
 | composition_test\.py::test_(techniques_compose_in_every_order|a_float_model_is_smoothed)
 | compile/train_step_test\.py::test_the_loss_is_the_same
+| interop/load_test\.py::test_a_model_on_eight_devices
 | compression/layerwise_test\.py::test_what_was_pruned_is_zero
 | compression/solver_test\.py::test_(with_the_identity|what_is_pruned_stays_zero)
 | models/cache_test\.py::test_eight_devices_decode_as_one

@@ -32,12 +32,14 @@ class Disagreement(RuntimeError):
 class Case:
   """Functions that do the same work, OURS and the baselines by name; each returns when it is done.
 
-  tokens, flops: those of one call; flops are analytic (see measure.Flops). agreement: how close the results are, in words.
+  tokens, flops, bytes: those of one call; flops are analytic (see measure.Flops), bytes those of files read. agreement: how
+  close the results are, in words.
   target: how many times as fast as the fastest baseline OURS should be.
   """
   candidates: dict[str, Callable[[], object]]
-  flops: float
+  flops: float = 0
   tokens: int | None = None
+  bytes: int | None = None
   agreement: str = ''
   target: float | None = None
 
@@ -48,8 +50,9 @@ class Row:
   name: str
   seconds: dict[str, list[float]]
   processor: dict[str, list[float]]
-  flops: float
+  flops: float = 0
   tokens: int | None = None
+  bytes: int | None = None
   agreement: str = ''
   target: float | None = None
 
@@ -106,7 +109,7 @@ def measured(name: str, case: Case, repeats: int, watch: Callable[[str], None] =
   """Times the case `repeats` times."""
   wall, processor = take_turns(case, repeats, watch)
   return Row(name=name, seconds=wall, processor=processor, flops=case.flops, tokens=case.tokens,
-             agreement=case.agreement, target=case.target)
+             bytes=case.bytes, agreement=case.agreement, target=case.target)
 
 
 def difference(what: str, ours, theirs, tolerance: float) -> float:
@@ -160,6 +163,7 @@ def page(report: Report):
 
 def _figures(row: Row, report: Report) -> list:
   if row.tokens: rate = f'{ledger.quantity(row.tokens / row.ours)} tokens'
+  elif row.bytes: rate = ledger.quantity(row.bytes / row.ours, 'B')
   else: rate = ledger.quantity(row.flops / row.ours, 'FLOP')
   theirs = statistics.median(row.seconds[row.baseline]) if row.baseline else None
   target = None if report.quick else row.target   # targets are for full sizes
@@ -167,7 +171,7 @@ def _figures(row: Row, report: Report) -> list:
   ratio = '–' if row.ratio is None else rich_text.Text(f'{row.ratio:.2f}', style='' if reached else 'red')
   return [ledger.duration(row.ours), ledger.duration(min(row.seconds[OURS])), ledger.duration(theirs), ratio,
           '–' if target is None else f'{target:g}{"" if reached else " missed"}', rate,
-          f'{row.flops / row.ours / report.peak_flops:.0%}']
+          f'{row.flops / row.ours / report.peak_flops:.0%}' if row.flops else '–']
 
 
 def _caption(report: Report) -> str:

@@ -3,15 +3,19 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import runpy
 
+import jax
 import numpy as np
 import pytest
 
+from efficient_lm.config import presets
 from efficient_lm.data.tokenizers import ByteTokenizer
 from efficient_lm.errors import ConfigError
 from efficient_lm.interop.export import Export, export
 from efficient_lm.interop.huggingface import HuggingFace
-from efficient_lm.interop.targets import HuggingFaceFolder
+from efficient_lm.interop.targets import CompressedTensors, GgufFile, HuggingFaceFolder
+from efficient_lm.training.learner import new_model
 
 FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 GIVEN = dict(source='llama', length=64, tokens_BT=np.arange(8)[None], text='numbers')
@@ -50,3 +54,15 @@ def test_figures_name_their_engine_or_say_that_there_is_none(tmp_path):
   assert found['engine'] == 'transformers' and found['text'] == 'numbers' and found['model'] == 'llama'
   if importlib.util.find_spec('transformers') is None: assert found['parity'] is None and 'Not compared' in last
   else: assert found['parity']['relative_difference'] < 1e-6 and 'transformers computes logits' in last
+
+
+@pytest.mark.parametrize(('kind', 'target'), [('gptq', GgufFile()), ('mixed', GgufFile()), ('awq', CompressedTensors())])
+def test_what_the_configs_of_ptq_make_is_written_as_it_is(kind, target, tmp_path):
+  """Groups and scales are those of other engines' files: nothing is refused, and nothing is rounded again."""
+  config = runpy.run_path(str(pathlib.Path(__file__).parents[2] / 'configs' / 'quantized.py'))['get_config'](kind)
+  model = new_model(presets.dense().model, jax.random.key(0))
+  for stage in config.stages:
+    if kind == 'mixed' and not hasattr(stage, 'rules'): model, _ = stage(model, None)
+    else: model = stage.to_nearest(model)
+  notes = target.write(model, ByteTokenizer(), str(tmp_path), 256)
+  assert not [note for note in notes if 'rounded' in note or 'moved' in note]

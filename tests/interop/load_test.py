@@ -60,13 +60,19 @@ def test_layers_of_two_dtypes_meet_in_float32():
   assert model['stacks/0/blocks/mlp/gate/array'].dtype == ml_dtypes.bfloat16
 
 
-@pytest.mark.parametrize(('name', 'sizes'), [('smollm', dict(fsdp=4, tensor=2)), ('mixtral', dict(expert=4, fsdp=2))])
-def test_a_model_on_eight_devices_is_the_same_and_computes_what_transformers_computes(name, sizes, monkeypatch):
+MIXTURES = 'mixtral', 'olmoe', 'qwen2_moe', 'qwen3_moe', 'deepseek_v3'
+FAMILIES = 'smollm', *MIXTURES, *sorted(
+  {path.parent.name for path in FIXTURES.glob('*/config.json')} - {'smollm', *MIXTURES, 'deepseek_v3_fp8'})
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_a_model_on_eight_devices_is_the_same_and_computes_what_transformers_computes(name, monkeypatch):
   """Each shard is made by itself: no part of an array is read more often than there are different shards of it."""
   if jax.device_count() != 8: pytest.skip('needs eight devices: run the tests on CPU')
   spec, found = checkpoint(name)
   read, largest = load.Source.read, []
   monkeypatch.setattr(load.Source, 'read', lambda *args: largest.append((args[1], out := read(*args))) or out)
+  sizes = dict(expert=4, fsdp=2) if name in MIXTURES else dict(fsdp=4, tensor=2)
   spec, mesh = dataclasses.replace(spec, dtype='float32'), Mesh(**sizes).build()
   over = load.load(spec, found, mesh)
   whole = leaves(load.load(spec, found))
