@@ -10,13 +10,21 @@ between two parts keeps XLA from merging them, after which it would store the wi
   | 1536 x 576, 1          | 0.23    | 0.07         | 0.09        | 0.22             | 0.64               |
   | 1152 x 3072, 1         | 0.70    | 0.26         | 0.32        | 0.45             | 2.8                |
 
-  | int4, of 2, 4, 8, 16 rows | float32            | row by row          | blocks of 192          | widened whole      |
-  | 1536 x 576                | 0.5, 0.6, 0.7, 0.8 | 0.18, 0.4, 0.8, 1.4 | 0.22, 0.22, 0.27, 0.44 | 0.3, 0.3, 0.4, 0.5 |
-  | 1152 x 3072               | 2.9, 3.0, 3.0, 3.8 | 0.6, 1.3, 2.4, 4.5  | 0.9, 0.8, 1.0, 1.6     | 3.1, 3.9, 4.6, 7.7 |
+Several rows, wall-clock milliseconds on the same cores, quiet, both at work, the least of 7 turns:
 
-Hence rows one by one up to FEW_ROWS, and blocks of outputs above, which never hold more than a block in float32. Integer
-products (int8 x int8) have their own path where a whole row shares a scale. A `fori_loop` over rows without a barrier widens
-the matrix before the loop (ten times slower); a loop compiles once, unrolled rows compile once each.
+  | int4, of 4, 8, 16 rows | float32          | 3 blocks         | 6 blocks         | 12 blocks        |
+  | 1536 x 576             | 0.15, 0.17, 0.21 | 0.11, 0.13, 0.22 | 0.14, 0.19, 0.27 | 0.14, 0.20, 0.27 |
+  | 1152 x 3072            | 0.73, 0.79, 0.97 | 0.32, 0.35, 0.49 | 0.32, 0.39, 0.68 | 0.37, 0.50, 0.69 |
+
+and 49152 x 576 with 8 rows takes 4.8 in float32, 2.6 in 14 blocks, and 5.4 in 256. Hence rows one by one up to FEW_ROWS (two
+rows take twice the time of one), and blocks of outputs above, as few as BLOCK allows, whose floats are all that is ever
+stored widened. A single block would stand in no loop, and XLA then widens the matrices of many layers at once, into new
+memory (1536 x 576: 1 ms). Tried as well for 8 rows and not faster: both parts in one product (concatenated, stacked or
+shifted by broadcasting: 1.5 to 4 times as long), vectors of 512 bits, XLA's other libraries for products, and the matrices
+that read one input (queries, keys and values; gate and up) joined into one.
+
+Integer products (int8 x int8) have their own path where a whole row shares a scale. A `fori_loop` over rows without a
+barrier widens the matrix before the loop (ten times slower); a loop compiles once, unrolled rows compile once each.
 
 E counts stacked matrices; P is the number of parts.
 """
@@ -140,8 +148,7 @@ def _of_its_own(x):
 
 
 def blocks(x_MI, w: PartedMatrix, activations: str | None = None):
-  """Widened and multiplied block by block of outputs, several of them: XLA fuses a product that stands in no loop with
-  the widening, which it then does again for every row (ten times slower)."""
+  """Widened and multiplied block by block of outputs, MIN_BLOCKS of them at least."""
   x, scale_M1 = _rounded(x_MI, activations)
   O, W = w.values.shape
   def product(w):
