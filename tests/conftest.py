@@ -14,7 +14,7 @@ import pytest
 
 
 def pytest_addoption(parser):
-  parser.addoption('--kills', type=int, default=3, help='how many times tests/faults kills a recipe of stages')
+  parser.addoption('--kills', type=int, default=2, help='how many times tests/faults kills a recipe of stages')
   parser.addoption('--long', action='store_true', help='all tests, those of tests/long.py too')
 
 

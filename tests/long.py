@@ -1,11 +1,11 @@
 """What `make test` leaves to `make test-long`: further cases of tests that have many, in other shapes and combinations.
 
-Continuous integration has 35 minutes on two cores. Of the tests named here the first and every fourth case after it are run
+Continuous integration has 35 minutes on two cores. Of the tests named here the first and every sixth case after it are run
 there; which these are depends on nothing but their order.
 """
 import re
 
-KEPT = 4
+KEPT = 6
 THINNED = re.compile(r'''
   ops/\w+_test\.py::test_((the_)?tpu_kernels?|splash)_equals?_the_reference | ops/\w+_test\.py::test_equals_the_reference
 | composition_test\.py::test_(techniques_compose_in_every_order|a_float_model_is_smoothed)
@@ -22,6 +22,13 @@ THINNED = re.compile(r'''
 | techniques/pruning/prune_test\.py::test_by_the_end
 | techniques/quantization/ptq_test\.py::test_(over_eight_devices|all_that_rules_name)
 | techniques/quantization/(qat_test\.py::test_every_method_trains|low_precision_training_test\.py::test_the_train_step)
+| composition_test\.py::test_what_(composes_is_known_by|was_pruned_is_zero_whatever)
+| compression/(scaling_test\.py::test_smoothing_changes|calibration_test\.py::test_padding_enters)
+| interop/stablehlo/run_test\.py::test_logits_are_those
+| ops/decode_attention_test\.py::test_blocks_of_a_cache
+| techniques/(quantization/convert_test\.py::test_a_converted_model_holds|unroll_test\.py::test_it_trains_as_the_stack)
+| weights/fake_quantized_test\.py::test_stored_and_trained_weights
+| weights/quantized_test\.py::test_(an_embedding_is_read_by_rows|experts_multiply_their_own)
 | training/trainer_test\.py::test_(every_mesh_trains|a_student_is_taught|a_step_is_the_same_in_however_many_parts)
 | weights/layout_test\.py::test_a_matrix_that_is_cut
 ''', re.VERBOSE)

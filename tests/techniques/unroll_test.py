@@ -151,6 +151,6 @@ def test_the_config_of_mixed_precision_gives_the_outer_layers_eight_bits(tmp_pat
     notes += said
   bits = {path: weight.format.bits for path, weight in tree.select(model, Quantized)}
   found = [{number for path, number in bits.items() if path.startswith(f'stacks/0/blocks/{i}/')} for i in range(4)]
-  assert found == [{8}, {4}, {4}, {8}] and len(bits) == 28
-  assert {path for path, _ in tree.select(model, Weight)} - set(bits) == {'embed', 'own_head'}
+  assert found == [{8}, {4}, {4}, {8}] and len(bits) == 28 + 2
+  assert bits['embed'] == bits['own_head'] == 8 and {path for path, _ in tree.select(model, Weight)} == set(bits)
   assert notes[0].startswith('Unroll') and np.isfinite(logits_of(model)).all()
