@@ -23,11 +23,13 @@ class Packed:
 class Tensor:
   """One tensor, not yet read. `dtype` is numpy's or ml_dtypes' (bfloat16, float8); `fetch` gives its array, a view of a
   mapped file where the file allows it, of exactly this shape and dtype. `packed`: as the file stores it, where that is in
-  few bits and a format here says the same."""
+  few bits and a format here says the same. `release`: lets go of what of a mapped file is in memory; the next read has it
+  again."""
   shape: tuple[int, ...]
   dtype: np.dtype
   fetch: Callable[[], np.ndarray] = dataclasses.field(repr=False)
   packed: Packed | None = None
+  release: Callable[[], None] = dataclasses.field(default=lambda: None, repr=False)
 
   @classmethod
   def of(cls, array) -> 'Tensor':

@@ -5,6 +5,7 @@ needs memory for one array. Arrays stay in the dtype that they are stored in (bf
 is computed on the way, 1 + w, is kept in float32, and that tensors of different dtypes in one array meet in the wider one.
 """
 import dataclasses
+import math
 from collections.abc import Container, Mapping
 
 import jax
@@ -24,6 +25,7 @@ STORED = tuple(map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float16)))
 HEAD = 'lm_head.weight'
 SHOWN = 5    # names in a message
 STRIP = 16   # numbers
+ALIGNMENT = 64   # bytes
 
 
 def abstract(spec, checkpoint: Checkpoint, dtype: str | None = None):
@@ -79,11 +81,12 @@ class Source:
     """The part `index` of the array, in memory of its own: never the file's, which cannot be written."""
     ranges = [range(*part.indices(size)) for part, size in zip(index, shape)]
     lead, n = self.place.lead, len(self.place.lead)
-    out = np.empty([len(one) for one in ranges], dtype)
+    out = _aligned([len(one) for one in ranges], dtype)
     for at in np.ndindex(*out.shape[:n]):
       number = np.ravel_multi_index([ranges[d][i] for d, i in enumerate(at)], lead) if n else 0
-      view = self._view(self.tensors[self.place.names[number]], shape[n:])[tuple(index[n:])]
-      _copy(view, out[at], self.place.part.plus)
+      tensor = self.tensors[self.place.names[number]]
+      _copy(self._view(tensor, shape[n:])[tuple(index[n:])], out[at], self.place.part.plus)
+      tensor.release()
     return out
 
   def _view(self, tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
@@ -95,6 +98,14 @@ class Source:
       letter, first, _ = part.cut
       view = view[(slice(None),) * part.letters.index(letter) + (slice(first, first + sizes[letter]),)]
     return view.transpose([part.letters.index(letter) for letter in letters])
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+  """An array that begins where JAX wants one to begin, which on a CPU it then takes as it is, in place of a copy."""
+  size = math.prod(shape) * dtype.itemsize
+  whole = np.empty(size + ALIGNMENT, np.uint8)
+  start = -whole.ctypes.data % ALIGNMENT
+  return whole[start:start + size].view(dtype).reshape(shape)
 
 
 def _copy(view: np.ndarray, out: np.ndarray, plus: float):

@@ -100,7 +100,12 @@ def _check_places(entries: dict, size: int):
 
 
 def _tensor(mapped, start: int, dtype, shape, begin: int, end: int) -> Tensor:
-  return Tensor(shape, dtype, lambda: np.frombuffer(mapped, np.uint8, end - begin, start + begin).view(dtype).reshape(shape))
+  first = (start + begin) // mmap.PAGESIZE * mmap.PAGESIZE
+  def release():
+    # Pages of a mapped file count as memory of the process for as long as nobody else needs it: a second model's worth.
+    if hasattr(mmap, 'MADV_DONTNEED') and end > begin: mapped.madvise(mmap.MADV_DONTNEED, first, start + end - first)
+  fetch = lambda: np.frombuffer(mapped, np.uint8, end - begin, start + begin).view(dtype).reshape(shape)
+  return Tensor(shape, dtype, fetch, release=release)
 
 
 def write(path, tensors: Mapping[str, np.ndarray]):

@@ -50,6 +50,17 @@ HOSTILE = {
   'not UTF-8': (b'{"\xff": 1}', b''), 'metadata no object': ({'__metadata__': 3}, b''), 'nothing at all': (b'', b'')}
 
 
+def test_what_is_released_is_read_again(tmp_path):
+  arrays = {name: np.random.default_rng(0).normal(size=(300, 50)).astype(np.float32) for name in 'abc'}
+  save_file(arrays, tmp_path / 'a.safetensors')
+  found = read(tmp_path / 'a.safetensors')
+  for name, tensor in found.items():
+    before = tensor.read()
+    tensor.release()
+    np.testing.assert_array_equal(before, arrays[name])
+    np.testing.assert_array_equal(tensor.read(), arrays[name])
+
+
 @pytest.mark.parametrize('case', HOSTILE)
 def test_a_damaged_file_is_refused_in_a_line_that_names_it(tmp_path, case):
   path = file_of(tmp_path / 'bad.safetensors', *HOSTILE[case])
