@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from efficient_lm.formats import Group, Int, MidRise
+from efficient_lm.ops.quantized_matmul import in_parts, quantized_matmul
 from efficient_lm.tree import num_bytes
 from efficient_lm.weights.parted import Parted
 from efficient_lm.weights.quantized import round_to_nearest
@@ -139,3 +140,15 @@ def test_memory_of_few_rows_does_not_depend_on_the_number_of_experts():
   # Sizes of groups are summed up, which takes a few integers an expert.
   assert all(b - a <= 32 * 32 for a, b in zip(few, many)), (few, many)
   assert max(many) < 64 * 256 * 4, 'less than one expert in floats'
+
+
+def test_products_that_follow_each_other_share_their_memory():
+  """What XLA sets aside for a chain of products does not grow with its length (it was one output a product)."""
+  matrix = in_parts(jnp.ones((64, 64), jnp.int8), jnp.ones((64, 1)), bits=4)
+  def chain(x_MI, matrices):
+    for one in matrices: x_MI = quantized_matmul(x_MI, one)
+    return x_MI
+  def bytes_of(count):
+    x_MI = jnp.ones((256, 64))
+    return jax.jit(chain).lower(x_MI, [matrix] * count).compile().memory_analysis().temp_size_in_bytes
+  assert bytes_of(12) <= bytes_of(3) + 256 * 64 * 4

@@ -158,7 +158,8 @@ def blocks(x_MI, w: PartedMatrix, activations: str | None = None):
   def block(i, y_OM):
     start = jnp.minimum(i * size, O - size)   # the last one may compute some outputs again
     return lax.dynamic_update_slice_in_dim(y_OM, product(w.rows(start, size)), start, axis=0)
-  y_OM = lax.fori_loop(0, -(-O // size), block, jnp.zeros((O, x.shape[0]), jnp.float32))
+  # Every number is written. Zeros would depend on nothing, and XLA makes those of all layers of a model at its beginning.
+  y_OM = lax.fori_loop(0, -(-O // size), block, jnp.full((O, x.shape[0]), x[0, 0]))
   return (y_OM.T * scale_M1).astype(x_MI.dtype)
 
 
