@@ -17,7 +17,7 @@ from efficient_lm.training.learner import new_model
 def importing(quick: bool, target: float | None = None) -> Case:
   """The whole of a checkpoint, in the page cache of the system. Tensors of the baseline are cloned: it maps the file, as we
   do, and would read nothing before a tensor is used."""
-  out = tempfile.TemporaryDirectory()
+  out = tempfile.TemporaryDirectory()   # lives as long as OURS, which holds it
   written = write.written(new_model(smol(quick), jax.random.key(0)), 1024, None)
   save(written.config, written.tensors.items(), ByteTokenizer(), out.name)
   file = os.path.join(out.name, folder.WEIGHTS)
@@ -25,7 +25,5 @@ def importing(quick: bool, target: float | None = None) -> Case:
   if importlib.util.find_spec('torch'):
     from safetensors.torch import load_file
     candidates['safetensors.torch'] = lambda: {name: tensor.clone() for name, tensor in load_file(file).items()}
-  # The folder lives as long as the case: it is what this holds.
-  candidates = {name: lambda call=call, out=out: call() for name, call in candidates.items()}
   size = os.path.getsize(file)
   return Case(candidates=candidates, bytes=size, target=target, agreement=f'a file of {size / 1e6:.0f} MB')

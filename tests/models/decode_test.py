@@ -88,6 +88,15 @@ def test_exactly_the_tokens_asked_for_arrive_burst_by_burst(num_tokens, pieces):
   assert [piece.shape for piece in arrived] == [(2, count) for count in pieces]
 
 
+def test_the_most_likely_token_is_the_first_of_the_largest_or_of_nan():
+  rng = np.random.default_rng(0)
+  logits_BV = rng.integers(-2, 3, (64, 12)).astype(np.float32)   # many ties
+  logits_BV[::4, 5:7] = np.nan
+  logits_BV[1::4] = -np.inf
+  logits_BV[2::4, [3, 9]] = np.inf
+  np.testing.assert_array_equal(jax.jit(decode.most_likely)(logits_BV), np.argmax(logits_BV, -1))
+
+
 def test_top_k_of_1_is_greedy():
   np.testing.assert_array_equal(text(sampling=Sampling(top_k=1)), greedy())
 
