@@ -5,10 +5,18 @@ the config spelled as a config.json, tensors under the names and in the orientat
 writes. Families, loading and all that follows are one code for all of them.
 """
 import dataclasses
+import mmap
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+
+
+def let_go(mapped: mmap.mmap, begin: int, end: int):
+  """Of the bytes from begin to end of a mapped file, which are read again where they are needed. Until then its pages count
+  as memory of the process for as long as nobody else needs it: a second model's worth."""
+  first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+  if hasattr(mmap, 'MADV_DONTNEED') and end > begin: mapped.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 @dataclasses.dataclass(frozen=True)

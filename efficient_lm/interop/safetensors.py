@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from efficient_lm.errors import CheckpointError
-from efficient_lm.interop.checkpoint import Tensor
+from efficient_lm.interop.checkpoint import Tensor, let_go
 
 LARGEST_HEADER = 100_000_000   # bytes, as in the package
 DTYPES = {name: np.dtype(dtype) for name, dtype in {
@@ -100,12 +100,8 @@ def _check_places(entries: dict, size: int):
 
 
 def _tensor(mapped, start: int, dtype, shape, begin: int, end: int) -> Tensor:
-  first = (start + begin) // mmap.PAGESIZE * mmap.PAGESIZE
-  def release():
-    # Pages of a mapped file count as memory of the process for as long as nobody else needs it: a second model's worth.
-    if hasattr(mmap, 'MADV_DONTNEED') and end > begin: mapped.madvise(mmap.MADV_DONTNEED, first, start + end - first)
   fetch = lambda: np.frombuffer(mapped, np.uint8, end - begin, start + begin).view(dtype).reshape(shape)
-  return Tensor(shape, dtype, fetch, release=release)
+  return Tensor(shape, dtype, fetch, release=lambda: let_go(mapped, start + begin, start + end))
 
 
 def write(path, tensors: Mapping[str, np.ndarray]):

@@ -103,4 +103,5 @@ def _tensor(file: File, name: str, shape: tuple[int, ...], change: Callable | No
     return unpacking.encoded(move(raw.reshape(shape[0], -1)), kind)   # whole rows, whatever is in them
   whole_rows = len(shape) == 2 and change is not np.transpose
   return Tensor(shape, blocks.dtype(kind), lambda: move(file.numbers(name, expert)),
-                Packed(unpacking.FORMATS[kind], packed) if whole_rows and kind in unpacking.FORMATS else None)
+                Packed(unpacking.FORMATS[kind], packed) if whole_rows and kind in unpacking.FORMATS else None,
+                lambda: file.let_go(name))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from efficient_lm.errors import CheckpointError
+from efficient_lm.interop.checkpoint import let_go
 from efficient_lm.interop.gguf import blocks
 
 MAX_ENTRIES = 2 ** 16   # keys, or tensors: far more than any model has
@@ -61,6 +62,11 @@ class File:
     """The bytes of a tensor as they lie in the file (uint8, read-only, mapped)."""
     entry = self.tensors[name]
     return np.frombuffer(self._map, np.uint8, entry.num_bytes, entry.begin)
+
+  def let_go(self, name: str):
+    """Of what of a tensor is in memory: see `checkpoint.let_go`."""
+    entry = self.tensors[name]
+    let_go(self._map, entry.begin, entry.begin + entry.num_bytes)
 
   def numbers(self, name: str, first: int | None = None) -> np.ndarray:
     """A tensor as an array, or what it holds at index `first` of its first dimension: mapped where it has no blocks,
