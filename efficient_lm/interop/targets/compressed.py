@@ -33,7 +33,8 @@ class CompressedTensors:
     from efficient_lm.interop import write
     written = write.written(model, length, self.dtype)
     schemes, plain = _schemes(written)
-    config = {**written.config, 'quantization_config': _only(schemes).config(sorted(plain))}
+    # The head is named also where it is the embedding: transformers has a Linear for it, and would look for its scale.
+    config = {**written.config, 'quantization_config': _only(schemes).config(sorted({*plain, 'lm_head'}))}
     save(config, self._tensors(written, schemes), tokenizer, out)
     notes = dict.fromkeys(note for scheme in schemes.values() for note in scheme.notes)
     return (*written.notes, *files(tokenizer, out), *notes, *_outside(written))
@@ -45,12 +46,12 @@ class CompressedTensors:
         for kind, array in schemes[module].tensors(one).items(): yield f'{module}.{kind}', array
       else: yield name, one.dequantized() if hasattr(one, 'dequantized') else one
 
-  def read(self, out: str, tokens_BT):
-    """Logits (B, T, V) float32 by transformers from the dequantized weights. Raises ImportError where it, or the library
-    compressed-tensors, is not installed."""
+  def read(self, out: str, tokens_BT, hooks=None):
+    """Logits (B, T, V) float32 by transformers from the dequantized weights. `hooks`: see transformers_logits. Raises
+    ImportError where it, or the library compressed-tensors, is not installed."""
     import compressed_tensors  # noqa: F401
     from transformers import CompressedTensorsConfig
-    return transformers_logits(out, tokens_BT, quantization_config=CompressedTensorsConfig(dequantize=True))
+    return transformers_logits(out, tokens_BT, hooks, quantization_config=CompressedTensorsConfig(dequantize=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,8 +84,9 @@ def files(tokenizer, out: str) -> tuple[str, ...]:
   return tokenizer_files.write(tokenizer, out)
 
 
-def transformers_logits(out: str, tokens_BT, **options):
-  """Logits (B, T, V) float32 that transformers computes from a folder, with no network."""
+def transformers_logits(out: str, tokens_BT, hooks=None, **options):
+  """Logits (B, T, V) float32 that transformers computes from a folder, with no network. `hooks`: what to do before a module
+  is called, by the module's name."""
   import numpy as np
   import torch
   import transformers
@@ -93,4 +94,5 @@ def transformers_logits(out: str, tokens_BT, **options):
   with torch.no_grad():
     model = transformers.AutoModelForCausalLM.from_pretrained(
       out, dtype=torch.float32, local_files_only=True, attn_implementation='eager', **options)
+    for name, hook in (hooks or {}).items(): model.get_submodule(name).register_forward_pre_hook(hook)
     return model(torch.from_numpy(np.asarray(tokens_BT, np.int64))).logits.float().numpy()
