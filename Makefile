@@ -8,7 +8,8 @@
 #   make test-faults  programs killed, disks filled, files damaged: as in make test, and a recipe of stages killed 20 times
 #   make check-tpu-compile, make check-gpu-compile
 #                     every kernel and a train step compiled for TPUs and for NVIDIA GPUs, none of which has to be here
-#   make check-hf     folders that are written here, opened and computed by transformers (torch: a GB of packages)
+#   make check-hf     folders that are written here, opened and computed by transformers 5 and 4, and converted by llama.cpp
+#                     (torch: a GB of packages)
 #   make check-gguf   GGUF files that are written here, opened and computed by llama.cpp; the first time it is built, which takes
 #                     ten minutes of a core, cmake and a C++ compiler
 #   make check-litert what is exported for LiteRT, in its own interpreter (465 MB of packages)
@@ -70,10 +71,15 @@ $(LLAMA)/.stamp: requirements.txt
 	$(LLAMA)/bin/python $(PIP) -r requirements.txt gguf==0.19.0 llama-cpp-python==0.3.36
 	touch $@
 
-# The engines that folders of Hugging Face are written for.
+# The engines that folders of Hugging Face are written for, the converter of llama.cpp, which reads them too, and the last of
+# transformers 4, which knows the older spelling of a config.
 $(HF)/.stamp: requirements.txt
 	$(PYTHON) -m venv $(HF)
-	$(HF)/bin/python $(PIP) -r requirements.txt torch==2.13.0 transformers==5.24.0 accelerate compressed-tensors==0.20.1
+	$(HF)/bin/python $(PIP) -r requirements.txt torch==2.13.0 transformers==5.24.0 accelerate compressed-tensors==0.20.1 sentencepiece
+	$(HF)/bin/python -m pip download --quiet --no-deps --no-binary :all: --dest $(HF) llama-cpp-python==0.3.36
+	tar -xzf $(HF)/llama_cpp_python-0.3.36.tar.gz -C $(HF)
+	$(HF)/bin/python $(PIP) --target $(HF)/transformers4 --no-deps transformers==4.57.3 huggingface_hub==0.36.2 tokenizers==0.22.2 \
+	  requests urllib3 idna certifi charset_normalizer
 	touch $@
 
 $(IREE)/.stamp: requirements.txt
@@ -113,8 +119,9 @@ check-gguf: $(LLAMA)/.stamp
 	JAX_PLATFORMS=cpu $(LLAMA)/bin/python -m pytest -s tests/interop/gguf/llama_cpp_test.py tests/interop/gguf/packing_test.py $(ARGS)
 
 check-hf: $(HF)/.stamp
-	JAX_PLATFORMS=cpu $(HF)/bin/python -m pytest -n 2 tests/interop/targets tests/interop/tokenizer_files_test.py \
-	  tests/interop/export_test.py $(ARGS)
+	JAX_PLATFORMS=cpu LLAMA_CPP=$(HF)/llama_cpp_python-0.3.36/vendor/llama.cpp $(HF)/bin/python -m pytest -n 2 \
+	  tests/interop/targets tests/interop/tokenizer_files_test.py tests/interop/export_test.py tests/interop/gguf/converter_test.py $(ARGS)
+	JAX_PLATFORMS=cpu PYTHONPATH=$(HF)/transformers4 $(HF)/bin/python -m pytest -n 2 tests/interop/targets/folder_test.py
 
 check-iree: $(IREE)/.stamp
 	JAX_PLATFORMS=cpu $(IREE)/bin/python -m pytest tests/interop/stablehlo/iree_test.py $(ARGS)

@@ -181,4 +181,5 @@ def _with_positions(kind: str, model: spec.Transformer) -> dict[str, Any] | None
   activation = {'gelu_tanh': 'gelu_new'}.get(mlp.activation, ACTIVATIONS[mlp.activation])
   return dict(n_embd=model.dim, n_head=attention.num_heads, n_layer=len(model.stacks), n_inner=mlp.hidden,
               activation_function=activation, layer_norm_epsilon=model.norm_eps, n_positions=positions.length,
+              n_ctx=positions.length,   # the converter of llama.cpp reads this one
               scale_attn_weights=attention.scale is None, vocab_size=model.vocab_size, **_ends(model))

@@ -18,7 +18,9 @@ NAMES = sorted(path.parent.name for path in FIXTURES.glob('*/expected.npz'))
 
 @pytest.mark.parametrize('name', NAMES)
 def test_transformers_computes_from_it_what_it_computed_from_the_one_that_was_read(name, tmp_path):
-  pytest.importorskip('transformers')
+  transformers = pytest.importorskip('transformers')
+  if name.startswith('deepseek') and transformers.__version__ < '5':
+    pytest.skip('transformers 4 gives experts of other groups a score of 0, and a corrected score may lie below that')
   expected = np.load(FIXTURES / name / 'expected.npz')
   model = HuggingFace(path=str(FIXTURES / name), dtype='float32').load()
   HuggingFaceFolder().write(model, ByteTokenizer(), str(tmp_path), 64)
