@@ -45,31 +45,34 @@ def default_workdir() -> str:
 
 
 def define_run():
-  """Defines --run, --stage and --config, for a command that reads a trained model."""
+  """Defines --run, --stage, --packed and --config, for a command that reads a trained model."""
   if 'run' in FLAGS: return
   flags.DEFINE_string('run', None, 'workdir of a training run, a Hugging Face folder, or a GGUF file')
   flags.DEFINE_integer('stage', None, 'number of a stage, for its model instead of that of the last')
+  flags.DEFINE_boolean('packed', False, 'matrices of a GGUF file stay in the few bits that it stores')
   if 'config' not in FLAGS: define_config()
 
 
 def run_source() -> FromRun | HuggingFace | Gguf:
-  """What --run and --stage name, refused before anything heavy is loaded if it holds no model: the workdir of a run, a
-  Hugging Face folder, by what its config.json says, or a GGUF file or a folder with one. Raises ConfigError."""
+  """What --run, --stage and --packed name, refused before anything heavy is loaded if it holds no model: the workdir of a
+  run, a Hugging Face folder, by what its config.json says, or a GGUF file or a folder with one. Raises ConfigError."""
   if FLAGS.config: experiment.execute(FLAGS.config)
   if not FLAGS.run: raise ConfigError('--run', FLAGS.run, 'is missing: write --run=runs/moe, say')
-  return source_of(FLAGS.run, FLAGS.stage)
+  return source_of(FLAGS.run, FLAGS.stage, FLAGS.packed)
 
 
-def source_of(path: str, stage: int | None = None) -> FromRun | HuggingFace | Gguf:
-  """What a path names, and a stage where it is the workdir of a run. Raises ConfigError."""
+def source_of(path: str, stage: int | None = None, packed: bool = False) -> FromRun | HuggingFace | Gguf:
+  """What a path names, a stage where it is the workdir of a run, and whether a GGUF file's matrices stay as they are stored.
+  Raises ConfigError."""
   kind = HuggingFace if folder.holds_model(path) else Gguf if file_of(path) else None
+  if packed and kind is not Gguf: raise ConfigError('--packed', packed, 'must be left out: it is for GGUF files')
   if kind is None:
     source = FromRun(path=path, stage=stage)
     for field, value, fix in source.check(): raise ConfigError(f'--{"run" if field == "path" else field}', value, fix)
     experiment.read(path)
     return source
   if stage is not None: raise ConfigError('--stage', stage, 'must be left out: only runs have stages')
-  source = kind(path=path)
+  source = Gguf(path=path, packed=packed) if kind is Gguf else kind(path=path)
   source.spec()
   return source
 

@@ -4,6 +4,7 @@
 
   --run=FOLDER        workdir of a training run, a Hugging Face folder, or a GGUF file
   --stage=N           the model of stage number N instead of that of the last
+  --packed            matrices of a GGUF file stay in the few bits that it stores
   --text=FILE         any text file, or a .npy file with rows of token ids (default: the held-out text of the run; models of
                       others have none)
   --limit=N           only the first N tokens

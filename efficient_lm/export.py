@@ -4,6 +4,7 @@
 
   --run=FOLDER      workdir of a training run, a Hugging Face folder, or a GGUF file
   --stage=N         the model of stage number N instead of that of the last
+  --packed          matrices of a GGUF file stay in the few bits that it stores
   --format=NAME     hf                   safetensors of floats, for transformers, vLLM and their kin
                     compressed-tensors   matrices in few bits as vLLM and transformers read them
                     gguf                 one file for llama.cpp and its kin, few bits as blocks of the same numbers

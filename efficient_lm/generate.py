@@ -4,6 +4,7 @@
 
   --run=FOLDER        workdir of a training run, a Hugging Face folder, or a GGUF file
   --stage=N           the model of stage number N instead of that of the last
+  --packed            matrices of a GGUF file stay in the few bits that it stores
   --prompt=TEXT       what to continue (default 'def ')
   --chat              --prompt is a message, to which the model replies: for models that were trained on chats
   --system=TEXT       with --chat, what stands before the message (default: what the model's template has there)

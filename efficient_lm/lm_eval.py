@@ -4,6 +4,7 @@
 
   --run=FOLDER        workdir of a training run, a Hugging Face folder, or a GGUF file
   --stage=N           the model of stage number N instead of that of the last
+  --packed            matrices of a GGUF file stay in the few bits that it stores
   --max_length=N      tokens that are read of a text (default: the model's context; of a run, a row of its training)
   --batch_size=N      texts that are read at once (default: as many as make some thousand tokens)
 

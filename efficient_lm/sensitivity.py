@@ -4,6 +4,7 @@
 
   --run=FOLDER      workdir of a training run, or a Hugging Face folder
   --stage=N         the model of stage number N instead of that of the last
+  --packed          matrices of a GGUF file stay in the few bits that it stores
   --formats=A,B     of int8, int4, int3, int2, nf4, mxfp8, mxfp4, nvfp4 (default int2,int3,int4,int8)
   --group=N         inputs that share a scale in int8 to int2 and nf4 (default 32), or fewer where N does not divide
   --each_layer      each layer by itself (default: all layers of a stack that is run by one loop have one format)

@@ -11,8 +11,8 @@ code stands for. Fake quantization, packing, errors and bytes follow from these 
 from efficient_lm.formats.floating import MXFP4, MXFP8, NF4, NVFP4, Float8
 from efficient_lm.formats.format import Encoded, Format
 from efficient_lm.formats.granularity import Block, Channel, Group, Tensor
-from efficient_lm.formats.integer import FullRangeInt, Int, MidRise, Ternary
+from efficient_lm.formats.integer import Affine, FullRangeInt, Int, MidRise, Ternary
 from efficient_lm.formats.ranges import AbsMax, AbsMean, MeanSquaredError, Percentile
 
-__all__ = ['MXFP4', 'MXFP8', 'NF4', 'NVFP4', 'AbsMax', 'AbsMean', 'Block', 'Channel', 'Encoded', 'Float8', 'Format',
-           'FullRangeInt', 'Group', 'Int', 'MeanSquaredError', 'MidRise', 'Percentile', 'Tensor', 'Ternary']
+__all__ = ['MXFP4', 'MXFP8', 'NF4', 'NVFP4', 'AbsMax', 'AbsMean', 'Affine', 'Block', 'Channel', 'Encoded', 'Float8',
+           'Format', 'FullRangeInt', 'Group', 'Int', 'MeanSquaredError', 'MidRise', 'Percentile', 'Tensor', 'Ternary']

@@ -44,7 +44,7 @@ class Encoded(NamedTuple):
 class Format:
   """The interface of a format, and the functions that follow from it. Subclasses are dataclasses that a config can hold.
 
-  Numbers "in steps" are numbers divided by their scale, plus the zero point if there is one.
+  Numbers "in steps" are numbers divided by their scale, plus the zero point if there is one (`in_steps`).
 
   element: the name of one number's type, such as 'int4'. bits: bits of a stored code, at most 8. scales: the granularity.
   symmetric: whether the grid is symmetric around 0. largest: the largest magnitude of a grid without zero points, in steps.
@@ -119,6 +119,20 @@ class Format:
     zero = None if scales.zero is None else _transposed(scales.zero).astype(jnp.float32)
     return scale if scales.outer is None else scale * scales.outer, zero
 
+  def in_steps(self, w, step, zero=None):
+    """Numbers in steps, of which `codes` finds the nearest code; step and zero, as `steps` has them, broadcast."""
+    return w / step if zero is None else w / step + zero
+
+  def from_steps(self, numbers, step, zero=None):
+    """The inverse of `in_steps`, float32."""
+    return (numbers if zero is None else numbers - zero) * step
+
+  def integer_steps(self, scales: Scales):
+    """The float32 step and zero (or None) of each tile, (..., n, q), with which a number is (code - zero) * step, up to the
+    rounding of float32: what products of integers read. Only where `offset` is not None."""
+    step, zero = self.steps(scales)
+    return step, jnp.full_like(step, -self.offset) if self.offset else zero
+
   def stored_scale(self, scale):
     """`Scales.scale` as float32 numbers."""
     return scale.astype(jnp.float32)
@@ -134,9 +148,7 @@ class Format:
   def snap(self, w, step, zero=None):
     """The nearest number of the grid to each w, float32; step and zero broadcast. For w within the grid, |w - snap(w)| is at
     most half the distance of the grid's neighbouring numbers."""
-    y = w.astype(jnp.float32) / step
-    if zero is None: return self.numbers(self.codes(y)) * step
-    return (self.numbers(self.codes(y + zero)) - zero) * step
+    return self.from_steps(self.numbers(self.codes(self.in_steps(w.astype(jnp.float32), step, zero))), step, zero)
 
   def snap_tiles(self, tiles, scales: Scales):
     """`snap` for tiles (..., n, a, q, b), as `granularity.tile` cuts them."""
@@ -156,8 +168,7 @@ class Format:
                                          f'must be a multiple of {count}')
     tiles = tile(w.astype(jnp.float32), self.counts(w, scales))
     step, zero = (None if x is None else x[..., :, None, :, None] for x in self.steps(scales))
-    y = tiles / step
-    codes = untile(self.codes(y if zero is None else y + zero))
+    codes = untile(self.codes(self.in_steps(tiles, step, zero)))
     return Encoded(packing.pack(codes, self.bits), scales)
 
   def decode(self, encoded: Encoded):
@@ -175,7 +186,7 @@ class Format:
   def _decoded(self, codes, scales: Scales):
     tiles = self.numbers(tile(codes, scales.scale.shape[:-3:-1]))
     step, zero = (None if x is None else x[..., :, None, :, None] for x in self.steps(scales))
-    return untile((tiles if zero is None else tiles - zero) * step)
+    return untile(self.from_steps(tiles, step, zero))
 
   def counts(self, w, scales: Scales) -> tuple[int, int]:
     """The numbers of tiles (n, q) of a matrix (..., O, I). Raises IncompatibleError if the scales are for other tiles: on a

@@ -1,10 +1,10 @@
-"""Grids of equal steps: integers of 8, 4, 3 or 2 bits, full-range ones with a step of either sign, mid-rise grids
-without a zero, and ternary numbers."""
+"""Grids of equal steps: integers of 8, 4, 3 or 2 bits, full-range ones with a step of either sign, grids that begin at any
+number, mid-rise grids without a zero, and ternary numbers."""
 import dataclasses
 from typing import Any
 
-from efficient_lm.formats.format import Format, Scales, scale_dtype_field, scale_dtype_problems
-from efficient_lm.formats.granularity import Channel, Tensor
+from efficient_lm.formats.format import LARGEST_HALF, Format, Scales, scale_dtype_field, scale_dtype_problems
+from efficient_lm.formats.granularity import Channel, Group, Tensor
 from efficient_lm.formats.ranges import AbsMean
 from efficient_lm.lazy import lazy
 
@@ -88,6 +88,50 @@ class FullRangeInt(Format):
 
   @property
   def element(self) -> str: return f'full-range int{self.bits}'
+
+
+@config
+class Affine(Format):
+  """2^bits levels low + i * step, from the smallest number of a tile to its largest, both ends in float16: GGUF's Q4_1, for
+  weights after training. `Int(symmetric=False)` has the same levels moved by less than a step, so that 0 is among them; here
+  a tile of numbers far from 0 keeps all of its levels, and what has been pruned needs its mask.
+
+  Codes are those of `Int`, -2^(bits - 1) …; `Scales.zero` is the level of the lowest, not a zero point.
+  """
+  bits: int = 4
+  scales: Any = dataclasses.field(default_factory=lambda: Group(size=32))
+
+  symmetric, has_zero, scale_dtype = False, False, 'float16'
+
+  def check(self): yield from bits_problems(self)
+
+  @property
+  def lowest(self) -> float: return -2. ** (self.bits - 1)
+
+  def codes(self, y):
+    from efficient_lm.ops.absmax import nearest
+    return nearest(y, limit=-self.lowest - 1, lowest=self.lowest)
+
+  def numbers(self, codes): return codes.astype(jnp.float32)
+
+  def in_steps(self, w, step, zero=None): return (w - zero) / step + self.lowest
+
+  def from_steps(self, numbers, step, zero=None):
+    # The product of a float16 and a whole number of 8 bits is exact: that it may be fused with the sum changes nothing.
+    return (numbers - self.lowest) * step + zero
+
+  def integer_steps(self, scales: Scales):
+    step, low = self.steps(scales)
+    return step, self.lowest - low / step
+
+  def fit(self, low, high):
+    from efficient_lm.ops.absmax import scale_of
+    half = jnp.clip(low, -LARGEST_HALF, LARGEST_HALF).astype(self.scale_dtype)
+    step = self.kept(scale_of(high - half.astype(jnp.float32), 2 ** self.bits - 1))
+    return Scales(jnp.swapaxes(step, -1, -2), jnp.swapaxes(half, -1, -2))
+
+  @property
+  def element(self) -> str: return f'affine int{self.bits}'
 
 
 @config

@@ -21,10 +21,10 @@ def let_go(mapped: mmap.mmap, begin: int, end: int):
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-  """A matrix (O, I) in few bits, not yet read: `fetch` gives its `formats.Encoded` in numpy, values (O, bytes) and scales
-  (I / group, O), of a format whose numbers are exactly those that the tensor dequantizes to."""
+  """A matrix (O, I) in few bits, not yet read: `fetch` gives the `formats.Encoded` of some of its rows in numpy, values
+  (O, bytes) and scales (I / group, O), of a format whose numbers are exactly those that the tensor dequantizes to."""
   format: Any
-  fetch: Callable[[], Any] = dataclasses.field(repr=False)
+  fetch: Callable[[slice], Any] = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ is computed on the way, 1 + w, is kept in float32, and that tensors of different
 """
 import dataclasses
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 
 import jax
 import ml_dtypes
@@ -81,7 +81,7 @@ class Source:
     """The part `index` of the array, in memory of its own: never the file's, which cannot be written."""
     ranges = [range(*part.indices(size)) for part, size in zip(index, shape)]
     lead, n = self.place.lead, len(self.place.lead)
-    out = _aligned([len(one) for one in ranges], dtype)
+    out = aligned([len(one) for one in ranges], dtype)
     for at in np.ndindex(*out.shape[:n]):
       number = np.ravel_multi_index([ranges[d][i] for d, i in enumerate(at)], lead) if n else 0
       tensor = self.tensors[self.place.names[number]]
@@ -100,7 +100,7 @@ class Source:
     return view.transpose([part.letters.index(letter) for letter in letters])
 
 
-def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
   """An array that begins where JAX wants one to begin, which on a CPU it then takes as it is, in place of a copy."""
   size = math.prod(shape) * dtype.itemsize
   whole = np.empty(size + ALIGNMENT, np.uint8)

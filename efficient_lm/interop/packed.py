@@ -13,28 +13,44 @@ from efficient_lm.formats import Encoded
 from efficient_lm.formats.format import Scales
 from efficient_lm.interop import families
 from efficient_lm.interop import load as floats
-from efficient_lm.interop.checkpoint import Checkpoint, Packed
+from efficient_lm.interop.checkpoint import Checkpoint, Tensor
 from efficient_lm.parallel.sharding import shardings, single_device_mesh
 from efficient_lm.tree import rewrite, select
 from efficient_lm.weights.layout import Layout
 from efficient_lm.weights.quantized import Quantized
 from efficient_lm.weights.weight import Dense
 
+ROWS = 2048   # of a matrix that are unpacked at once
+
 
 class Kept(NamedTuple):
   """parts: the tensors of a weight, in the order of `lead` (layers, experts)."""
   lead: tuple[int, ...]
-  parts: tuple[Packed, ...]
+  parts: tuple[Tensor, ...]
   layout: Layout
 
   @property
-  def format(self) -> Any: return self.parts[0].format
+  def format(self) -> Any: return self.parts[0].packed.format
+
+  def shapes(self) -> Encoded:
+    """Of all layers and experts."""
+    rows, one = self.parts[0].shape[0], self.parts[0].packed.fetch(slice(0, 1))
+    whole = lambda row, *shape: None if row is None else jax.ShapeDtypeStruct((*self.lead, *shape), row.dtype)
+    scales = (whole(row, len(one.scales.scale), rows) for row in (one.scales.scale, one.scales.zero))
+    return Encoded(whole(one.values, rows, one.values.shape[1]), Scales(*scales))
 
   def encoded(self) -> Encoded:
     """Of all layers and experts, in numpy."""
-    read = [part.fetch() for part in self.parts]
-    stacked = lambda arrays: np.stack(arrays).reshape(*self.lead, *arrays[0].shape)
-    return Encoded(stacked([one.values for one in read]), Scales(stacked([one.scales.scale for one in read])))
+    made = jax.tree.map(lambda leaf: floats.aligned(leaf.shape, leaf.dtype), self.shapes())
+    for at, tensor in zip(np.ndindex(*self.lead), self.parts, strict=True):
+      for start in range(0, tensor.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        part = tensor.packed.fetch(rows)
+        made.values[at][rows] = part.values
+        made.scales.scale[at][:, rows] = part.scales.scale
+        if part.scales.zero is not None: made.scales.zero[at][:, rows] = part.scales.zero
+      tensor.release()
+    return made
 
 
 def abstract(spec, checkpoint: Checkpoint, dtype: str | None = None):
@@ -44,10 +60,7 @@ def abstract(spec, checkpoint: Checkpoint, dtype: str | None = None):
 
   def change(path: str, weight: Dense):
     if path not in kept: return weight
-    one = kept[path].parts[0].fetch()
-    whole = lambda array: jax.ShapeDtypeStruct((*kept[path].lead, *array.shape), array.dtype)
-    return jax.eval_shape(lambda encoded: _quantized(kept[path], encoded),
-                          Encoded(whole(one.values), Scales(whole(one.scales.scale))))
+    return jax.eval_shape(lambda encoded: _quantized(kept[path], encoded), kept[path].shapes())
   return rewrite(model, Dense, change)
 
 
@@ -79,8 +92,8 @@ def _kept(model, spec, checkpoint: Checkpoint) -> dict[str, Kept]:
   found = {}
   for path, weight in select(model, Dense):
     place, layout = places[f'{path}/array'], Layout.of(weight)
-    parts = tuple(tensors[name].packed for name in place.names)
-    same = None not in parts and len({part.format for part in parts}) == 1
+    parts = tuple(tensors[name] for name in place.names)
+    same = all(part.packed for part in parts) and len({part.packed.format for part in parts}) == 1
     rows = place.part.layout == f'{layout.outputs} {layout.inputs}' and not place.part.cut and not place.part.plus
     if same and rows: found[path] = Kept(place.lead, parts, layout)
   return found

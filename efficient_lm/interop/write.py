@@ -14,6 +14,7 @@ import numpy as np
 
 from efficient_lm.compression.rewriting import without_low_precision
 from efficient_lm.errors import IncompatibleError
+from efficient_lm.formats import Affine
 from efficient_lm.interop import families
 from efficient_lm.interop.families import configs
 from efficient_lm.interop.families.places import Part, Place
@@ -151,10 +152,11 @@ class Piece:
     return weight if self.part.layout == f'{outputs} {weight.inputs}' else None
 
   def stored(self) -> Stored | None:
-    """In few bits, where it is."""
+    """In few bits, where it is; a mask's zeros are no numbers of a grid that begins anywhere."""
     weight = self.stored_as
     keep = self.found.keep.get_value() if isinstance(self.found, Masked) else None
-    return None if weight is None else _stored(weight, keep, self.expert)
+    if weight is None or (keep is not None and isinstance(weight.format, Affine)): return None
+    return _stored(weight, keep, self.expert)
 
 
 def _stored(weight: Quantized, keep, expert: int | None) -> Stored:

@@ -17,10 +17,11 @@ from efficient_lm.formats import Format
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-  """A matrix in few bits: (numbers - zero) * step, a step and a zero for each row and group of I / Q inputs.
+  """A matrix in few bits: format.from_steps(numbers, step, zero), a step and a zero for each row and group of I / Q inputs.
 
   numbers_OI: int8 codes of an integer format, float32 numbers of another, exact, in steps. step_OQ: float32. zero_OQ:
-  float32, or None. format: that of the weight; activations: the format that its products round tokens to, or None.
+  float32, or None, as `format.steps` has it. format: that of the weight; activations: the format that its products round
+  tokens to, or None.
   """
   numbers_OI: np.ndarray
   step_OQ: np.ndarray
@@ -35,8 +36,8 @@ class Stored:
     """(O, I) float32: the values that the model multiplies by, bit for bit."""
     O, Q = self.step_OQ.shape
     numbers_OQi = self.numbers_OI.reshape(O, Q, -1).astype(np.float32)
-    if self.zero_OQ is not None: numbers_OQi = numbers_OQi - self.zero_OQ[..., None]
-    return (numbers_OQi * self.step_OQ[..., None]).reshape(self.shape)
+    zero = None if self.zero_OQ is None else self.zero_OQ[..., None]
+    return self.format.from_steps(numbers_OQi, self.step_OQ[..., None], zero).reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,10 @@ class Parted(Weight):
   """A `Quantized` weight for decoding. It is as large as that one, but for codes of 3 bits, which take 4, and for scales of
   groups that would cross parts, which there are more of.
 
-  It widens to the very numbers of the stored form, float32; products sum them in another order, so that results differ by
-  roundings of float32 sums: at most I * 2^-23 * sum |x_i w_oi| for I inputs (Higham 2002, eq. 3.5). With activations of 8
-  bits and few rows, sums of integers are rounded in the same way.
+  It widens to the very numbers of the stored form, float32 (those of `Affine`, which has no zero point, differ by at most
+  2^-22 of a tile's largest magnitude); products sum them in another order, so that results differ by roundings of float32
+  sums: at most I * 2^-23 * sum |x_i w_oi| for I inputs (Higham 2002, eq. 3.5). With activations of 8 bits and few rows, sums
+  of integers are rounded in the same way.
   """
 
   def __init__(self, stored):
@@ -78,7 +79,6 @@ def matrix_of(stored) -> PartedMatrix:
   """The matrix of a `Quantized` weight whose numbers are codes plus a constant."""
   values, scales = stored.encoded
   codes, format = packing.unpack(values, stored.format.bits), stored.format
-  step, zero = format.steps(scales)
-  if format.offset: zero = jnp.full_like(step, -format.offset)
+  step, zero = format.integer_steps(scales)
   whole = lambda x: None if x is None else jnp.repeat(x, codes.shape[-2] // x.shape[-2], axis=-2)
   return in_parts(codes, whole(step), whole(zero), format.bits)

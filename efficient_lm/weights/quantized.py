@@ -132,8 +132,7 @@ class Quantized(Weight):
   def matrix(self) -> QuantizedMatrix:
     """As `quantized_matmul` reads it, if `direct`."""
     values, scales = self.encoded
-    step, zero = (None if x is None else jnp.swapaxes(x, -1, -2) for x in self.format.steps(scales))
-    if self.format.offset: zero = jnp.full_like(step, -self.format.offset)
+    step, zero = (None if x is None else jnp.swapaxes(x, -1, -2) for x in self.format.integer_steps(scales))
     whole = lambda x_QO: None if x_QO is None else jnp.repeat(x_QO, values.shape[-2] // x_QO.shape[1], axis=1)
     return QuantizedMatrix(values, whole(step), whole(zero), self.format.bits)
 

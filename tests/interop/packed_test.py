@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from efficient_lm.config import fields
-from efficient_lm.formats import MXFP4, Group, Int
+from efficient_lm.formats import MXFP4, Affine, Group, Int
 from efficient_lm.interop.gguf import reader
 from efficient_lm.interop.gguf.source import Gguf
 from efficient_lm.interop.gguf.writer import GgufFile
@@ -36,7 +36,8 @@ def kinds(tree):
   return [(jax.tree_util.keystr(path), leaf.shape, leaf.dtype) for path, leaf in jax.tree.leaves_with_path(tree)]
 
 
-@pytest.mark.parametrize('name, format', [('qwen2', Int(bits=4, **HALF)), ('mixtral', MXFP4())], ids=str)
+@pytest.mark.parametrize('name, format',
+                         [('qwen2', Int(bits=4, **HALF)), ('smollm', Affine()), ('mixtral', MXFP4())], ids=str)
 def test_weights_are_those_of_the_file_bit_for_bit(tmp_path, name, format):
   """Rows of queries and keys are moved, experts stand in one array, biases are beside; what is no matrix is as it was."""
   source = Gguf(path=written(tmp_path, name, format), packed=True)
@@ -51,6 +52,28 @@ def test_weights_are_those_of_the_file_bit_for_bit(tmp_path, name, format):
   if name == 'mixtral': return   # what follows takes long to compile
   a, b = (jit(lambda model: model(jnp.arange(8)[None]).logits_BTV)(model) for model in (kept, floats))
   assert jnp.linalg.norm(a - b) < 1e-5 * jnp.linalg.norm(b)   # the same numbers, summed in another order
+
+
+def assert_same_blocks(a, b):
+  a, b = reader.read(a), reader.read(b)
+  assert set(a.tensors) == set(b.tensors)
+  for name in a.tensors:
+    assert a.tensors[name].kind == b.tensors[name].kind
+    np.testing.assert_array_equal(a.bytes_of(name), b.bytes_of(name), name)
+
+
+@pytest.mark.parametrize('format', [Int(**HALF), Int(bits=4, **HALF), Affine(), MXFP4()], ids=str)
+def test_what_was_read_as_stored_leaves_as_it_came_byte_for_byte(tmp_path, format):
+  written(tmp_path, 'smollm', format)
+  (tmp_path / 'again').mkdir()
+  GgufFile().write(Gguf(path=str(tmp_path / 'model.gguf'), packed=True).load(), None, str(tmp_path / 'again'), 64)
+  assert_same_blocks(tmp_path / 'model.gguf', tmp_path / 'again' / 'model.gguf')
+
+
+def test_a_real_model_leaves_as_it_came_byte_for_byte(tmp_path, smollm2):
+  source = Gguf(path=smollm2, packed=True)
+  GgufFile().write(source.load(), source.tokenizer(), str(tmp_path), 64)
+  assert_same_blocks(source.file.path, tmp_path / 'model.gguf')
 
 
 def test_it_lies_on_a_mesh_as_other_quantized_weights_do(tmp_path):

@@ -97,10 +97,10 @@ def halves(rows: np.ndarray, heads: int) -> np.ndarray:
 def _tensor(file: File, name: str, shape: tuple[int, ...], change: Callable | None, expert: int | None = None) -> Tensor:
   kind, move = file.tensors[name].kind, change or (lambda rows: rows)
 
-  def packed():
+  def packed(rows: slice):
     raw = file.bytes_of(name)
     if expert is not None: raw = raw.reshape(file.tensors[name].shape[0], -1)[expert]
-    return unpacking.encoded(move(raw.reshape(shape[0], -1)), kind)   # whole rows, whatever is in them
+    return unpacking.encoded(move(raw.reshape(shape[0], -1))[rows], kind)   # whole rows, whatever is in them
   whole_rows = len(shape) == 2 and change is not np.transpose
   return Tensor(shape, blocks.dtype(kind), lambda: move(file.numbers(name, expert)),
                 Packed(unpacking.FORMATS[kind], packed) if whole_rows and kind in unpacking.FORMATS else None,

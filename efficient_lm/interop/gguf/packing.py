@@ -8,7 +8,7 @@ Alphabet: O outputs, I inputs, Q groups that share a scale, n blocks of a row, C
 """
 import numpy as np
 
-from efficient_lm.formats import MXFP4, Format, FullRangeInt, Int, Ternary
+from efficient_lm.formats import MXFP4, Affine, Format, FullRangeInt, Int, Ternary
 from efficient_lm.formats.floating import E2M1
 from efficient_lm.interop.gguf import blocks
 from efficient_lm.interop.written import Stored
@@ -40,7 +40,7 @@ def _kind(format: Format, has_zero: bool, ternary: str) -> str | None:
   if isinstance(format, MXFP4): return 'MXFP4'
   if isinstance(format, Ternary) or (isinstance(format, Int) and format.bits == 2 and not has_zero): return ternary
   of_integers = {(4, False): 'Q4_0', (4, True): 'Q4_1', (8, False): 'Q8_0'}
-  if isinstance(format, (Int, FullRangeInt)): return of_integers.get((format.bits, has_zero))
+  if isinstance(format, (Int, FullRangeInt, Affine)): return of_integers.get((format.bits, has_zero))
   return None
 
 
@@ -61,9 +61,8 @@ def moved(stored: Stored, kind: str) -> float:
   step = stored.step_OQ.astype(np.float64)
   kept = _half(stored.step_OQ).astype(np.float64)
   if kind != 'Q4_1': return float(np.max(np.abs(kept / step - 1)))
-  zero = stored.zero_OQ.astype(np.float64)
-  offset = _half(_offset(stored)).astype(np.float64)
-  ends = [np.abs(kept * u + offset - step * (u - 8 - zero)) / step for u in (0, 15)]   # linear between them
+  least, written = _least(stored, np.float64), _half(_least(stored)).astype(np.float64)
+  ends = [np.abs(kept * u + written - (step * u + least)) / step for u in (0, 15)]   # linear between them
   return float(np.max(ends))
 
 
@@ -87,9 +86,10 @@ def _nibbles(codes_OnC) -> np.ndarray:
   return codes_OnC[..., :half] | codes_OnC[..., half:] << np.uint8(4)
 
 
-def _offset(stored: Stored) -> np.ndarray:
-  """(q - zero) * step = (q + 8) * step + offset."""
-  return -(stored.zero_OQ + np.float32(8)) * stored.step_OQ
+def _least(stored: Stored, dtype=np.float32) -> np.ndarray:
+  """The numbers that the lowest codes stand for."""
+  step, zero = stored.step_OQ.astype(dtype), stored.zero_OQ.astype(dtype)
+  return zero if isinstance(stored.format, Affine) else -(zero + 8) * step
 
 
 def _q4_0(made, numbers_OnC, stored, each):
@@ -97,7 +97,7 @@ def _q4_0(made, numbers_OnC, stored, each):
 
 
 def _q4_1(made, numbers_OnC, stored, each):
-  made['d'], made['m'] = each(_half(stored.step_OQ)), each(_half(_offset(stored)))
+  made['d'], made['m'] = each(_half(stored.step_OQ)), each(_half(_least(stored)))
   made['low'] = _nibbles(_codes(numbers_OnC, -8, 16))
 
 

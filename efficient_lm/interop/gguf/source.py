@@ -16,8 +16,8 @@ class Gguf(Imported):
   """The model in the file `path`, or in the only GGUF file of a folder. `dtype`: of the computation (None: float32).
   `parameters`: dtype that its arrays are held in (None: that of the file; float32 for blocks, which are dequantized). A run
   that trains it should hold them in 'float32': the small steps of an optimizer are lost in 16 bits. `packed`: whether
-  matrices in Q8_0, Q4_0 and MXFP4 stay as they are stored, and frozen; the same numbers in an eighth to a quarter of the
-  memory. Other blocks are dequantized still: Q4_1 has offsets that no zero point of whole steps is."""
+  matrices in Q8_0, Q4_0, Q4_1 and MXFP4 stay as they are stored, and frozen; the same numbers in an eighth to a quarter of
+  the memory. Other blocks are dequantized still."""
   packed: bool = added(False)
 
   place = 'a .gguf file'

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 
-from efficient_lm.formats import MXFP4, Int, Ternary
+from efficient_lm.formats import MXFP4, Affine, Int, Ternary
 from efficient_lm.interop import folder
 from efficient_lm.interop.written import Stored
 from efficient_lm.ops import packing
@@ -49,7 +49,7 @@ def in_few_bits(w_OI, format, encoded=None) -> Stored:
   w_OI = np.asarray(w_OI, np.float32)
   encoded = encoded or format.encode(w_OI, format.scales_for(w_OI))
   codes = packing.unpack(encoded.values, format.bits)
-  numbers = np.asarray(codes if isinstance(format, Int | Ternary) else format.numbers(codes))
+  numbers = np.asarray(codes if isinstance(format, Int | Ternary | Affine) else format.numbers(codes))
   whole = lambda x: None if x is None else np.repeat(np.asarray(x, np.float32), len(w_OI) // x.shape[0], 0)
   return Stored(numbers, *map(whole, format.steps(encoded.scales)), format)
 
@@ -58,10 +58,12 @@ E2M1 = np.array([0, .5, 1, 1.5, 2, 3, 4, 6, 0, -.5, -1, -1.5, -2, -3, -4, -6], n
 
 
 def drawn(shape: tuple[int, int], format, seed: int = 0) -> Stored:
-  """A matrix of any numbers of a symmetric format, with scales in its `scale_dtype`."""
+  """A matrix of any numbers of a symmetric format or of Affine, with scales in its `scale_dtype`."""
   rng, (n, q) = np.random.default_rng(seed), format.scales.counts(*shape)
   step = rng.uniform(1, 2, (n, q)).astype(format.scale_dtype).astype(np.float32).repeat(shape[0] // n, 0) / 256
   if isinstance(format, MXFP4):
     return Stored(E2M1[rng.integers(0, 16, shape)], np.exp2(np.round(np.log2(step))), None, format)
+  if isinstance(format, Affine):
+    return Stored(rng.integers(-8, 8, shape).astype(np.int8), step, -step * np.float32(8), format)
   most = int(format.largest)
   return Stored(rng.integers(-most, most + 1, shape).astype(np.int8), step, None, format)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficient_lm.compression import solver
-from efficient_lm.formats import MXFP4, NF4, NVFP4, Channel, Float8, Group, Int, Tensor, Ternary
+from efficient_lm.formats import MXFP4, NF4, NVFP4, Affine, Channel, Float8, Group, Int, Tensor, Ternary
 from efficient_lm.interop.gguf import blocks, packing
 from efficient_lm.interop.written import Stored
 from tests.interop.gguf.checkpoints import E2M1, in_few_bits
@@ -22,7 +22,7 @@ EXACT = {   # least and largest code, inputs that share a scale, the format
   'TQ2_0': (-1, 1, 256, Int(bits=2, scales=Group(size=256), **HALF)),
   'MXFP4': (-8, 7, 32, MXFP4())}
 OF_EACH = [(Int(scales=Group(size=64), **HALF), 'Q8_0'), (Int(bits=4, **HALF), 'Q4_0'), (Int(bits=2, **HALF), 'TQ2_0'),
-           (Ternary(**HALF), 'TQ2_0'), (MXFP4(), 'MXFP4')]
+           (Ternary(**HALF), 'TQ2_0'), (MXFP4(), 'MXFP4'), (Affine(), 'Q4_1')]
 
 
 def decoded(stored: Stored, kind: str) -> np.ndarray:
