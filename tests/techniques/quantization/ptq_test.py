@@ -216,6 +216,8 @@ def test_over_eight_devices_it_calibrates_and_stores_as_on_one(mesh, mlp, method
       assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
     logits = np.asarray(logits_of(model, sharding.place(batch_of(77), here)))
   assert notes_here[0] == notes[0] and len(notes_here) == len(notes)
+  nats = [float(found[1]) for note in (*notes, *notes_here) if (found := re.match('KL to the float model: ([0-9.]+)', note))]
+  assert len(nats) == (2 if method.needs else 0) and max(nats, default=1) < 1.1 * min(nats, default=1)
   change = jnp.mean(jnp.square(logits - logits_of(alone, batch_of(77))))
   assert change < 0.1 * error(alone, mlp)
 
