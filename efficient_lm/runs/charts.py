@@ -106,18 +106,40 @@ def draw_pareto(plot, points: list[tuple[str, float, float]], label: str):
       front.append((cost, quality))
       best = quality
   if len(front) > 1: plot.step(*zip(*front), where='post', color='#b9bec6', linewidth=1.2, zorder=1)
-  colored = zip(_colors(), points)
-  for i, (color, (name, cost, quality)) in enumerate(sorted(colored, key=lambda item: item[1][2])):
-    plot.scatter(cost, quality, color=color, s=34, zorder=2, edgecolor='white', linewidth=0.8)
-    # Neighbours in quality have their names on different sides; below a point runs no line.
-    plot.annotate(name, (cost, quality), (-6 if i % 2 else 6, -6), ha='right' if i % 2 else 'left', va='center',
-                  textcoords='offset points', fontsize=8, color=color)
   costs = [cost for _, cost, _ in points]
   if max(costs) > 20 * min(costs): plot.set_xscale('log')
   plot.xaxis.set_major_formatter(EngFormatter(sep=' '))
   plot.xaxis.set_minor_formatter(NullFormatter())
   plot.margins(0.3, 0.15)
+  for color, (_, cost, quality) in zip(_colors(), points):
+    plot.scatter(cost, quality, color=color, s=34, zorder=2, edgecolor='white', linewidth=0.8)
+  to_fractions = plot.transData + plot.transAxes.inverted()
+  places = label_places([name for name, _, _ in points], to_fractions.transform([point[1:] for point in points]))
+  for color, (name, cost, quality), (side, rise) in zip(_colors(), points, places):
+    plot.annotate(name, (cost, quality), (6 * side, rise), ha='left' if side > 0 else 'right', va='center',
+                  textcoords='offset points', fontsize=8, color=color)
   plot.set(title=f'quality against {label}', xlabel=label, ylabel='bits per byte')
+
+
+def label_places(names: list[str], fractions) -> list[tuple[int, int]]:
+  """For each name beside its point (fractions of a plot's width and height): the side, 1 for right, and its rise in points
+  of type. The first place that crosses no name before it and no border: a little below the point, where no line runs, then
+  farther off."""
+  width, height, letter, line = 280, 190, 4.7, 10   # in points of type, of the smallest plot and of its letters: about
+  taken, places = [], []
+  for name, (x, y) in zip(names, np.asarray(fractions) * (width, height)):
+    choices = [(side, rise) for rise in (-6, 6, -18, 18, -30, 30) for side in (1, -1)]
+    boxes = []
+    for side, rise in choices:
+      left = x + 6 if side > 0 else x - 6 - letter * len(name)
+      boxes.append((left, left + letter * len(name), y + rise - line / 2, y + rise + line / 2))
+    crosses = lambda a, b: a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
+    free = [i for i, box in enumerate(boxes) if not any(crosses(box, other) for other in taken)]
+    inside = [i for i in free if boxes[i][0] >= 0 and boxes[i][1] <= width and boxes[i][2] >= 0 and boxes[i][3] <= height]
+    best = next(iter(inside or free), 0)
+    taken.append(boxes[best])
+    places.append(choices[best])
+  return places
 
 
 def draw_series(plot, name: str, steps: np.ndarray, values: np.ndarray):
