@@ -153,7 +153,7 @@ class BPE:
     train_bytes: of the training text are learned from.
   """
   vocab_size: int = 4096
-  train_bytes: int = 32_000_000
+  train_bytes: int = dataclasses.field(default=32_000_000, metadata={'wide': True})
 
   def check(self) -> Iterator[Problem]:
     yield from at_least(self, vocab_size=257, train_bytes=1)
