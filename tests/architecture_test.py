@@ -33,7 +33,6 @@ WITHOUT_OWN_TEST = {
   'efficient_lm/runs/monitor.py': 'what a run shows while it trains; run_test and resume_test',
   'efficient_lm/runs/report_page.py': 'draws; report_test',
   'efficient_lm/runs/results.py': 'report_test, which reads many folders',
-  'efficient_lm/runs/charts.py': 'draws; report_test',
   'efficient_lm/interop/imported.py': 'huggingface_test, gguf/source_test',
   'efficient_lm/interop/checkpoint.py': 'holds; load_test',
   'efficient_lm/interop/gguf/engine.py': 'llama_cpp_test, which needs llama.cpp as it does',

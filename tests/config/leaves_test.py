@@ -2,13 +2,11 @@
 import collections
 import pathlib
 
-import jax
 import pytest
 
 from efficient_lm.config import experiment, fields
 from efficient_lm.data.corpus import Corpus
 from efficient_lm.errors import ConfigError
-from efficient_lm.runs import memory
 from efficient_lm.runs.run import Run
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -44,19 +42,3 @@ def test_every_leaf_takes_any_value_or_refuses_it_in_a_line(name, tmp_path, open
       else: ends['built'] += 1
   assert not workdir.exists()
   assert ends['refused'] > 10 * len(leaves) and ends['built'] > len(leaves)
-
-
-@pytest.mark.parametrize('change, words', [
-  ('model.dim=1000000', 'config.model = '), ('model.vocab_size=2000000000', 'config.model = '),
-  ('train.batch_size=1000000000', 'config.train.batch_size = 1000000000'),
-  ('train.sequence_length=2000000000', 'config.train.sequence_length = 2000000000')])
-def test_what_no_memory_holds_is_refused_with_what_it_takes_and_what_there_is(change, words, tmp_path, opened_once):
-  file = str(ROOT / 'configs' / 'baseline.py')
-  with pytest.raises(ConfigError) as refused: Run(*experiment.load(file, [f'--config.{change}'], None), tmp_path / 'run')
-  said = str(refused.value)
-  assert said.startswith(words) and 'is too large' in said and 'iB, and all devices have' in said and '\n' not in said
-
-
-def test_memory_is_that_of_the_machine_once_for_all_cpu_devices():
-  one, all_of_them = memory.available(jax.devices()[:1]), memory.available(jax.devices())
-  assert 2 ** 28 < one == all_of_them < 2 ** 50
