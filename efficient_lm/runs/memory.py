@@ -2,12 +2,10 @@
 
 What is counted is the least that is needed: nothing is refused that might fit, and what passes may still be too large.
 """
-import os
-
-import jax
 from flax import nnx
 
 from efficient_lm.errors import ConfigError
+from efficient_lm.parallel.memory import available
 from efficient_lm.runs.ledger import quantity
 from efficient_lm.tree import num_bytes
 
@@ -26,13 +24,6 @@ def check_batch(training, dim: int, devices, field: str):
   name = 'sequence_length' if length > rows else 'batch_size'
   _refuse(rows * length * dim * 2, devices, f'{field}.{name}', getattr(training, name),
           f'one array of {rows} x {length} tokens x {dim} channels')
-
-
-def available(devices) -> int:
-  """Bytes of memory of these devices together. Those of a CPU share the machine's."""
-  stats = [None if device.platform == 'cpu' else device.memory_stats() for device in devices]
-  if all(stats): return sum(one['bytes_limit'] for one in stats)
-  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') * jax.process_count()
 
 
 def _refuse(needed: int, devices, field: str, value, what: str):
