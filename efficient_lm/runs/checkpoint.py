@@ -8,11 +8,8 @@ and again from what was restored, on whatever mesh that is: a change anywhere in
 import concurrent.futures
 import contextlib
 import errno
-import fcntl
 import logging
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +21,8 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from efficient_lm.errors import CheckpointError, ConfigError, NonFinite
+from efficient_lm import workdir as workdirs
+from efficient_lm.errors import CheckpointError, NonFinite
 from efficient_lm.parallel.sharding import wait_on_cpu
 from efficient_lm.runs.record import crc32
 from efficient_lm.tree import path_name
@@ -69,7 +67,7 @@ class Checkpoints:
     manifest = _manifest(leaves)
     if record is not None: manifest |= {'record': record, 'record_crc32': crc32(record)}
     if record is None and self._holds(step, manifest): return
-    if jax.process_index() == 0: self._make_room(step, leaves)
+    if jax.process_index() == 0: self._make_room(step, leaves)   # raises ConfigError where the run's lock is lost
     self._corrupt.clear()   # they have been set aside
     arguments = {item: ocp.args.StandardSave(part) for item, part in _items(leaves).items()}
     with self._explained(step):
@@ -171,24 +169,23 @@ class Checkpoints:
 
   def _make_room(self, step: int, leaves: dict):
     """Before a save: clears what killed processes left, sets corrupt steps aside, checks the free space."""
-    self.folder.mkdir(parents=True, exist_ok=True)
+    workdirs.folder(self.folder.parent, self.folder.name)
+    for entry in self.folder.iterdir(): workdirs.place(self.folder, entry.name)   # a link to a step elsewhere, say
     self._clear_temporary()
     for number in self._corrupt & set(self.steps()):   # else they would count as new, or as already saved
-      aside = self.folder / f'{number}.corrupt'
-      shutil.rmtree(aside, ignore_errors=True)
-      (self.folder / str(number)).rename(aside)
+      workdirs.move(self.folder, str(number), f'{number}.corrupt')
     needed = sum(leaf.nbytes for leaf in leaves.values())
     if needed > shutil.disk_usage(self.folder).free: raise self._disk_full(step, needed)
 
   def _clear_temporary(self):
-    for entry in self.folder.glob('*.orbax-checkpoint-tmp*'): shutil.rmtree(entry, ignore_errors=True)
+    for entry in self.folder.glob('*.orbax-checkpoint-tmp*'): workdirs.remove(self.folder, entry.name)
 
   def _commit(self, step: int):
     """In the background: waits for the step and its manifest, and only then deletes steps that are too many."""
     self._orbax.wait_until_finished()
     if jax.process_index(): return
     others = [number for number in self.steps() if number != step]
-    for number in others[:max(0, len(others) - self.keep + 1)]: shutil.rmtree(self.folder / str(number))
+    for number in others[:max(0, len(others) - self.keep + 1)]: workdirs.remove(self.folder, str(number))
 
   @contextlib.contextmanager
   def _explained(self, step: int):
@@ -303,22 +300,8 @@ def _corruption() -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock(workdir) -> Iterator[None]:
-  """Holds `workdir/lock`, which names the host and process. ConfigError when another process holds it.
-
-  The kernel drops the lock when the process ends, however it ends: a file left behind locks nothing. In a program of
-  several processes the first one holds it for all.
-  """
+  """Holds `workdir/lock` (see `workdir.lock`). In a program of several processes the first one holds it for all."""
   if jax.process_index():
     yield
     return
-  Path(workdir).mkdir(parents=True, exist_ok=True)
-  with open(Path(workdir) / 'lock', 'a+') as file:
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      file.seek(0)
-      fix = f'another process uses it ({file.read().strip()}); wait or take another'
-      raise ConfigError('workdir', str(workdir), fix) from error
-    file.truncate(0)
-    file.write(f'host {socket.gethostname()}, process {os.getpid()}\n')
-    file.flush()
-    yield
+  with workdirs.lock(workdir): yield

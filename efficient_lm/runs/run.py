@@ -8,18 +8,18 @@ import contextlib
 import dataclasses
 import functools
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from efficient_lm import workdir as workdirs
 from efficient_lm.axes import BATCH
 from efficient_lm.config import experiment as experiments
 from efficient_lm.config import fields
 from efficient_lm.config.sources import is_source
 from efficient_lm.data.baselines import baselines
-from efficient_lm.errors import ConfigError, in_field
+from efficient_lm.errors import CheckpointError, ConfigError, in_field
 from efficient_lm.parallel.sharding import placed
 from efficient_lm.runs import commits, console, derived, invariants, record, report_page
 from efficient_lm.runs.checkpoint import lock
@@ -50,6 +50,7 @@ class Run:
 
   def __init__(self, experiment, default, workdir):
     self.experiment, self.default, self.workdir = experiment, default, Path(workdir)
+    workdirs.check(workdir)
     self.mesh = experiment.mesh.build()
     self.batch_shards = math.prod(self.mesh.shape[name] for name in BATCH)
     self.known = record.read(workdir)
@@ -64,11 +65,14 @@ class Run:
 
   def _own_tokenizer(self):
     """The run's tokenizer: its own, once it has one, or that of what it starts from; None: the configured one is fitted."""
-    if (self.workdir / 'tokenizer.json').is_file(): return record.tokenizer(self.workdir)
+    if (self.workdir / record.TOKENIZER).is_file(): return record.tokenizer(self.workdir)
     return None if self.experiment.start is None else self.experiment.start.tokenizer()
 
   def _check_tokenizers(self):
     own, configured = self.corpus.tokenizer, self.experiment.data.tokenizer
+    if self.known and self.known.tokenizer != own.key:
+      raise CheckpointError(f'{self.workdir / record.TOKENIZER} is missing, and what would be in its place now is another '
+                            'than the run was trained with: bring it back')
     if not (configured is None or is_source(configured)) and configured.vocab_size != own.vocab_size:
       raise ConfigError('config.data.tokenizer', configured, f'is not the one of what the run starts from, which has '
                         f'{own.vocab_size} ids: leave it None')
@@ -138,10 +142,8 @@ class Run:
 
   def _write_config(self):
     if jax.process_index(): return
-    self.workdir.mkdir(parents=True, exist_ok=True)
     experiments.write(str(self.workdir), self.experiment)
-    if not (self.workdir / 'tokenizer.json').is_file():
-      record.replace(self.workdir / 'tokenizer.json', self.corpus.tokenizer.to_json())
+    if not (self.workdir / record.TOKENIZER).is_file(): record.write_tokenizer(self.workdir, self.corpus.tokenizer)
     record.write(self.workdir, self.record)
 
   def _perform(self, steps: list[Step]):
@@ -166,7 +168,7 @@ class Run:
     at = self._own_steps(step)
     monitor.evaluate(at, model, end=True)
     self.row, self.sample = monitor.row(step.planned.name, model, [*notes, *self.remarks]), monitor.sample
-    commits.commit(self.workdir, step.planned, step.steps + at, model, self.row)
+    commits.commit(self.workdir, step.planned, step.steps + at, model, self.row, monitor.text)
     commits.write_ledger(self.workdir, self.record.plan)
     console.stage(step, model, notes, monitor.result)
     return model
@@ -218,10 +220,8 @@ class Run:
     if jax.process_index() or record.course(self.workdir, step.planned) in (None, step.course): return
     # The stage's folder last: it holds the course, without which a kill in between would leave the states to be resumed.
     for folder in (self._checkpoints(step), record.stage_folder(self.workdir, step.planned)):
-      if not folder.is_dir(): continue
-      aside = folder.with_name(folder.name + '.old')
-      shutil.rmtree(aside, ignore_errors=True)
-      folder.rename(aside)
+      name = str(folder.relative_to(self.workdir))
+      if folder.is_dir(): workdirs.move(self.workdir, name, f'{name}.old')
 
   # ---------------------------------------------------------------- what there is to say
 
@@ -236,7 +236,7 @@ class Run:
     """What a reader of the ledger has to know of the model and the text."""
     found, now = experiments.caveats(self.experiment), self.corpus.describe()
     if now['hash'] != self.record.text['hash']:
-      count = lambda text: f'{text["train_files"]} + {text["heldout_files"]} documents, sha256 {text["hash"][:12]}'
+      count = lambda text: f'{text.get("train_files")} + {text.get("heldout_files")} documents, sha256 {text["hash"][:12]}'
       found.append(f'the text has changed since the run began: {count(self.record.text)} then, {count(now)} now')
     if now['left_out']:
       more = f' and {len(now["left_out"]) - 3} more' if len(now['left_out']) > 3 else ''
