@@ -134,7 +134,7 @@ def lock(workdir) -> Iterator[None]:
       file.write(f'host {socket.gethostname()}, process {os.getpid()}\n')
       file.flush()
       yield
-    finally: del _held[root]
+    finally: _held.pop(root, None)
 
 
 def still_held(path):

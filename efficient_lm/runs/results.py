@@ -57,12 +57,13 @@ def load(folder) -> Result:
                    _weights(folder, known, left))
   except (ValueError, OSError, CheckpointError) as error:
     raise ConfigError('run', str(folder), f'cannot be read: {error}') from error
-  _tell_of_missing_rows(found, left, folder)
+  _tell_of_what_is_missing(found, left, folder)
   return found
 
 
-def _tell_of_missing_rows(found: Result, left: dict[str, dict], folder: Path):
-  """Warns of stages that have been committed and of whose end, which is logged before, there is no row."""
+def _tell_of_what_is_missing(found: Result, left: dict[str, dict], folder: Path):
+  """Warns of what a run writes before it commits a stage, and is not there although stages have been committed."""
+  if left and not found.config: log.warning('%s is missing', folder / 'config.json')
   ended = {row.get('stage') for row in found.metrics if row.get(tracking.END)}
   missing = [name for name in left if int(name.partition(' ')[0]) not in ended]
   if missing: log.warning('%s lacks rows: what was measured after stage %s, at least', folder / 'metrics.jsonl', missing[0])

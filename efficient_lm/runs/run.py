@@ -132,13 +132,17 @@ class Run:
     with contextlib.ExitStack() as stack:
       stack.enter_context(jax.set_mesh(self.mesh))
       stack.enter_context(lock(self.workdir))
-      pending = [step for step in self.steps if not record.committed(self.workdir, step.planned)]
-      # A stage after one that is made again is made again, too: its key is another.
+      pending = self.pending()
       console.start(self, pending[0] if pending else None)
       self._write_config()
       if pending: self._perform(self.steps[self.steps.index(pending[0]):])
       rows = commits.write_ledger(self.workdir, self.record.plan)
       if jax.process_index() == 0: console.finish(self, rows, self.sample, report_page.write_report(self.workdir))
+
+  def pending(self) -> list[Step]:
+    """Stages that have not been committed under their present keys. The run goes on with the first of them, and makes all
+    that follow it again."""
+    return [step for step in self.steps if not record.committed(self.workdir, step.planned)]
 
   def _write_config(self):
     if jax.process_index(): return

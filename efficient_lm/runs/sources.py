@@ -17,7 +17,7 @@ def _once(path: str) -> Iterator[None]:
   """Raises ConfigError for a run that starts, in the end, from itself: what it starts from would be asked for without end."""
   real = os.path.realpath(path)
   if real in _asked: raise ConfigError('run', path, 'starts, in the end, from itself')
-  if len(_asked) >= LONGEST: raise ConfigError('run', path, f'starts from more than {LONGEST} runs, one from the other')
+  if len(_asked) >= LONGEST: raise ConfigError('run', path, f'is the {LONGEST}th run that another one starts from')
   _asked.append(real)
   try: yield
   finally: _asked.remove(real)

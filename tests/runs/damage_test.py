@@ -1,0 +1,156 @@
+"""Whatever happens to a file of a finished run: what reads the run tells of it in a line, or finds what was there before."""
+import dataclasses
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from efficient_lm.config import experiment
+from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.formats import Int
+from efficient_lm.runs import FromRun, results, run
+from efficient_lm.techniques import Quantize, Rule
+from tests import minute
+
+# Orbax drops the tasks that read the other arrays when one is unreadable; only pytest makes something of it.
+pytestmark = [pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning'),
+              pytest.mark.filterwarnings('ignore:coroutine')]
+STAGES = (Quantize(rules=(Rule(weights=Int()),)),)
+FLIPS, MANY = 1, 200   # of bits a file, by default and with --long
+
+
+def made():
+  quick = minute.get_config('quick')
+  return dataclasses.replace(quick, train=dataclasses.replace(quick.train, steps=2), stages=STAGES)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """The folder of a run of two stages that has come to its end, to be copied."""
+  folder = tmp_path_factory.mktemp('finished') / 'run'
+  run.run(made(), made(), folder)
+  return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+  return shutil.copytree(finished, tmp_path / 'run')
+
+
+# ------------------------------------------------------------------ what reads a run
+
+def generate(folder):
+  """All that the command loads of a run: tokenizer and model; so does `evaluate`."""
+  experiment.read(str(folder))
+  source = FromRun(path=str(folder))
+  leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(source.load())]
+  return source.spec(), source.tokenizer().key, source.key(), leaves
+
+
+def report(folder):
+  """All that a report shows."""
+  return results.load(folder)
+
+
+def resume(folder):
+  """The stages that the same command would perform."""
+  experiment.validate(made(), str(folder))
+  experiment.refuse_other(str(folder), made())
+  taken_up = run.Run(made(), made(), folder)
+  return [step.planned for step in taken_up.pending()], taken_up.record, taken_up.corpus.tokenizer.key
+
+
+READERS = (generate, report, resume)
+
+
+def outcome(reader, folder, caplog):
+  """What the reader finds, and the lines that it says of damage."""
+  caplog.clear()
+  with caplog.at_level(logging.WARNING):
+    try: found = reader(folder)
+    except (ConfigError, CheckpointError) as error: found, said = None, [str(error)]
+    else: said = []
+  return found, said + [line.getMessage() for line in caplog.records if line.name.startswith('efficient_lm')]
+
+
+def check(folder, file, expected, caplog) -> dict[str, str]:
+  """Of each reader whether it noticed what has happened to a file, or found what was there before; one of both is so."""
+  came = {}
+  for reader in READERS:
+    found, said = outcome(reader, folder, caplog)
+    for line in said: assert '\n' not in line and len(line) < 600, line
+    names = [file.name, *(str(parent) for parent in file.parents if folder in parent.parents)]
+    told = [line for line in said if any(name in line for name in names)]
+    assert told or (found == expected[reader] and not said), f'{reader.__name__} after damage to {file}: {said}'
+    came[reader.__name__] = 'noticed' if told else 'equal'
+  return came
+
+
+@pytest.fixture
+def expected(folder, caplog):
+  """What each reader finds in the untouched folder, of which it has nothing to say."""
+  found = {reader: outcome(reader, folder, caplog) for reader in READERS}
+  assert [said for _, said in found.values()] == [[], [], []]
+  return {reader: value for reader, (value, _) in found.items()}
+
+
+# ------------------------------------------------------------------ what happens to files
+
+@pytest.fixture
+def files(folder, request):
+  """Of those that nothing reads, such as what a training has saved once its stage is committed, some, or all with --long."""
+  found = {str(file.relative_to(folder)): file for file in sorted(folder.rglob('*')) if file.is_file()}
+  idle = [name for name in found if name not in NOTICED and not name.startswith(LAST)]
+  left = [] if request.config.getoption('--long') else [name for i, name in enumerate(idle) if i % 5]
+  return {name: file for name, file in found.items() if name not in left}
+
+
+def truncate(file): file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+def empty(file): file.write_bytes(b'')
+def delete(file): file.unlink()
+def garble(file): file.write_bytes(bytes(reversed(file.read_bytes())))
+
+
+# Of the files that a reader reads: what it must come to. All others are equal.
+NOTICED = {
+  'config.json': {generate: 'noticed', report: 'noticed', resume: 'noticed'},
+  'run.json': {generate: 'noticed', report: 'noticed', resume: 'noticed'},
+  'tokenizer.json': {generate: 'noticed', report: 'equal', resume: 'noticed'},
+  'metrics.jsonl': {generate: 'equal', report: 'noticed', resume: 'equal'},
+  'ledger.json': {generate: 'equal', report: 'noticed', resume: 'equal'},
+  'stages/1_train/2/manifest/metadata': {generate: 'equal', report: 'noticed', resume: 'noticed'},
+  'stages/2_quantize/2/manifest/metadata': {generate: 'noticed', report: 'noticed', resume: 'noticed'},
+}
+# Gone, these are made again as they were.
+MADE_AGAIN = {('config.json', resume), ('tokenizer.json', resume)}
+LAST = 'stages/2_quantize/2/'   # of whose files `generate` reads most
+
+
+@pytest.mark.parametrize('damage', [truncate, empty, delete, garble])
+def test_every_file_that_is_cut_emptied_gone_or_garbled_is_noticed_or_not_needed(folder, files, expected, caplog, damage):
+  for name, file in files.items():
+    before = file.read_bytes()
+    damage(file)
+    came = check(folder, file, expected, caplog)
+    file.write_bytes(before)
+    if name in NOTICED:
+      for reader, wanted in NOTICED[name].items():
+        if damage is delete and (name, reader) in MADE_AGAIN: wanted = 'equal'
+        assert came[reader.__name__] == wanted, (name, damage.__name__, came)
+    elif not name.startswith(LAST): assert set(came.values()) == {'equal'}, (name, came)
+
+
+def test_every_bit_that_flips_is_noticed_or_harmless(folder, files, expected, caplog, request):
+  rng, noticed = np.random.default_rng(0), 0
+  count = MANY if request.config.getoption('--long') else FLIPS
+  for name, file in files.items():
+    before = file.read_bytes()
+    for bit in rng.choice(8 * len(before), min(8 * len(before), count * (8 if name in NOTICED else 1)), replace=False):
+      content = bytearray(before)
+      content[bit // 8] ^= 1 << bit % 8
+      file.write_bytes(content)
+      noticed += 'noticed' in check(folder, file, expected, caplog).values()
+    file.write_bytes(before)
+  assert noticed > 40, 'most of those in the files that are read'
