@@ -47,7 +47,9 @@ def load(path, strict: bool = True) -> Any:
 
 def parse(text: str | bytes, strict: bool = True) -> Any:
   """Raises ValueError for what is no JSON, is not UTF-8, says a name twice, or is nested without measure."""
-  try: return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse if strict else None)
+  try:
+    text = text.decode('utf-8') if isinstance(text, bytes) else text   # json would take UTF-16, too
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse if strict else None)
   except RecursionError: raise ValueError('its JSON is nested too deeply') from None
   except UnicodeDecodeError: raise ValueError('its JSON is not UTF-8') from None
 

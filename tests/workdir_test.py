@@ -10,22 +10,24 @@ import sys
 
 import pytest
 
-from efficient_lm import main, workdir
+from efficient_lm import workdir
 from efficient_lm.commands import exit_code
+from efficient_lm.config import experiment
 from efficient_lm.errors import ConfigError
 from efficient_lm.runs import ledger, report_page, results
 from efficient_lm.runs.checkpoint import Checkpoints
 from efficient_lm.runs.tracking import Tracker
+from tests import minute
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = ('config.json', 'config.json.partial', 'run.json', 'run.json.partial', 'tokenizer.json', 'tokenizer.json.partial',
-         'ledger.json', 'ledger.json.partial', 'ledger.json.tmp', 'ledger.json.damaged', 'metrics.jsonl', 'metrics.jsonl.tmp',
-         'metrics.jsonl.partial', 'metrics.jsonl.damaged', 'report.html', 'report.png', 'report.html.partial', 'lock',
-         'samples/00000002.txt', 'samples/stage_2.txt', 'stages/1_train/begun.json', 'stages/1_train/4/manifest/metadata',
-         'tensorboard/events', 'tensorboard/hparams/events')
+         'ledger.json', 'ledger.json.partial', 'ledger.json.tmp', 'ledger.json.damaged', 'metrics.jsonl',
+         'metrics.jsonl.tmp', 'metrics.jsonl.partial', 'metrics.jsonl.damaged', 'report.html', 'report.png',
+         'report.html.partial', 'lock', 'samples/00000002.txt', 'samples/stage_2.txt', 'stages/1_train/begun.json',
+         'stages/1_train/4/manifest/metadata', 'tensorboard/events', 'tensorboard/hparams/events')
 FOLDERS = ('samples', 'stages', 'stages/1_train', 'stages/1_train/4', 'stages/1_train.old', 'stages/2_quantize/checkpoints',
-           'checkpoints', 'checkpoints.old', 'checkpoints/3', 'checkpoints/3.corrupt', 'tensorboard', 'tensorboard/hparams',
-           'checkpoints/3.orbax-checkpoint-tmp')
+           'checkpoints', 'checkpoints.old', 'checkpoints/3', 'checkpoints/3.corrupt', 'checkpoints/3.orbax-checkpoint-tmp',
+           'tensorboard', 'tensorboard/hparams')
 
 
 @pytest.fixture
@@ -62,9 +64,10 @@ def test_a_link_where_a_run_writes_is_refused_before_anything_is_written(tmp_pat
 
 
 @pytest.mark.parametrize('name', ['checkpoints', 'report.html', 'metrics.jsonl.damaged'])
-def test_the_command_refuses_one_in_a_line(tmp_path, outside, name, capsys):
+def test_a_run_is_refused_in_a_line_as_soon_as_its_config_is_read(tmp_path, outside, name, capsys):
   folder = linked(tmp_path / 'run', name, outside)
-  assert exit_code(main.main, ['main', '--config=tests/minute.py:quick', f'--workdir={folder}']) == 2
+  begin = lambda overrides: experiment.refuse_other(str(folder), minute.get_config('quick'))   # as the command does
+  assert exit_code(begin, ['main']) == 2
   line, = capsys.readouterr().err.splitlines()
   assert name in line and names(folder) == [name]
 

@@ -173,7 +173,9 @@ def _recorded_spec(workdir: str, start: dict):
   """The description of the model that a run in `workdir` has started from. Raises CheckpointError."""
   try:
     spec = from_json(start['spec'])
-    fields.check(spec, 'start.spec')
+    if not isinstance(spec, names.Unread):
+      if not hasattr(spec, 'build'): raise ConfigError('start.spec', spec, 'is no description of a model')
+      fields.check(spec, 'start.spec')
     return spec
   except (ConfigError, RecursionError) as error: raise sealed.damaged(os.path.join(workdir, RUN_JSON), error) from error
 

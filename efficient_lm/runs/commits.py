@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 
 import jax
+from flax import nnx
 
 from efficient_lm.compression import rewriting
 from efficient_lm.errors import CheckpointError, ConfigError
@@ -26,7 +27,10 @@ def commit(workdir, planned: record.Planned, step: int, model, row: ledger.Row, 
 def abstract(workdir, planned: record.Planned):
   """Shapes of the model that a stage has left. Raises CheckpointError for classes that are not at hand, and for what is no
   structure of a model."""
-  try: return structure.rebuilt(record.committed(workdir, planned)['structure'])
+  try:
+    model = structure.rebuilt(record.committed(workdir, planned)['structure'])
+    if not isinstance(model, nnx.Module): raise ValueError('it is no module')
+    return model
   except (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
     folder = record.stage_folder(workdir, planned)
     raise CheckpointError(f'{folder} has no structure of a model: {" ".join(str(error).split())[:200]}') from error

@@ -19,7 +19,7 @@ from typing import Any
 from efficient_lm import sealed
 from efficient_lm.config import experiment as experiments
 from efficient_lm.config import fields
-from efficient_lm.config.experiment import RUN_JSON
+from efficient_lm.config.experiment import CONFIG_JSON, RUN_JSON
 from efficient_lm.config.sources import is_source
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.models.added import stored
@@ -207,9 +207,20 @@ def tokenizer(workdir):
   try: found = tokenizers.from_json(json.dumps(sealed.read(path)))
   except ConfigError as error: raise sealed.damaged(path, error) from error
   known = read(workdir)
-  if known is not None and known.tokenizer != found.key:
+  if known is None: _check_size(workdir, path, found)
+  elif known.tokenizer != found.key:
     raise CheckpointError(f'{path} is not the tokenizer that the run was trained with, by its {RUN_JSON}: bring that back')
   return found
+
+
+def _check_size(workdir, path: Path, tokenizer):
+  """Raises CheckpointError for the tokenizer of a run of an earlier version, which has not recorded its key, if the model
+  does not have that many ids."""
+  if not (Path(workdir) / CONFIG_JSON).is_file(): return
+  model = experiments.read(str(workdir)).model
+  if model is None or getattr(model, 'vocab_size', tokenizer.vocab_size) >= tokenizer.vocab_size: return
+  raise CheckpointError(f'{path} has {tokenizer.vocab_size} ids, and the model of the run only {model.vocab_size}: bring '
+                        'back the one that it was trained with')
 
 
 def write_tokenizer(workdir, tokenizer):

@@ -27,7 +27,7 @@ def write_report(workdir) -> Path:
 def write(results: list[Result], folder) -> Path:
   """Writes the report of `results` into `folder`, which is made if it is missing."""
   drawings = _drawings(results)
-  for name in NAMES: workdirs.place(folder, name)   # before anything is written
+  for name in (*NAMES, *(f'{name}.partial' for name in NAMES)): workdirs.place(folder, name)   # before anything is written
   path = workdirs.write(folder, NAMES[0], page(results))
   if drawings: workdirs.write(folder, NAMES[1], charts.png(drawings))
   return path

@@ -14,10 +14,11 @@ _asked: list[str] = []   # folders of runs that are being asked for what they st
 
 @contextlib.contextmanager
 def _once(path: str) -> Iterator[None]:
-  """Raises ConfigError for a run that starts, in the end, from itself: what it starts from would be asked for without end."""
+  """Raises ConfigError for a run that starts, in the end, from itself: what it starts from would be asked without end."""
   real = os.path.realpath(path)
   if real in _asked: raise ConfigError('run', path, 'starts, in the end, from itself')
-  if len(_asked) >= LONGEST: raise ConfigError('run', path, f'is the {LONGEST}th run that another one starts from')
+  if len(_asked) >= LONGEST:
+    raise ConfigError('run', path, f'is asked for after {LONGEST} others, of which each starts from the next')
   _asked.append(real)
   try: yield
   finally: _asked.remove(real)
