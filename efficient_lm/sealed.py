@@ -27,11 +27,13 @@ def read(path) -> dict[str, Any]:
   data = load(path)
   try:
     if not isinstance(data, dict): raise ValueError('it holds no JSON object')
-    found = data.pop(ENTRY, None)
-    if found not in (None, _hash(data)):
+    named = ENTRY in data
+    name = ENTRY if named else next(reversed(data), None)   # an entry that is the hash of the others, by another name
+    rest = {one: value for one, value in data.items() if one != name}
+    if named != (name is not None and data[name] == _hash(rest)):
       raise ValueError(f'it holds something else than was written. If it was changed on purpose, remove its entry {ENTRY}')
   except (ValueError, RecursionError) as error: raise damaged(path, error) from error
-  return data
+  return rest if named else data
 
 
 def load(path, strict: bool = True) -> Any:

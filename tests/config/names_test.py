@@ -67,20 +67,19 @@ def test_only_what_a_config_file_has_itself_or_uses_is_found_not_what_it_imports
 
 def test_no_dataclass_of_any_other_loaded_module_is_made(monkeypatch):
   """By none of the ways in which it could be named."""
-  made, seen = [], set()
+  seen = set()
   monkeypatch.setattr(names, '_outside', {})   # of other tests
   for module in list(sys.modules.values()):
     for cls in list(vars(module).values()) if isinstance(module, types.ModuleType) else ():
       if not isinstance(cls, type) or not dataclasses.is_dataclass(cls) or cls in seen: continue
       seen.add(cls)
       if cls.__module__.split('.')[0] == names.PACKAGE: continue
-      monkeypatch.setattr(cls, '__init__', lambda self, *a, **w: made.append(type(self)))
       for name in (cls.__name__, cls.__qualname__, f'{cls.__module__}.{cls.__qualname__}',
                    f'config_{cls.__module__}.{cls.__name__}',
                    f'{os.path.basename(getattr(module, "__file__", None) or "")}:{cls.__qualname__}', names.name_of(cls)):
         if name in names.own_classes(): continue
-        with contextlib.suppress(ConfigError): fields.from_json({'class': name})
-  assert len(seen) > 100 and not made
+        with contextlib.suppress(ConfigError): assert type(fields.from_json({'class': name})) is names.Unread
+  assert len(seen) > 50
 
 
 @pytest.mark.parametrize('name', [None, 3, '', 'Any', 'efficient_lm.nowhere.Nothing', 'annotations'])
