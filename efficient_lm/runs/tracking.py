@@ -102,29 +102,27 @@ def _number(value):
 
 
 def read(path) -> list[dict]:
-  """Rows of a metrics.jsonl, numbers as numbers (NaN too). Lines that are no row, or not what was written, are left out,
-  with a warning that says how many; a last one that a kill has torn is left out, too."""
-  found = list(_scan(path))
-  damaged = sum(row is None for line, row in found if line.endswith(b'\n'))
-  if damaged: log.warning('%s has %d damaged lines, which are left out', path, damaged)
-  return [row for _, row in found if row is not None]
+  """Rows of a metrics.jsonl, numbers as numbers (NaN too). Lines that are no row, such as one torn by a kill, or not what
+  was written, are left out, with a warning that says how many."""
+  rows = [row for _, row in _scan(path)]
+  if None in rows: log.warning('%s has damaged lines, which are left out: %d', path, rows.count(None))
+  return [row for row in rows if row is not None]
 
 
 def cut(workdir, stage: int, step: int, end: int = 0):
   """Removes from metrics.jsonl what comes after `step` of `stage`, what was measured of this stage's end (step `end`), and a
-  torn last line: written beside it, then renamed over it. Lines that are damaged go to a file beside, and a warning says how
-  many."""
+  torn last line: written beside it, then renamed over it. Damaged lines go to a file beside, and a warning says how many."""
   path = Path(workdir) / METRICS
   if not path.is_file(): return
   place = lambda row: (row.get('stage', 1), row['step'])
   before = lambda row: place(row) <= (stage, step) and not (END in row and place(row) >= (stage, end))
   found = list(_scan(path))
-  damaged = [line for line, row in found if row is None and line.endswith(b'\n')]
+  damaged = [line for line, row in found if row is None]
   if damaged:
-    log.warning('%s has %d damaged lines: they are left out, and kept in %s', path, len(damaged), ASIDE)
-    with workdirs.append(workdir, ASIDE) as aside: aside.buffer.write(b''.join(damaged))
-  kept = [line.rstrip(b'\n') for line, row in found if row is not None and before(row)]
-  workdirs.write(workdir, METRICS, b''.join((line if SUM.fullmatch(line) else _line(line)) + b'\n' for line in kept))
+    log.warning('%s has damaged lines, which are left out, and kept in %s: %d', path, ASIDE, len(damaged))
+    with workdirs.append(workdir, ASIDE) as aside: aside.buffer.write(b''.join(line + b'\n' for line in damaged))
+  kept = [line if SUM.fullmatch(line) else _line(line) for line, row in found if row is not None and before(row)]
+  workdirs.write(workdir, METRICS, b''.join(line + b'\n' for line in kept))
 
 
 def _line(text: bytes) -> bytes:
@@ -135,29 +133,30 @@ def _line(text: bytes) -> bytes:
 def _scan(path) -> Iterator[tuple[bytes, dict | None]]:
   """The lines of a metrics.jsonl, each with its row, or None where that is not what was written. In a file of an earlier
   version no line has a checksum."""
+  summed = any(map(SUM.fullmatch, _lines(path)))
+  for line in _lines(path):
+    try: yield line, _row(line, summed)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError): yield line, None
+
+
+def _lines(path) -> Iterator[bytes]:
+  """Without their ends. A line that has none comes in pieces."""
   if not Path(path).is_file(): return
-  with open(path, 'rb') as file: summed = any(SUM.fullmatch(line.rstrip(b'\n')) for line in _lines(file))
   with open(path, 'rb') as file:
-    for line in _lines(file):
-      try: yield line, _row(line.rstrip(b'\n'), summed)
-      except (ValueError, TypeError, AttributeError, RecursionError): yield line, None
-
-
-def _lines(file) -> Iterator[bytes]:
-  """A line without end comes in pieces."""
-  return iter(lambda: file.readline(LONGEST), b'')
+    for line in iter(lambda: file.readline(LONGEST), b''): yield line.removesuffix(b'\n')
 
 
 def _row(line: bytes, summed: bool) -> dict:
-  """Raises ValueError, TypeError, AttributeError or RecursionError for what is no row, or not what was written."""
+  """Raises ValueError, TypeError, KeyError, AttributeError or RecursionError for what is no row, or not what was written."""
   found = SUM.fullmatch(line)
   if found: line = found[1] + b'}'
   if summed and not (found and zlib.crc32(line) == int(found[2])): raise ValueError('not what was written')
   row = sealed.parse(line, strict=False)
   if type(row['step']) is not int or type(row.get('stage', 1)) is not int: raise ValueError('no row')
   bad = row.pop('not_finite', None)
-  if bad is None and not summed: bad = {name: value for name, value in row.items() if value in ('nan', 'inf', '-inf')}
-  return row | {name: _number(value) for name, value in (bad or {}).items()}
+  # Earlier versions wrote texts in place of such numbers.
+  bad = bad or {name: value for name, value in row.items() if value in ('nan', 'inf', '-inf')}
+  return row | {name: _number(value) for name, value in bad.items()}
 
 
 def load_heatmap(load_LE) -> np.ndarray:
