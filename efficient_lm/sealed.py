@@ -36,6 +36,12 @@ def read(path) -> dict[str, Any]:
   return rest if named else data
 
 
+def is_sealed(path) -> bool:
+  """Whether a file carries a hash. Raises CheckpointError as `load` does."""
+  found = load(path)
+  return isinstance(found, dict) and ENTRY in found
+
+
 def load(path, strict: bool = True) -> Any:
   """Any JSON in a file. Raises CheckpointError as `read` does. strict: NaN and infinities are refused, as JSON has none."""
   try:

@@ -74,7 +74,9 @@ def test_what_is_not_there_or_no_file_is_one_line(tmp_path):
 
 def test_a_file_of_an_earlier_version_has_no_hash_and_is_read(tmp_path):
   (tmp_path / 'file.json').write_text(json.dumps(DATA))
-  assert sealed.read(tmp_path / 'file.json') == DATA
+  assert sealed.read(tmp_path / 'file.json') == DATA and not sealed.is_sealed(tmp_path / 'file.json')
+  sealed.write(tmp_path, 'file.json', DATA)
+  assert sealed.is_sealed(tmp_path / 'file.json')
 
 
 def test_the_hash_is_of_the_values_not_of_their_spelling(tmp_path):

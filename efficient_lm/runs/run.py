@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from efficient_lm import sealed
 from efficient_lm import workdir as workdirs
 from efficient_lm.axes import BATCH
 from efficient_lm.config import experiment as experiments
@@ -147,7 +148,8 @@ class Run:
   def _write_config(self):
     if jax.process_index(): return
     experiments.write(str(self.workdir), self.experiment)
-    if not (self.workdir / record.TOKENIZER).is_file(): record.write_tokenizer(self.workdir, self.corpus.tokenizer)
+    path = self.workdir / record.TOKENIZER
+    if not path.is_file() or not sealed.is_sealed(path): record.write_tokenizer(self.workdir, self.corpus.tokenizer)
     record.write(self.workdir, self.record)
 
   def _perform(self, steps: list[Step]):

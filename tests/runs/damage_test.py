@@ -10,7 +10,7 @@ import pytest
 from efficient_lm.config import experiment
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.formats import Int
-from efficient_lm.runs import FromRun, results, run
+from efficient_lm.runs import FromRun, monitor, results, run
 from efficient_lm.techniques import Quantize, Rule
 from tests import minute
 
@@ -94,6 +94,35 @@ def expected(folder, caplog):
   found = {reader: outcome(reader, folder, caplog) for reader in READERS}
   assert [said for _, said in found.values()] == [[], [], []]
   return {reader: value for reader, (value, _) in found.items()}
+
+
+# ------------------------------------------------------------------ links, and the lock
+
+@pytest.mark.parametrize('name', ['samples/00000002.txt', 'checkpoints', 'stages/1_train', 'metrics.jsonl', 'tensorboard'])
+def test_a_finished_run_with_a_link_in_it_is_read_but_not_taken_up(folder, tmp_path, expected, name, caplog):
+  """Here what the link leads to is what was there before; the canary is that this stays."""
+  (folder / name).rename(tmp_path / 'outside')
+  (folder / name).symlink_to(tmp_path / 'outside')
+  contents = lambda: {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+  before = contents()
+  for reader in (generate, report): assert outcome(reader, folder, caplog) == (expected[reader], [])
+  for take_up in (resume, lambda folder: run.Run(made(), made(), folder)):
+    with pytest.raises(ConfigError, match='is a link') as caught: take_up(folder)
+    assert caught.value.value == str(folder / name)
+  assert contents() == before
+
+
+def test_a_run_whose_lock_is_deleted_stops_before_its_next_write(tmp_path, monkeypatch):
+  """TensorBoard's own file, which only this run writes, is closed."""
+  folder, original, left = tmp_path / 'run', monitor.Monitor.log, {}
+  contents = lambda: {path: path.read_bytes() for path in folder.rglob('*') if path.is_file() and 'events' not in path.name}
+  def log(self, step, numbers):
+    original(self, step, numbers)
+    (folder / 'lock').unlink()
+    left.update(contents())
+  monkeypatch.setattr(monitor.Monitor, 'log', log)
+  with pytest.raises(ConfigError, match='has lost its lock'): run.run(made(), made(), folder)
+  assert left and contents() == left
 
 
 # ------------------------------------------------------------------ what happens to files
