@@ -6,6 +6,8 @@ not of how they are spelled. A file without that entry, as earlier versions wrot
 """
 import hashlib
 import json
+import os
+import stat
 from typing import Any
 
 from efficient_lm import workdir as workdirs
@@ -13,6 +15,7 @@ from efficient_lm.errors import CheckpointError
 
 ENTRY = 'sha256'
 LARGEST = 256 << 20   # bytes; the largest tokenizers have 40 MB
+DEEPEST = 100         # objects and lists in each other; structures of models have about 20
 
 
 def write(workdir, name: str, data: dict[str, Any], indent: int | None = 2):
@@ -45,6 +48,7 @@ def is_sealed(path) -> bool:
 def load(path, strict: bool = True) -> Any:
   """Any JSON in a file. Raises CheckpointError as `read` does. strict: NaN and infinities are refused, as JSON has none."""
   try:
+    if not stat.S_ISREG(os.stat(path).st_mode): raise CheckpointError(f'{path} is no file')   # a pipe would be waited for
     with open(path, 'rb') as file: text = file.read(LARGEST + 1)
     if len(text) > LARGEST: raise ValueError(f'it has more than {LARGEST:,} bytes')
     return parse(text, strict)
@@ -57,7 +61,9 @@ def parse(text: str | bytes, strict: bool = True) -> Any:
   """Raises ValueError for what is no JSON, is not UTF-8, says a name twice, or is nested without measure."""
   try:
     text = text.decode('utf-8') if isinstance(text, bytes) else text   # json would take UTF-16, too
-    return json.loads(text, object_pairs_hook=_once, parse_constant=_refuse if strict else None)
+    found = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse if strict else None)
+    _check_depth(found)
+    return found
   except RecursionError: raise ValueError('its JSON is nested too deeply') from None
   except UnicodeDecodeError: raise ValueError('its JSON is not UTF-8') from None
 
@@ -76,6 +82,16 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   found = dict(pairs)
   if len(found) < len(pairs): raise ValueError('it says a name twice')
   return found
+
+
+def _check_depth(data):
+  """Raises RecursionError where something that reads or writes it all, level by level, might not come to an end."""
+  level = [data]
+  for _ in range(DEEPEST):
+    parts = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+    level = [inner for part in parts for inner in part]
+    if not level: return
+  raise RecursionError
 
 
 def _refuse(constant: str):

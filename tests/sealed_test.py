@@ -4,7 +4,7 @@ import math
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficient_lm import sealed
@@ -15,6 +15,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_
 DATA = {'theta': 10000.0, 'names': ['a', 'ü', '\udc80'], 'nested': {'none': None, 'large': 2 ** 70, 'yes': True}}
 
 
+@settings(max_examples=30)   # each is brought to the disk
 @given(st.dictionaries(st.text(), JSON).filter(lambda data: sealed.ENTRY not in data))
 def test_reading_is_the_inverse_of_writing(tmp_path_factory, data):
   folder = tmp_path_factory.getbasetemp()
@@ -68,7 +69,9 @@ def test_a_file_without_end_is_not_read(tmp_path):
 
 
 def test_what_is_not_there_or_no_file_is_one_line(tmp_path):
-  for path, said in ((tmp_path / 'gone', 'is missing'), (tmp_path, 'cannot be read: Is a directory')):
+  os.mkfifo(tmp_path / 'pipe')
+  for path, said in ((tmp_path / 'gone', 'is missing'), (tmp_path, 'is no file'), (tmp_path / 'pipe', 'is no file'),
+                     (tmp_path / ('x' * 300), 'cannot be read: File name too long')):
     with pytest.raises(CheckpointError, match=said): sealed.read(path)
 
 

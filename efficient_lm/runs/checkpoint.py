@@ -165,6 +165,7 @@ class Checkpoints:
       args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
       manifest = self._orbax.restore(self.folder / str(step), args=args)['manifest']
       if manifest['crc32'] != crc32(manifest['leaves']): raise Corrupt('its manifest is damaged')
+      for name, (dtype, shape, value) in manifest['leaves'].items(): _check_entry(name, dtype, shape, value)
       return manifest['leaves']
 
   def _make_room(self, step: int, leaves: dict):
@@ -264,6 +265,13 @@ def _manifest(leaves: dict) -> dict:
   if bad: raise NonFinite(f'state not saved: NaN or infinity in {", ".join(bad[:5])}{" …" if len(bad) > 5 else ""}')
   entries = {name: [str(leaf.dtype), list(leaf.shape), digests[name][0]] for name, leaf in leaves.items()}
   return {'leaves': entries, 'crc32': crc32(entries)}
+
+
+def _check_entry(name, dtype, shape, value):
+  """Raises Corrupt, TypeError or ValueError for what describes no array."""
+  jnp.dtype(dtype)
+  whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape) and type(value) is int
+  if not whole: raise Corrupt(f'its manifest has no shape and digest of {name}')
 
 
 def _compare(saved: dict, wanted: dict, folder: Path):

@@ -12,6 +12,7 @@ from efficient_lm.interop.folder import holds_model
 from efficient_lm.runs import ledger, record, tracking
 
 log = logging.getLogger(__name__)
+LONGEST = 1 << 20   # bytes of a sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +38,10 @@ class Result:
 
   @property
   def load_LE(self):
-    """The expert load last logged, or None."""
-    return next((row['load'] for row in reversed(self.metrics) if row.get('load')), None)
+    """The expert load last logged, layers x experts, or None."""
+    last = next((row['load'] for row in reversed(self.metrics) if row.get('load')), None)
+    try: return None if last is None or np.asarray(last, float).ndim != 2 else last
+    except (ValueError, TypeError, OverflowError): return None
 
 
 def load(folder) -> Result:
@@ -73,8 +76,10 @@ def _sample(folder: Path, known, left: dict[str, dict]) -> str:
   """What the last stage of a run has left; of one that has not come so far, or is of an earlier version, the newest file."""
   last = left.get(known.plan[-1].name, {}).get('sample') if known else None
   if isinstance(last, str): return last
-  samples = sorted((folder / 'samples').glob('*.txt'), key=lambda path: (path.stat().st_mtime_ns, path.name))
-  return samples[-1].read_text(encoding='utf-8', errors='replace') if samples else ''
+  samples = [path for path in (folder / 'samples').glob('*.txt') if path.is_file()]
+  if not samples: return ''
+  with max(samples, key=lambda path: (path.stat().st_mtime_ns, path.name)).open('rb') as file: text = file.read(LONGEST)
+  return text.decode('utf-8', 'replace')
 
 
 def _weights(folder: Path, known, left: dict[str, dict]) -> dict[str, list[dict]]:

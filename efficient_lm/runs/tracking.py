@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 METRICS, ASIDE = 'metrics.jsonl', 'metrics.jsonl.damaged'
 SUM = re.compile(rb'(.*), "crc32": (\d+)}', re.DOTALL)
 LONGEST = 64 << 20   # bytes of a row
+LARGEST = 2 ** 63    # of whole numbers
 
 CURVES = 512   # of one array; TensorBoard's page has no room for more, and writing them takes a while
 END = 'stage_end'   # marks the row of what a stage has left, which is measured again if the stage was not committed
@@ -153,6 +154,7 @@ def _row(line: bytes, summed: bool) -> dict:
   if summed and not (found and zlib.crc32(line) == int(found[2])): raise ValueError('not what was written')
   row = sealed.parse(line, strict=False)
   if type(row['step']) is not int or type(row.get('stage', 1)) is not int: raise ValueError('no row')
+  if any(isinstance(value, int) and abs(value) > LARGEST for value in row.values()): raise ValueError('no row')
   bad = row.pop('not_finite', None)
   # Earlier versions wrote texts in place of such numbers.
   bad = bad or {name: value for name, value in row.items() if value in ('nan', 'inf', '-inf')}
