@@ -48,10 +48,10 @@ def is_sealed(path) -> bool:
 def load(path, strict: bool = True) -> Any:
   """Any JSON in a file. Raises CheckpointError as `read` does. strict: NaN and infinities are refused, as JSON has none."""
   try:
-    if not stat.S_ISREG(os.stat(path).st_mode): raise CheckpointError(f'{path} is no file')   # a pipe would be waited for
-    with open(path, 'rb') as file: text = file.read(LARGEST + 1)
-    if len(text) > LARGEST: raise ValueError(f'it has more than {LARGEST:,} bytes')
-    return parse(text, strict)
+    there = os.stat(path)
+    if not stat.S_ISREG(there.st_mode): raise CheckpointError(f'{path} is no file')   # a pipe would be waited for
+    if there.st_size > LARGEST: raise ValueError(f'it has more than {LARGEST:,} bytes')
+    with open(path, 'rb') as file: return parse(file.read(), strict)
   except FileNotFoundError as error: raise CheckpointError(f'{path} is missing') from error
   except OSError as error: raise CheckpointError(f'{path} cannot be read: {error.strerror}') from error
   except ValueError as error: raise damaged(path, error) from error

@@ -135,7 +135,7 @@ class Run:
       stack.enter_context(lock(self.workdir))
       pending = self.pending()
       console.start(self, pending[0] if pending else None)
-      self._write_config()
+      self.write_beginning()
       if pending: self._perform(self.steps[self.steps.index(pending[0]):])
       rows = commits.write_ledger(self.workdir, self.record.plan)
       if jax.process_index() == 0: console.finish(self, rows, self.sample, report_page.write_report(self.workdir))
@@ -145,7 +145,9 @@ class Run:
     that follow it again."""
     return [step for step in self.steps if not record.committed(self.workdir, step.planned)]
 
-  def _write_config(self):
+  def write_beginning(self):
+    """Config, tokenizer and record, each whole with its hash. A run that is killed between two of them is taken up as one
+    that has not begun."""
     if jax.process_index(): return
     experiments.write(str(self.workdir), self.experiment)
     path = self.workdir / record.TOKENIZER

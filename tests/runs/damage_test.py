@@ -1,6 +1,9 @@
 """Whatever happens to a file of a finished run: what reads the run tells of it in a line, or finds what was there before."""
+import contextlib
 import dataclasses
+import itertools
 import logging
+import os
 import shutil
 
 import jax
@@ -94,6 +97,29 @@ def expected(folder, caplog):
   found = {reader: outcome(reader, folder, caplog) for reader in READERS}
   assert [said for _, said in found.values()] == [[], [], []]
   return {reader: value for reader, (value, _) in found.items()}
+
+
+# ------------------------------------------------------------------ kills
+
+@pytest.mark.parametrize('begun', [False, True], ids=['a new run', 'a finished run'])
+def test_a_kill_between_any_two_files_that_a_run_begins_with_leaves_a_run(folder, expected, begun, caplog, monkeypatch):
+  class Killed(Exception): pass
+  original, moments = os.replace, 0
+  for moment in itertools.count():
+    if not begun: shutil.rmtree(folder)
+    taken_up, count = run.Run(made(), made(), folder), itertools.count()
+    def counted(*arguments, moment=moment, count=count):
+      if next(count) == moment: raise Killed
+      return original(*arguments)
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+      patch.setattr(os, 'replace', counted)
+      taken_up.write_beginning()
+      break
+    moments += 1
+    for reader in READERS if begun else ():
+      assert outcome(reader, folder, caplog) == (expected[reader], []), (moment, reader)
+    assert outcome(resume, folder, caplog)[1] == [], 'the same command goes on'
+  assert moments == 2 + (not begun), 'config.json, run.json, and the tokenizer where there is none'
 
 
 # ------------------------------------------------------------------ links, and the lock
