@@ -90,7 +90,7 @@ def append(workdir, name: str):
 
 def _own(file, workdir, name: str):
   """The file, unless it is another one, too: what is written in place would be written there."""
-  if os.fstat(file.fileno()).st_nlink == 1: return file
+  if os.fstat(file.fileno()).st_nlink <= 1: return file
   file.close()
   raise ConfigError('workdir', str(Path(workdir) / name), 'is a hard link, the file of another folder, too; remove it')
 

@@ -179,7 +179,8 @@ class Checkpoints:
     if needed > shutil.disk_usage(self.folder).free: raise self._disk_full(step, needed)
 
   def _clear_temporary(self):
-    for entry in self.folder.glob('*.orbax-checkpoint-tmp*'): workdirs.remove(self.folder, entry.name)
+    for entry in self.folder.glob('*.orbax-checkpoint-tmp*'):
+      with contextlib.suppress(OSError): workdirs.remove(self.folder, entry.name)
 
   def _commit(self, step: int):
     """In the background: waits for the step and its manifest, and only then deletes steps that are too many."""

@@ -114,7 +114,6 @@ def cut(workdir, stage: int, step: int, end: int = 0):
   """Removes from metrics.jsonl what comes after `step` of `stage`, what was measured of this stage's end (step `end`), and a
   torn last line: written beside it, then renamed over it. Damaged lines go to a file beside, and a warning says how many."""
   path = Path(workdir) / METRICS
-  if not path.is_file(): return
   place = lambda row: (row.get('stage', 1), row['step'])
   before = lambda row: place(row) <= (stage, step) and not (END in row and place(row) >= (stage, end))
   found = list(_scan(path))
@@ -123,6 +122,8 @@ def cut(workdir, stage: int, step: int, end: int = 0):
     log.warning('%s has damaged lines, which are left out, and kept in %s: %d', path, ASIDE, len(damaged))
     with workdirs.append(workdir, ASIDE) as aside: aside.buffer.write(b''.join(line + b'\n' for line in damaged))
   kept = [line if SUM.fullmatch(line) else _line(line) for line, row in found if row is not None and before(row)]
+  if step and not kept: log.warning('%s has no rows of what was done before step %d, from which the run goes on', path, step)
+  if not found: return
   workdirs.write(workdir, METRICS, b''.join(line + b'\n' for line in kept))
 
 

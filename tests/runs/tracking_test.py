@@ -139,6 +139,17 @@ def test_a_resume_keeps_all_other_rows_and_what_was_dropped_beside(logged, caplo
   assert not caplog.messages and path.with_name('metrics.jsonl.damaged').read_bytes() == (damage + b'\n') * 2
 
 
+@pytest.mark.parametrize('damage', [lambda path: path.unlink(), lambda path: path.write_bytes(b'')])
+def test_a_resume_tells_of_a_log_that_is_gone(logged, caplog, damage):
+  """A run logs its first step, and so has a row whenever it has a state to go on from."""
+  path, _, _ = logged
+  Tracker(path.parent, 1, 8).close()
+  assert not caplog.messages
+  damage(path)
+  Tracker(path.parent, 1, 8).close()
+  assert caplog.messages == [f'{path} has no rows of what was done before step 8, from which the run goes on']
+
+
 def test_a_file_of_an_earlier_version_is_repaired_row_by_row_and_gets_checksums(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo\x00ss": 2.5}\n{"step": 3, "loss": "nan"}\n')
