@@ -69,7 +69,7 @@ def read(workdir) -> Record | None:
 def _check(found: Record):
   """Raises ValueError for what no run has written. (Start and sources have been looked at.)"""
   if not isinstance(found.tokenizer, str): raise ValueError('its tokenizer is no key')
-  if not isinstance(found.text, dict) or 'hash' not in found.text: raise ValueError('its text has no hash')
+  if not isinstance(found.text, dict): raise ValueError('its text is no object')
   for name, value in found.text.items():
     if not isinstance(value, TEXT.get(name, object)): raise ValueError(f'its text has {name} = {fields.brief(value)}')
   if not found.plan: raise ValueError('it has no stages')
@@ -149,9 +149,10 @@ def crc32(entries) -> int:
 
 
 def bytes_on_disk(workdir, planned: Planned) -> int:
-  """Of the arrays of the model that a stage has left, as they are stored."""
-  folder = stage_folder(workdir, planned) / str(committed(workdir, planned)['step']) / 'model'
-  return sum(file.stat().st_size for file in folder.rglob('*') if file.is_file())
+  """Of the arrays of the model that a stage has left, as they are stored. Raises CheckpointError."""
+  folder, step = stage_folder(workdir, planned), committed(workdir, planned).get('step')
+  if type(step) is not int: raise CheckpointError(f'{folder} is damaged: its record has no step')
+  return sum(file.stat().st_size for file in (folder / str(step) / 'model').rglob('*') if file.is_file())
 
 
 def stage_folder(workdir, planned: Planned) -> Path:
@@ -162,9 +163,7 @@ def stage_folder(workdir, planned: Planned) -> Path:
 def committed(workdir, planned: Planned) -> dict[str, Any] | None:
   """The record of what a stage has left under its present key, or None."""
   record = commit_record(stage_folder(workdir, planned))
-  if record is None or record.get('key') != planned.key: return None
-  if type(record.get('step')) is int: return record
-  raise CheckpointError(f'{stage_folder(workdir, planned)} is damaged: its record has no step')
+  return record if record is not None and record.get('key') == planned.key else None
 
 
 def begin(workdir, planned: Planned, course: str):

@@ -91,7 +91,7 @@ class Run:
     keys = {source.label: self._key_of(path, source) for path, source in experiments.sources(experiment)}
     origin = start['key'] if start else record.key_of('model', fields.to_json(experiment.model))
     first = [self._start_step(origin)] if start else []
-    given = record.key_of(origin, experiment.seed, text['hash'], self.corpus.tokenizer.key)
+    given = record.key_of(origin, experiment.seed, text.get('hash'), self.corpus.tokenizer.key)
     steps, taken, tokens, training = first, 0, 0, experiment.train
     for number, (field, stage) in enumerate(experiment.sequence, 1):
       name = getattr(stage, 'name', type(stage).__name__).lower()
@@ -243,8 +243,9 @@ class Run:
   def remarks(self) -> list[str]:
     """What a reader of the ledger has to know of the model and the text."""
     found, now = experiments.caveats(self.experiment), self.corpus.describe()
-    if now['hash'] != self.record.text['hash']:
-      count = lambda text: f'{text.get("train_files")} + {text.get("heldout_files")} documents, sha256 {text["hash"][:12]}'
+    if now['hash'] != self.record.text.get('hash'):
+      files = lambda text: f'{text.get("train_files")} + {text.get("heldout_files")} documents'
+      count = lambda text: f'{files(text)}, sha256 {str(text.get("hash"))[:12]}'
       found.append(f'the text has changed since the run began: {count(self.record.text)} then, {count(now)} now')
     if now['left_out']:
       more = f' and {len(now["left_out"]) - 3} more' if len(now['left_out']) > 3 else ''

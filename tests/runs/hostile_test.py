@@ -143,7 +143,7 @@ RECORD = {'text': {'hash': 'h'}, 'tokenizer': 'symbols abcdefgh', 'start': None,
 
 
 @pytest.mark.parametrize('path, value', [
-  (('text',), None), (('text',), {}), (('text',), {'hash': 3}), (('tokenizer',), 3), (('start',), 3),
+  (('text',), None), (('text',), {'hash': 3}), (('tokenizer',), 3), (('start',), 3),
   (('start',), {'key': 3}), (('sources',), None), (('sources',), {'a': 3}), (('plan',), []), (('plan',), None),
   (('plan',), [3]), (('plan', 0, 'key'), 3),
   (('plan', 0, 'folder'), '../../1_x'), (('plan', 0, 'folder'), '1_/x'), (('plan', 0, 'folder'), 'x'),
