@@ -124,16 +124,20 @@ class Checkpoints:
 
   def _newest(self, load):
     """load(step) of the newest step for which that does not raise Corrupt; None when there is no step at all."""
-    steps = self.steps()
+    steps, passed = self.steps(), {}
     for step in reversed(steps):
       if step in self._corrupt: continue
-      try: return load(step)
+      try: found = load(step)
       except Corrupt as error:
         self._corrupt.add(step)
-        if jax.process_index(): continue
-        log.warning('checkpoint %s is corrupt, passed over: %s', self.folder / str(step), error)
-    if steps: raise CheckpointError(f'none of the checkpoints in {self.folder} is intact; move them away to start anew')
-    return None
+        passed[step] = error
+        continue
+      for number, error in passed.items() if jax.process_index() == 0 else ():
+        log.warning('checkpoint %s is corrupt, passed over: %s', self.folder / str(number), error)
+      return found
+    if not steps: return None
+    why = ''.join(f' (step {step}: {error})' for step, error in [*passed.items()][:1])
+    raise CheckpointError(f'none of the checkpoints in {self.folder} is intact{why}; move them away to start anew')
 
   def _load(self, step: int, wanted: dict | None, prefix: str = '') -> dict:
     """The leaves `wanted`, or all of them as host arrays; Corrupt unless their digests are those of the manifest."""

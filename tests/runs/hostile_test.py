@@ -211,7 +211,7 @@ def test_an_odd_commit_is_one_line(command, folder, change):
 def test_an_odd_manifest_of_a_checkpoint_is_one_line(command, folder, leaves):
   path = folder / 'checkpoints' / '6' / record.MANIFEST
   path.write_text(json.dumps({'leaves': leaves, 'crc32': record.crc32(leaves)}))
-  line = command()[-1]
+  line, = command()
   assert 'checkpoints' in line and len(line) < 500
 
 
