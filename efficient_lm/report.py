@@ -28,13 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
   import rich.console
 
   from efficient_lm.runs import ledger, report_page, results
-  try: found = results.load_all(options.run)
+  try:
+    found = results.load_all(options.run)
+    page = report_page.write(found, options.out or (options.run[0] if len(found) == 1 else '.'))
   except ConfigError as error:
     print(error, file=sys.stderr)
     return error.exit_code
   rows = results.labelled(found)
   if rows: rich.console.Console().print(ledger.table(rows))
-  print(report_page.write(found, options.out or (options.run[0] if len(found) == 1 else '.')))
+  print(page)
   return 0
 
 

@@ -4,7 +4,7 @@ import json
 
 from efficient_lm.runs import ledger, record
 
-TIMINGS = ('steps_per_second', 'tokens_per_second')
+TIMINGS = ('steps_per_second', 'tokens_per_second', 'crc32')   # and the checksum of all
 
 
 def left(workdir) -> dict:

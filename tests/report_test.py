@@ -131,6 +131,17 @@ def test_a_damaged_config_or_ledger_is_one_line(tmp_path):
     (tmp_path / name).unlink()
 
 
+@pytest.mark.parametrize('name', ['report.html', 'report.png', 'report.html.partial'])
+def test_a_link_in_place_of_a_report_is_one_line_and_is_not_followed(tmp_path, runs, name):
+  (tmp_path / 'canary').write_text('what was there')
+  (tmp_path / 'out').mkdir()
+  (tmp_path / 'out' / name).symlink_to(tmp_path / 'canary')
+  done, _ = command(*runs, '--out', tmp_path / 'out')
+  assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and name in done.stderr
+  assert (tmp_path / 'canary').read_text() == 'what was there'
+  assert [path.name for path in (tmp_path / 'out').iterdir()] == [name]
+
+
 def test_the_command_prints_the_table_and_the_path(runs, tmp_path):
   done, _ = command(*runs, '--out', tmp_path)
   assert done.returncode == 0, done.stderr

@@ -7,13 +7,15 @@ import copy
 import dataclasses
 import difflib
 import importlib.util
-import json
+import math
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from efficient_lm import sealed
+from efficient_lm import workdir as workdirs
 from efficient_lm.config import fields, names
 from efficient_lm.config.fields import difference, from_json, to_json
 from efficient_lm.config.mesh import Mesh
@@ -90,9 +92,9 @@ def validate(experiment, workdir: str | None = None) -> None:
   if not isinstance(experiment, Experiment):
     raise ConfigError('config', experiment, 'get_config() must return an efficient_lm.config.Experiment')
   fields.check(experiment, 'config')
-  recorded = _recorded(workdir).get('sources', {})
+  known = recorded(workdir).get('sources', {})
   for path, source in sources(experiment):
-    if source is experiment.start or (not source.here and source.label in recorded): continue
+    if source is experiment.start or (not source.here and source.label in known): continue
     _check_here(path, source)
     _check_vocabulary(path, source, experiment)
   for path, value, fix in _check_together(experiment, model_of(experiment, workdir)): raise ConfigError(path, value, fix)
@@ -148,19 +150,34 @@ def model_of(experiment: Experiment, workdir: str | None = None):
   """The description of the model before any technique: the experiment's own, or that of what it starts from, which a run in
   `workdir` has recorded. Raises ConfigError where neither is there."""
   if experiment.model is not None: return experiment.model
-  start = _recorded(workdir).get('start')
-  if not experiment.start.here and start: return from_json(start['spec'])
+  start = recorded(workdir).get('start')
+  if not experiment.start.here and start: return _recorded_spec(workdir, start)
   _check_here('config.start', experiment.start)
   return experiment.start.spec()
 
 
-def _recorded(workdir: str | None) -> dict:
+def recorded(workdir: str | os.PathLike | None) -> dict:
   """What a run in `workdir` has recorded of what it began with, if one has begun. Raises CheckpointError."""
   path = os.path.join(workdir or '', RUN_JSON)
   if not workdir or not os.path.isfile(path): return {}
+  data = sealed.read(path)
+  start, sources = data.get('start'), data.get('sources')
+  if not isinstance(sources, dict) or not all(isinstance(key, str) for key in sources.values()):
+    raise sealed.damaged(path, ValueError('its sources are no keys by name'))
+  if start is not None and not (isinstance(start, dict) and isinstance(start.get('key'), str) and 'spec' in start):
+    raise sealed.damaged(path, ValueError('its start has no key and spec'))
+  return data
+
+
+def _recorded_spec(workdir: str, start: dict):
+  """The description of the model that a run in `workdir` has started from. Raises CheckpointError."""
   try:
-    with open(path, encoding='utf-8') as file: return dict(json.load(file))
-  except ValueError as error: raise CheckpointError(f'{path} is damaged: {error}') from error
+    spec = from_json(start['spec'])
+    if not isinstance(spec, names.Unread):
+      if not hasattr(spec, 'build'): raise ConfigError('start.spec', spec, 'is no description of a model')
+      fields.check(spec, 'start.spec')
+    return spec
+  except (ConfigError, RecursionError) as error: raise sealed.damaged(os.path.join(workdir, RUN_JSON), error) from error
 
 
 def choose(variant: str, choices: dict[str, Any]):
@@ -198,7 +215,8 @@ def _read_config_file(path: str):
   try:
     module = _module(file)
     found = module.get_config(*([variant] if variant else []))
-    names.remember([*vars(module).values(), *(type(node) for _, node in fields.walk(found))])
+    own = [value for value in vars(module).values() if getattr(value, '__module__', None) == module.__name__]
+    names.remember([*own, *(type(node) for _, node in fields.walk(found))])
     return found
   except ConfigError:
     raise
@@ -225,29 +243,42 @@ def _where(error, file: str) -> str:
 
 def write(workdir: str, experiment: Experiment) -> None:
   """Writes `config.json` into an existing workdir, whole or not at all."""
-  path = os.path.join(workdir, CONFIG_JSON)
-  with open(path + '.partial', 'w', encoding='utf-8') as file: json.dump(to_json(experiment), file, indent=2)
-  os.replace(path + '.partial', path)
+  sealed.write(workdir, CONFIG_JSON, to_json(experiment))
 
 
 def read(workdir: str) -> Experiment:
-  """The experiment that a workdir's `config.json` records; no Python is executed. Raises ConfigError."""
+  """The experiment that a workdir's `config.json` records, checked as one that a config file describes; no Python is
+  executed. Whether its text is there is checked when that is read. Raises ConfigError."""
   path = os.path.join(workdir, CONFIG_JSON)
+  if not os.path.isfile(path): raise ConfigError('run', workdir, f'has no readable {CONFIG_JSON}: name the workdir of a run')
   try:
-    with open(path, encoding='utf-8') as file: data = json.load(file)
-  except (OSError, ValueError) as error:
-    raise ConfigError('run', workdir, f'has no readable {CONFIG_JSON}: name the workdir of a run') from error
-  experiment = from_json(_updated(data))
-  if not isinstance(experiment, Experiment): raise ConfigError('run', path, 'does not describe an experiment')
-  return experiment
+    experiment = from_json(_updated(sealed.read(path)))
+    if not isinstance(experiment, Experiment): raise ConfigError('class', type(experiment).__name__, 'is no experiment')
+    _check_recorded(experiment)
+    return experiment
+  except (ConfigError, CheckpointError) as error:
+    said = str(error) if isinstance(error, ConfigError) else str(error).removeprefix(path).strip()
+    raise ConfigError('run', path, f'cannot be used: {said}') from error
+  except RecursionError as error: raise ConfigError('run', path, 'cannot be used: it is nested too deeply') from error
+
+
+def _check_recorded(experiment: Experiment):
+  """Raises ConfigError for what a config could not be written with. Left out are parts of which something is a class of the
+  user's own that is not at hand, and the text: neither is needed by all that reads a run."""
+  for path, value, fix in fields.type_problems(experiment, Experiment, 'config'): raise ConfigError(path, value, fix)
+  for where, node in fields.walk(experiment, 'config'):
+    if where.startswith('config.data') or any(isinstance(one, names.Unread) for _, one in fields.walk(node)): continue
+    for field, value, fix in getattr(node, 'check', tuple)(): raise ConfigError(fields.join(where, field), value, fix)
 
 
 def _updated(data):
   """JSON of an experiment as today's classes have it: an evaluation used to be counted in batches of the training's size."""
   try:
     corpus, train = data['data'], data['train']
-    if 'eval_batches' in corpus:
-      corpus['eval_tokens'] = corpus.pop('eval_batches') * train['batch_size'] * train['sequence_length']
+    counts = [corpus.get('eval_batches'), train['batch_size'], train['sequence_length']]
+    if all(isinstance(count, int) for count in counts):
+      del corpus['eval_batches']
+      corpus['eval_tokens'] = math.prod(counts)
   except (TypeError, KeyError, AttributeError): pass   # whatever it is, from_json will say so
   return data
 
@@ -256,6 +287,7 @@ def refuse_other(workdir: str, experiment: Experiment) -> None:
   """Raises ConfigError if `workdir` cannot be written, or holds a run that `experiment` would not resume: one that differs
   in more than a larger train.steps, its stages, how often it reports and saves, and its mesh."""
   if '://' not in workdir: _check_writable(workdir)
+  workdirs.check(workdir)
   if not os.path.exists(os.path.join(workdir, CONFIG_JSON)): return
   old = read(workdir)
   def resumable(path, before, after):

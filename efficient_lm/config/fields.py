@@ -59,6 +59,7 @@ def check(config, path: str = 'config') -> None:
 
 def type_problems(value, annotation, path: str) -> Iterator[Problem]:
   """Problems of the parts of `value` whose type is not what `annotation` says."""
+  if isinstance(value, Unread): return   # of whatever type it is
   origin, args = typing.get_origin(annotation), typing.get_args(annotation)
   if isinstance(value, type): yield path, value.__name__, f'is a class: write {value.__name__}(…)'
   elif origin in (typing.Union, types.UnionType): yield from _type_problems_of_union(value, args, path)
@@ -177,5 +178,6 @@ def from_json(data, path: str = 'config'):
   for name in sorted(unknown): raise ConfigError(join(path, name), fields[name], f'{cls.__name__} has no such field')
   try:
     return cls(**fields)
-  except TypeError as error:
+  except ConfigError: raise
+  except Exception as error:   # whatever its own constructor says to odd values
     raise ConfigError(path, data['class'], f'cannot be read: {error}') from error

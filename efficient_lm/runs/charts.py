@@ -33,14 +33,16 @@ def svg(draw, width: float, height: float) -> str:
   return text[text.index('<svg'):]
 
 
-def png(drawings: list, path):
-  """All of `drawings` (functions of a plot) in one file, two in a row."""
+def png(drawings: list) -> bytes:
+  """All of `drawings` (functions of a plot) in one picture, two in a row."""
   columns = min(2, len(drawings))
   rows = -(-len(drawings) // columns)
   with rc_context(STYLE):
     picture = Figure(figsize=(5.2 * columns, 3.4 * rows), layout='constrained')
     for i, draw in enumerate(drawings): draw(picture.add_subplot(rows, columns, i + 1))
-    picture.savefig(path, dpi=130)
+    buffer = io.BytesIO()
+    picture.savefig(buffer, format='png', dpi=130)
+  return buffer.getvalue()
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

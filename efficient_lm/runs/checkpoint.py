@@ -8,11 +8,8 @@ and again from what was restored, on whatever mesh that is: a change anywhere in
 import concurrent.futures
 import contextlib
 import errno
-import fcntl
 import logging
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +21,8 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from efficient_lm.errors import CheckpointError, ConfigError, NonFinite
+from efficient_lm import workdir as workdirs
+from efficient_lm.errors import CheckpointError, NonFinite
 from efficient_lm.parallel.sharding import wait_on_cpu
 from efficient_lm.runs.record import crc32
 from efficient_lm.tree import path_name
@@ -69,7 +67,7 @@ class Checkpoints:
     manifest = _manifest(leaves)
     if record is not None: manifest |= {'record': record, 'record_crc32': crc32(record)}
     if record is None and self._holds(step, manifest): return
-    if jax.process_index() == 0: self._make_room(step, leaves)
+    if jax.process_index() == 0: self._make_room(step, leaves)   # raises ConfigError where the run's lock is lost
     self._corrupt.clear()   # they have been set aside
     arguments = {item: ocp.args.StandardSave(part) for item, part in _items(leaves).items()}
     with self._explained(step):
@@ -126,16 +124,20 @@ class Checkpoints:
 
   def _newest(self, load):
     """load(step) of the newest step for which that does not raise Corrupt; None when there is no step at all."""
-    steps = self.steps()
+    steps, passed = self.steps(), {}
     for step in reversed(steps):
       if step in self._corrupt: continue
-      try: return load(step)
+      try: found = load(step)
       except Corrupt as error:
         self._corrupt.add(step)
-        if jax.process_index(): continue
-        log.warning('checkpoint %s is corrupt, passed over: %s', self.folder / str(step), error)
-    if steps: raise CheckpointError(f'none of the checkpoints in {self.folder} is intact; move them away to start anew')
-    return None
+        passed[step] = error
+        continue
+      for number, error in passed.items() if jax.process_index() == 0 else ():
+        log.warning('checkpoint %s is corrupt, passed over: %s', self.folder / str(number), error)
+      return found
+    if not steps: return None
+    why = ''.join(f' (step {step}: {error})' for step, error in [*passed.items()][:1])
+    raise CheckpointError(f'none of the checkpoints in {self.folder} is intact{why}; move them away to start anew')
 
   def _load(self, step: int, wanted: dict | None, prefix: str = '') -> dict:
     """The leaves `wanted`, or all of them as host arrays; Corrupt unless their digests are those of the manifest."""
@@ -167,28 +169,29 @@ class Checkpoints:
       args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
       manifest = self._orbax.restore(self.folder / str(step), args=args)['manifest']
       if manifest['crc32'] != crc32(manifest['leaves']): raise Corrupt('its manifest is damaged')
+      for name, (dtype, shape, value) in manifest['leaves'].items(): _check_entry(name, dtype, shape, value)
       return manifest['leaves']
 
   def _make_room(self, step: int, leaves: dict):
     """Before a save: clears what killed processes left, sets corrupt steps aside, checks the free space."""
-    self.folder.mkdir(parents=True, exist_ok=True)
+    workdirs.folder(self.folder.parent, self.folder.name)
+    for entry in self.folder.iterdir(): workdirs.place(self.folder, entry.name)   # a link to a step elsewhere, say
     self._clear_temporary()
     for number in self._corrupt & set(self.steps()):   # else they would count as new, or as already saved
-      aside = self.folder / f'{number}.corrupt'
-      shutil.rmtree(aside, ignore_errors=True)
-      (self.folder / str(number)).rename(aside)
+      workdirs.move(self.folder, str(number), f'{number}.corrupt')
     needed = sum(leaf.nbytes for leaf in leaves.values())
     if needed > shutil.disk_usage(self.folder).free: raise self._disk_full(step, needed)
 
   def _clear_temporary(self):
-    for entry in self.folder.glob('*.orbax-checkpoint-tmp*'): shutil.rmtree(entry, ignore_errors=True)
+    for entry in self.folder.glob('*.orbax-checkpoint-tmp*'):
+      with contextlib.suppress(OSError): workdirs.remove(self.folder, entry.name)
 
   def _commit(self, step: int):
     """In the background: waits for the step and its manifest, and only then deletes steps that are too many."""
     self._orbax.wait_until_finished()
     if jax.process_index(): return
     others = [number for number in self.steps() if number != step]
-    for number in others[:max(0, len(others) - self.keep + 1)]: shutil.rmtree(self.folder / str(number))
+    for number in others[:max(0, len(others) - self.keep + 1)]: workdirs.remove(self.folder, str(number))
 
   @contextlib.contextmanager
   def _explained(self, step: int):
@@ -269,6 +272,13 @@ def _manifest(leaves: dict) -> dict:
   return {'leaves': entries, 'crc32': crc32(entries)}
 
 
+def _check_entry(name, dtype, shape, value):
+  """Raises Corrupt, TypeError or ValueError for what describes no array."""
+  jnp.dtype(dtype)
+  whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape) and type(value) is int
+  if not whole: raise Corrupt(f'its manifest has no shape and digest of {name}')
+
+
 def _compare(saved: dict, wanted: dict, folder: Path):
   """Raises CheckpointError that names the first five paths on which a checkpoint and what is wanted of it differ."""
   saved = {name: f'{dtype}{tuple(shape)}' for name, (dtype, shape, _) in saved.items()}
@@ -284,6 +294,7 @@ def _compare(saved: dict, wanted: dict, folder: Path):
 # to be mistaken for it: a user who is told of corruption moves good files away.
 OF_READING = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, UnicodeError)
 NOT_OF_READING = ('incompatible devices', 'out of memory', 'sharding', 'RESOURCE_EXHAUSTED')
+OF_ANOTHER_TREE = 'tree structures do not match'   # and prints shardings; the manifest has said that it is the same
 
 
 @contextlib.contextmanager
@@ -294,7 +305,7 @@ def _corruption() -> Iterator[None]:
   except Corrupt as error: reason = str(error)
   except OF_READING as error:
     text = str(error).strip()
-    if any(sign.lower() in text.lower() for sign in NOT_OF_READING): raise
+    if OF_ANOTHER_TREE not in text and any(sign.lower() in text.lower() for sign in NOT_OF_READING): raise
     reason = text.split('\n')[0][:160] or type(error).__name__
   if jax.process_count() > 1 and not multihost_utils.process_allgather(np.asarray(reason is None)).all():
     reason = reason or 'another process cannot read it'
@@ -303,22 +314,8 @@ def _corruption() -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock(workdir) -> Iterator[None]:
-  """Holds `workdir/lock`, which names the host and process. ConfigError when another process holds it.
-
-  The kernel drops the lock when the process ends, however it ends: a file left behind locks nothing. In a program of
-  several processes the first one holds it for all.
-  """
+  """Holds `workdir/lock` (see `workdir.lock`). In a program of several processes the first one holds it for all."""
   if jax.process_index():
     yield
     return
-  Path(workdir).mkdir(parents=True, exist_ok=True)
-  with open(Path(workdir) / 'lock', 'a+') as file:
-    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      file.seek(0)
-      fix = f'another process uses it ({file.read().strip()}); wait or take another'
-      raise ConfigError('workdir', str(workdir), fix) from error
-    file.truncate(0)
-    file.write(f'host {socket.gethostname()}, process {os.getpid()}\n')
-    file.flush()
-    yield
+  with workdirs.lock(workdir): yield

@@ -7,24 +7,33 @@ import contextlib
 import dataclasses
 
 import jax
+from flax import nnx
 
 from efficient_lm.compression import rewriting
+from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.parallel.sharding import placed, single_device_mesh
 from efficient_lm.runs import ledger, record, structure
 from efficient_lm.runs.checkpoint import Checkpoints
 
 
-def commit(workdir, planned: record.Planned, step: int, model, row: ledger.Row):
-  """Saves what a stage has left and returns when it is on disk. `step`: of all trainings so far."""
+def commit(workdir, planned: record.Planned, step: int, model, row: ledger.Row, sample: str | None = None):
+  """Saves what a stage has left and returns when it is on disk. `step`: of all trainings so far; `sample`: of its text."""
   entries = {'key': planned.key, 'step': step, 'row': ledger.as_json(row), 'structure': structure.described(model),
-             'weights': [dataclasses.asdict(line) for line in rewriting.table(model)]}
+             'weights': [dataclasses.asdict(line) for line in rewriting.table(model)], 'sample': sample}
   with contextlib.closing(Checkpoints(record.stage_folder(workdir, planned), keep=1)) as checkpoints:
     checkpoints.save(step, {'model': model}, wait=True, record=entries)
 
 
 def abstract(workdir, planned: record.Planned):
-  """Shapes of the model that a stage has left. Raises CheckpointError for classes that are not at hand."""
-  return structure.rebuilt(record.committed(workdir, planned)['structure'])
+  """Shapes of the model that a stage has left. Raises CheckpointError for classes that are not at hand, and for what is no
+  structure of a model."""
+  try:
+    model = structure.rebuilt(record.committed(workdir, planned)['structure'])
+    if not isinstance(model, nnx.Module): raise ValueError('it is no module')
+    return model
+  except (ConfigError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    folder = record.stage_folder(workdir, planned)
+    raise CheckpointError(f'{folder} has no structure of a model: {" ".join(str(error).split())[:200]}') from error
 
 
 def load(workdir, planned: record.Planned, mesh=None):
@@ -35,19 +44,8 @@ def load(workdir, planned: record.Planned, mesh=None):
     return checkpoints.restore_model(placed(abstract(workdir, planned), mesh))
 
 
-def bytes_on_disk(workdir, planned: record.Planned) -> int:
-  """Of the model's arrays, as they are stored."""
-  folder = record.stage_folder(workdir, planned) / str(record.committed(workdir, planned)['step']) / 'model'
-  return sum(file.stat().st_size for file in folder.rglob('*') if file.is_file())
-
-
 def write_ledger(workdir, plan) -> list[ledger.Row]:
   """ledger.json of all that has been committed, and the rows."""
-  rows = []
-  for planned in plan:
-    left = record.committed(workdir, planned)
-    if left is None: break
-    row = ledger.row_of(left['row'])
-    rows.append(dataclasses.replace(row, size=dataclasses.replace(row.size, bytes_on_disk=bytes_on_disk(workdir, planned))))
+  rows = ledger.committed(workdir, plan)
   if jax.process_index() == 0: ledger.write(workdir, rows)
   return rows

@@ -6,10 +6,21 @@ what was not measured; a table shows it as a dash, never as a number.
 import dataclasses
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
+import types
+import typing
 from pathlib import Path
+
+from efficient_lm import sealed
+from efficient_lm import workdir as workdirs
+from efficient_lm.errors import CheckpointError
+from efficient_lm.runs import record
+
+log = logging.getLogger(__name__)
+LEDGER, ASIDE = 'ledger.json', 'ledger.json.damaged'
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
@@ -79,16 +90,26 @@ class Row:
   notes: tuple[str, ...] = ()
 
 
+LARGEST = 1e300   # of any figure
 RENAMED = {'yardsticks': 'baselines'}   # fields of earlier versions
 GROUPS = {'quality': Quality, 'size': Size, 'speed': Speed, 'effort': Effort, 'origin': Origin}
 
 
 def write(workdir, rows: list[Row]):
-  """ledger.json of a run; all or nothing reaches the disk."""
-  text = json.dumps([as_json(row) for row in rows], indent=2, allow_nan=False)
-  beside = Path(workdir) / 'ledger.json.partial'
-  beside.write_text(text + '\n', encoding='utf-8')
-  os.replace(beside, Path(workdir) / 'ledger.json')
+  """ledger.json of a run, each row with a checksum; all or nothing reaches the disk. One that was damaged is kept aside."""
+  rows = [as_json(row) for row in rows]
+  text = json.dumps([row | {'crc32': record.crc32(row)} for row in rows], indent=2, allow_nan=False)
+  _set_aside(workdir)
+  workdirs.write(workdir, LEDGER, text + '\n')
+
+
+def _set_aside(workdir):
+  path = Path(workdir) / LEDGER
+  try: damaged = path.is_file() and _scan(path)[1]
+  except ValueError: damaged = True
+  if not damaged: return
+  log.warning('%s is damaged: made again of what the stages have left; it is kept as %s', path, ASIDE)
+  workdirs.write(workdir, ASIDE, path.read_bytes())
 
 
 def as_json(row: Row) -> dict:
@@ -106,25 +127,86 @@ def as_json(row: Row) -> dict:
 
 
 def read(path) -> list[Row]:
-  """Rows of a ledger.json; none if it is missing. Fields of another version of this file are left out, missing ones None.
+  """Rows of a ledger.json; none if it is missing. Fields of another version of this file are left out, missing ones None; so
+  are, with a warning, rows that are not what was written.
 
   Raises ValueError that names the file when it is no ledger.
   """
   if not Path(path).is_file(): return []
-  try: return [row_of(entry) for entry in json.loads(Path(path).read_text(encoding='utf-8'))]
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
-    raise ValueError(f'{path} is no ledger: {type(error).__name__}: {error}') from error
+  rows, damaged = _scan(path)
+  if damaged and not rows: raise ValueError(f'{path} is no ledger: it has no row that is whole')
+  if damaged: log.warning('%s has %d damaged rows, which are left out', path, damaged)
+  return rows
+
+
+def committed(workdir, plan) -> list[Row]:
+  """Rows of the stages that have left something, up to the first that has not, by what they have left."""
+  rows = []
+  for planned in plan:
+    left = record.committed(workdir, planned)
+    if left is None: break
+    try: row = row_of(left['row'])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+      raise CheckpointError(f'{record.stage_folder(workdir, planned)} has no row of a ledger: {error}') from error
+    size = dataclasses.replace(row.size, bytes_on_disk=record.bytes_on_disk(workdir, planned))
+    rows.append(dataclasses.replace(row, size=size))
+  return rows
+
+
+def of_run(workdir, known: record.Record | None) -> list[Row]:
+  """Rows of ledger.json, or, where it is missing or damaged, of what the stages of the run have left. Raises ValueError."""
+  path = Path(workdir) / LEDGER
+  try:
+    rows, damaged = _scan(path) if path.is_file() else ([], 1)
+    if not damaged: return rows
+  except ValueError: pass
+  rows = committed(workdir, known.plan) if known else []
+  if not rows: return read(path)
+  log.warning('%s is missing or damaged: shown are the rows that the stages have left', path)
+  return rows
+
+
+def _scan(path) -> tuple[list[Row], int]:
+  """The rows that are whole, and the number of others. Raises ValueError for what is no list."""
+  try: entries = sealed.load(path, strict=False)
+  except CheckpointError as error: raise ValueError(f'{path} is no ledger: {error}') from error
+  if not isinstance(entries, list): raise ValueError(f'{path} is no ledger: it holds no list of rows')
+  rows, summed = [], any(isinstance(entry, dict) and 'crc32' in entry for entry in entries)
+  for entry in entries:
+    try:
+      if summed and entry.pop('crc32') != record.crc32(entry): continue   # earlier versions wrote none
+      rows.append(row_of(entry))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError): continue
+  return rows, len(entries) - len(rows)
 
 
 def row_of(entry: dict) -> Row:
-  """The inverse of `as_json`; fields of another version are left out, missing ones None."""
+  """The inverse of `as_json`; fields of another version are left out, missing ones None. Raises ValueError, TypeError,
+  KeyError or AttributeError for what is no row."""
   groups = {name: _known(kind, entry.get(name, {})) for name, kind in GROUPS.items()}
-  return Row(stage=entry['stage'], notes=tuple(entry.get('notes', ())), **groups)
+  return _typed(Row(stage=entry['stage'], notes=tuple(entry.get('notes', ())), **groups))
 
 
 def _known(kind, entry: dict):
   entry = {RENAMED.get(name, name): value for name, value in entry.items()}
-  return kind(**{field.name: entry[field.name] for field in dataclasses.fields(kind) if field.name in entry})
+  return _typed(kind(**{field.name: entry[field.name] for field in dataclasses.fields(kind) if field.name in entry}))
+
+
+def _typed(value):
+  hints = typing.get_type_hints(type(value))
+  for field in dataclasses.fields(value):
+    if not _fits(getattr(value, field.name), hints[field.name]): raise ValueError(f'{field.name} is no {hints[field.name]}')
+  return value
+
+
+def _fits(value, hint) -> bool:
+  """Whether a value is of a type, and not so large that it could not be shown."""
+  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (types.UnionType, typing.Union): return any(_fits(value, one) for one in arguments)
+  if origin is dict: return isinstance(value, dict) and all(_fits(one, arguments[1] | None) for one in value.values())
+  if origin is tuple: return isinstance(value, tuple) and all(_fits(one, arguments[0]) for one in value)
+  if hint not in (int, float): return isinstance(value, hint)
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) > LARGEST
 
 
 def hardware() -> str:

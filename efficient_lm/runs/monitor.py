@@ -1,10 +1,10 @@
 """What a run watches of a stage while it goes, and measures of what it leaves: for the log, the terminal and the ledger."""
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 
+from efficient_lm import workdir as workdirs
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.models import decode
 from efficient_lm.runs import console, ledger, measure
@@ -85,10 +85,13 @@ class Monitor:
     text = decode.until_stop(np.concatenate(drawn, 1)[0], corpus.tokenizer.stops)
     self.sample = corpus.tokenizer.decode(prompt_BT[0]), corpus.tokenizer.decode(text)
     name = f'{at:08d}.txt' if self.trains else f'stage_{self.number}.txt'
-    if jax.process_index() == 0:
-      Path(self.run.workdir, 'samples').mkdir(parents=True, exist_ok=True)
-      Path(self.run.workdir, 'samples', name).write_text(''.join(self.sample), encoding='utf-8')
-    self.run.tracker.text(at, 'sample', ''.join(self.sample))
+    if jax.process_index() == 0: workdirs.write(self.run.workdir, f'samples/{name}', self.text)
+    self.run.tracker.text(at, 'sample', self.text)
+
+  @property
+  def text(self) -> str | None:
+    """The sample with its prompt, None where there is none."""
+    return None if self.sample is None else ''.join(self.sample)
 
   # ---------------------------------------------------------------- what it leaves
 

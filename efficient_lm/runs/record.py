@@ -9,18 +9,24 @@ the key that the run's stages have now: a change upstream makes it again. Nothin
 import dataclasses
 import hashlib
 import json
+import logging
 import os
+import re
 import zlib
 from pathlib import Path
 from typing import Any
 
+from efficient_lm import sealed
+from efficient_lm.config import experiment as experiments
 from efficient_lm.config import fields
-from efficient_lm.config.experiment import RUN_JSON
+from efficient_lm.config.experiment import CONFIG_JSON, RUN_JSON
 from efficient_lm.config.sources import is_source
-from efficient_lm.errors import CheckpointError
+from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.models.added import stored
 
-BEGUN = 'begun.json'
+log = logging.getLogger(__name__)
+BEGUN, TOKENIZER = 'begun.json', 'tokenizer.json'
+TEXT = {'name': str, 'tokenizer': str, 'hash': str, 'train_files': int, 'heldout_files': int, 'left_out': list}   # as shown
 MANIFEST = os.path.join('manifest', 'metadata')   # of a checkpoint's step, as Orbax stores JSON
 
 
@@ -45,27 +51,37 @@ class Record:
 
 def read(workdir) -> Record | None:
   """None where there is no run.json: the run has not begun, or was made by an earlier version. Raises CheckpointError for
-  one that is damaged."""
+  one that is damaged, or was there and is gone."""
   path = Path(workdir) / RUN_JSON
-  if not path.is_file(): return None
+  if not path.is_file():
+    begun = next(Path(workdir).glob(f'stages/*/{BEGUN}'), None)
+    if begun is None: return None
+    raise CheckpointError(f'{path} is missing, though there is a {begun}: bring it back, or move {begun.parent.parent} away')
+  data = experiments.recorded(workdir)
   try:
-    data = json.loads(path.read_text(encoding='utf-8'))
-    return Record(data['text'], data['tokenizer'], data['start'], data['sources'],
-                  tuple(Planned(**planned) for planned in data['plan']))
-  except (ValueError, KeyError, TypeError) as error:
-    raise CheckpointError(f'{path} is damaged: {type(error).__name__}: {error}') from error
+    found = Record(data['text'], data['tokenizer'], data['start'], data['sources'],
+                   tuple(Planned(**planned) for planned in data['plan']))
+    _check(found)
+    return found
+  except (ValueError, KeyError, TypeError, AttributeError) as error: raise sealed.damaged(path, error) from error
+
+
+def _check(found: Record):
+  """Raises ValueError for what no run has written. (Start and sources have been looked at.)"""
+  if not isinstance(found.tokenizer, str): raise ValueError('its tokenizer is no key')
+  if not isinstance(found.text, dict): raise ValueError('its text is no object')
+  for name, value in found.text.items():
+    if not isinstance(value, TEXT.get(name, object)): raise ValueError(f'its text has {name} = {fields.brief(value)}')
+  if not found.plan: raise ValueError('it has no stages')
+  for planned in found.plan:
+    if not all(isinstance(text, str) for text in (planned.folder, planned.name, planned.key)):
+      raise ValueError('a stage has no folder, name and key')
+    if not re.fullmatch(r'\d{1,9}_[^/\\\0]*', planned.folder): raise ValueError(f'{planned.folder!r} names no stage')
 
 
 def write(workdir, record: Record):
   """All or nothing."""
-  replace(Path(workdir) / RUN_JSON, json.dumps(dataclasses.asdict(record), indent=2))
-
-
-def replace(path: Path, text: str):
-  """Writes a file beside `path` and renames it over it: what others read is whole, the old or the new."""
-  beside = path.with_name(path.name + '.partial')
-  beside.write_text(text, encoding='utf-8')
-  os.replace(beside, path)
+  sealed.write(workdir, RUN_JSON, dataclasses.asdict(record))
 
 
 # ------------------------------------------------------------------ keys
@@ -97,21 +113,46 @@ def stage_keys(stage, given: str, sources: dict[str, str]) -> tuple[str, str]:
 # ------------------------------------------------------------------ what stages have left
 
 def commit_record(folder) -> dict[str, Any] | None:
-  """The record of the newest commit in a stage's folder, or None: absent, or damaged."""
-  folder = Path(folder)
-  if not folder.is_dir(): return None
-  steps = sorted((int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()), reverse=True)
-  for step in steps:
+  """The record of the newest commit in a stage's folder, or None: absent, or damaged, of which a warning tells."""
+  found, damage = _newest(Path(folder))
+  if damage is not None: log.warning('%s; passed over', damage)
+  return found
+
+
+def _newest(folder: Path) -> tuple[dict[str, Any] | None, CheckpointError | None]:
+  """The record of the newest commit that is whole, and what is wrong with a newer one."""
+  if not folder.is_dir(): return None, None
+  steps = [entry for entry in folder.iterdir() if entry.name.isdecimal() and entry.is_dir() and any(entry.iterdir())]
+  damage = None
+  for step in sorted(steps, key=lambda entry: int(entry.name), reverse=True):
+    path = step / MANIFEST
     try:
-      manifest = json.loads((folder / str(step) / MANIFEST).read_text(encoding='utf-8'))
-      if manifest['record_crc32'] == crc32(manifest['record']): return manifest['record']
-    except (OSError, ValueError, KeyError, TypeError): continue
-  return None
+      manifest = sealed.load(path)
+      # Earlier versions have committed none.
+      if 'record' in manifest or 'record_crc32' in manifest: return _record_in(manifest), damage
+    except CheckpointError as error: damage = damage or error
+    except (ValueError, KeyError, TypeError, RecursionError) as error: damage = damage or sealed.damaged(path, error)
+  return None, damage
+
+
+def _record_in(manifest) -> dict[str, Any]:
+  """Of a commit. Raises ValueError, KeyError or TypeError for one that is not what was written."""
+  found = manifest['record']
+  if manifest['record_crc32'] != crc32(found): raise ValueError('it holds something else than was written')
+  if not isinstance(found, dict): raise ValueError('its record is no object')
+  return found
 
 
 def crc32(entries) -> int:
   """Of JSON."""
   return zlib.crc32(json.dumps(entries, sort_keys=True).encode())
+
+
+def bytes_on_disk(workdir, planned: Planned) -> int:
+  """Of the arrays of the model that a stage has left, as they are stored. Raises CheckpointError."""
+  folder, step = stage_folder(workdir, planned), committed(workdir, planned).get('step')
+  if type(step) is not int: raise CheckpointError(f'{folder} is damaged: its record has no step')
+  return sum(file.stat().st_size for file in (folder / str(step) / 'model').rglob('*') if file.is_file())
 
 
 def stage_folder(workdir, planned: Planned) -> Path:
@@ -127,15 +168,17 @@ def committed(workdir, planned: Planned) -> dict[str, Any] | None:
 
 def begin(workdir, planned: Planned, course: str):
   """Notes what a stage is about to be made of, beside what it saves while it goes."""
-  folder = stage_folder(workdir, planned)
-  folder.mkdir(parents=True, exist_ok=True)
-  replace(folder / BEGUN, json.dumps({'course': course}))
+  sealed.write(workdir, f'stages/{planned.folder}/{BEGUN}', {'course': course})
 
 
 def course(workdir, planned: Planned) -> str | None:
-  """What a stage was made of when it was begun last, or None where it was not."""
-  try: return json.loads((stage_folder(workdir, planned) / BEGUN).read_text(encoding='utf-8'))['course']
-  except (OSError, ValueError, KeyError, TypeError): return None
+  """What a stage was made of when it was begun last, or None where it was not. Raises CheckpointError where that is damaged:
+  what the stage has saved may be of other settings."""
+  path = stage_folder(workdir, planned) / BEGUN
+  if not path.is_file(): return None
+  found = sealed.read(path).get('course')
+  if not isinstance(found, str): raise sealed.damaged(path, ValueError('it names no course'))
+  return found
 
 
 def chosen(workdir, stage: int | None = None) -> Planned:
@@ -147,15 +190,38 @@ def chosen(workdir, stage: int | None = None) -> Planned:
   if stage is not None and stage not in numbered:
     raise CheckpointError(f'{workdir} has no stage {stage}: its stages are {", ".join(one.name for one in record.plan)}')
   planned = record.plan[-1] if stage is None else numbered[stage]
-  if committed(workdir, planned) is None:
+  found, damage = _newest(stage_folder(workdir, planned))
+  if damage is not None: raise CheckpointError(f'{damage}. Run it again: the stage is made anew')
+  if found is None or found.get('key') != planned.key:
     which = 'last stage' if stage is None else 'stage'
     raise CheckpointError(f'{workdir} has not come to its {which}, {planned.name}: run it again')
   return planned
 
 
 def tokenizer(workdir):
-  """The tokenizer that a run was trained with. Raises CheckpointError."""
+  """The tokenizer that a run was trained with. Raises CheckpointError where there is none, or another one."""
   from efficient_lm.data import tokenizers
-  path = Path(workdir) / 'tokenizer.json'
+  path = Path(workdir) / TOKENIZER
   if not path.is_file(): raise CheckpointError(f'{path} is missing: the run has not started training')
-  return tokenizers.from_json(path.read_text())
+  try: found = tokenizers.from_json(json.dumps(sealed.read(path)))
+  except ConfigError as error: raise sealed.damaged(path, error) from error
+  known = read(workdir)
+  if known is None: _check_size(workdir, path, found)
+  elif known.tokenizer != found.key:
+    raise CheckpointError(f'{path} is not the tokenizer that the run was trained with, by its {RUN_JSON}: bring that back')
+  return found
+
+
+def _check_size(workdir, path: Path, tokenizer):
+  """Raises CheckpointError for the tokenizer of a run of an earlier version, which has not recorded its key, if the model
+  does not have that many ids."""
+  if not (Path(workdir) / CONFIG_JSON).is_file(): return
+  model = experiments.read(str(workdir)).model
+  if model is None or getattr(model, 'vocab_size', tokenizer.vocab_size) >= tokenizer.vocab_size: return
+  raise CheckpointError(f'{path} has {tokenizer.vocab_size} ids, and the model of the run only {model.vocab_size}: bring '
+                        'back the one that it was trained with')
+
+
+def write_tokenizer(workdir, tokenizer):
+  """Whole or not at all; `tokenizer` is its inverse."""
+  sealed.write(workdir, TOKENIZER, json.loads(tokenizer.to_json()), indent=None)

@@ -5,9 +5,11 @@ import io
 import json
 from pathlib import Path
 
+from efficient_lm import workdir as workdirs
 from efficient_lm.runs import charts, ledger, tracking
 from efficient_lm.runs.results import Result, labelled, load
 
+NAMES = ('report.html', 'report.png')
 COSTS = {
   'forward FLOPs per token': lambda row: row.size.flops_per_token,
   'bytes in memory': lambda row: row.size.bytes_in_memory,
@@ -24,12 +26,11 @@ def write_report(workdir) -> Path:
 
 def write(results: list[Result], folder) -> Path:
   """Writes the report of `results` into `folder`, which is made if it is missing."""
-  folder = Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'report.html').write_text(page(results), encoding='utf-8')
   drawings = _drawings(results)
-  if drawings: charts.png(drawings, folder / 'report.png')
-  return folder / 'report.html'
+  for name in (*NAMES, *(f'{name}.partial' for name in NAMES)): workdirs.place(folder, name)   # before anything is written
+  path = workdirs.write(folder, NAMES[0], page(results))
+  if drawings: workdirs.write(folder, NAMES[1], charts.png(drawings))
+  return path
 
 
 def _drawings(results: list[Result]) -> list:

@@ -1,14 +1,18 @@
 """What folders hold of runs: configs, metrics, rows, samples, tables of weights. Reads files only, and loads nothing
 heavy."""
 import dataclasses
-import json
+import logging
 from pathlib import Path
 
 import numpy as np
 
+from efficient_lm import sealed
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.interop.folder import holds_model
 from efficient_lm.runs import ledger, record, tracking
+
+log = logging.getLogger(__name__)
+LONGEST = 1 << 20   # bytes of a sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +38,10 @@ class Result:
 
   @property
   def load_LE(self):
-    """The expert load last logged, or None."""
-    return next((row['load'] for row in reversed(self.metrics) if row.get('load')), None)
+    """The expert load last logged, layers x experts, or None."""
+    last = next((row['load'] for row in reversed(self.metrics) if row.get('load')), None)
+    try: return None if last is None or np.asarray(last, float).ndim != 2 else last
+    except (ValueError, TypeError, OverflowError): return None
 
 
 def load(folder) -> Result:
@@ -45,22 +51,54 @@ def load(folder) -> Result:
     raise ConfigError('run', str(folder), 'holds no config.json, metrics.jsonl or ledger.json; name the workdir of a run')
   if holds_model(str(folder)): raise ConfigError('run', str(folder), 'is a Hugging Face folder: it has no rows to report')
   config = folder / 'config.json'
-  samples = sorted((folder / 'samples').glob('*.txt'), key=lambda path: (path.stat().st_mtime_ns, path.name))
   try:
-    return Result(folder.resolve().name, json.loads(config.read_text(encoding='utf-8')) if config.is_file() else {},
-                  tracking.read(folder / 'metrics.jsonl'), ledger.read(folder / 'ledger.json'),
-                  samples[-1].read_text(encoding='utf-8', errors='replace') if samples else '', _weights(folder))
-  except (ValueError, CheckpointError) as error: raise ConfigError('run', str(folder), f'cannot be read: {error}') from error
+    known = record.read(folder)
+    left = {planned.name: record.committed(folder, planned) for planned in known.plan} if known else {}
+    left = {name: commit for name, commit in left.items() if commit}
+    found = Result(folder.resolve().name, sealed.read(config) if config.is_file() else {},
+                   tracking.read(folder / 'metrics.jsonl'), ledger.of_run(folder, known), _sample(folder, known, left),
+                   _weights(folder, known, left))
+  except (ValueError, OSError, CheckpointError) as error:
+    raise ConfigError('run', str(folder), f'cannot be read: {error}') from error
+  _tell_of_what_is_missing(found, left, folder)
+  return found
 
 
-def _weights(folder: Path) -> dict[str, list[dict]]:
-  """Of each stage that has been committed; runs of earlier versions have files of them."""
-  known = record.read(folder)
-  if known is None:
-    return {path.parent.name.replace('_', ' '): json.loads(path.read_text(encoding='utf-8'))
-            for path in sorted((folder / 'stages').glob('*/weights.json'))}
-  left = {planned.name: record.committed(folder, planned) for planned in known.plan}
-  return {name: commit['weights'] for name, commit in left.items() if commit}
+def _tell_of_what_is_missing(found: Result, left: dict[str, dict], folder: Path):
+  """Warns of what a run writes before it commits a stage, and is not there although stages have been committed."""
+  if left and not found.config: log.warning('%s is missing', folder / 'config.json')
+  ended = {row.get('stage') for row in found.metrics if row.get(tracking.END)}
+  missing = [name for name in left if int(name.partition(' ')[0]) not in ended]
+  if missing: log.warning('%s lacks rows: what was measured after stage %s, at least', folder / 'metrics.jsonl', missing[0])
+
+
+def _sample(folder: Path, known, left: dict[str, dict]) -> str:
+  """What the last stage of a run has left; of one that has not come so far, or is of an earlier version, the newest file."""
+  last = left.get(known.plan[-1].name, {}).get('sample') if known else None
+  if isinstance(last, str): return last
+  samples = [path for path in (folder / 'samples').glob('*.txt') if path.is_file()]
+  if not samples: return ''
+  with max(samples, key=lambda path: (path.stat().st_mtime_ns, path.name)).open('rb') as file: text = file.read(LONGEST)
+  return text.decode('utf-8', 'replace')
+
+
+def _weights(folder: Path, known, left: dict[str, dict]) -> dict[str, list[dict]]:
+  """Of each stage that has been committed; runs of earlier versions have files of them. Raises ValueError,
+  CheckpointError."""
+  if known is None: tables = {path.parent.name.replace('_', ' '): (path, sealed.load(path))
+                              for path in sorted((folder / 'stages').glob('*/weights.json'))}
+  else: tables = {planned.name: (record.stage_folder(folder, planned), left[planned.name].get('weights'))
+                  for planned in known.plan if planned.name in left}
+  for path, lines in tables.values():
+    if not _is_table(lines): raise ValueError(f'{path} has no table of weights')
+  return {name: lines for name, (_, lines) in tables.items()}
+
+
+def _is_table(lines) -> bool:
+  kinds = {'path': str, 'kind': str, 'product': str, 'num_bytes': int, 'float_bytes': int}
+  return isinstance(lines, list) and all(
+    isinstance(line, dict) and all(type(line.get(name)) is kind for name, kind in kinds.items()) and line['float_bytes'] > 0
+    for line in lines)
 
 
 def load_all(folders) -> list[Result]:

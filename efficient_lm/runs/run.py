@@ -8,18 +8,19 @@ import contextlib
 import dataclasses
 import functools
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from efficient_lm import sealed
+from efficient_lm import workdir as workdirs
 from efficient_lm.axes import BATCH
 from efficient_lm.config import experiment as experiments
 from efficient_lm.config import fields
 from efficient_lm.config.sources import is_source
 from efficient_lm.data.baselines import baselines
-from efficient_lm.errors import ConfigError, in_field
+from efficient_lm.errors import CheckpointError, ConfigError, in_field
 from efficient_lm.parallel.sharding import placed
 from efficient_lm.runs import commits, console, derived, invariants, memory, record, report_page
 from efficient_lm.runs.checkpoint import lock
@@ -50,6 +51,7 @@ class Run:
 
   def __init__(self, experiment, default, workdir):
     self.experiment, self.default, self.workdir = experiment, default, Path(workdir)
+    workdirs.check(workdir)
     self.mesh = experiment.mesh.build()
     self.batch_shards = math.prod(self.mesh.shape[name] for name in BATCH)
     self.known = record.read(workdir)
@@ -64,11 +66,14 @@ class Run:
 
   def _own_tokenizer(self):
     """The run's tokenizer: its own, once it has one, or that of what it starts from; None: the configured one is fitted."""
-    if (self.workdir / 'tokenizer.json').is_file(): return record.tokenizer(self.workdir)
+    if (self.workdir / record.TOKENIZER).is_file(): return record.tokenizer(self.workdir)
     return None if self.experiment.start is None else self.experiment.start.tokenizer()
 
   def _check_tokenizers(self):
     own, configured = self.corpus.tokenizer, self.experiment.data.tokenizer
+    if self.known and self.known.tokenizer != own.key:
+      raise CheckpointError(f'{self.workdir / record.TOKENIZER} is missing, and what would be in its place now is another '
+                            'than the run was trained with: bring it back')
     if not (configured is None or is_source(configured)) and configured.vocab_size != own.vocab_size:
       raise ConfigError('config.data.tokenizer', configured, f'is not the one of what the run starts from, which has '
                         f'{own.vocab_size} ids: leave it None')
@@ -86,7 +91,7 @@ class Run:
     keys = {source.label: self._key_of(path, source) for path, source in experiments.sources(experiment)}
     origin = start['key'] if start else record.key_of('model', fields.to_json(experiment.model))
     first = [self._start_step(origin)] if start else []
-    given = record.key_of(origin, experiment.seed, text['hash'], self.corpus.tokenizer.key)
+    given = record.key_of(origin, experiment.seed, text.get('hash'), self.corpus.tokenizer.key)
     steps, taken, tokens, training = first, 0, 0, experiment.train
     for number, (field, stage) in enumerate(experiment.sequence, 1):
       name = getattr(stage, 'name', type(stage).__name__).lower()
@@ -133,20 +138,25 @@ class Run:
     with contextlib.ExitStack() as stack:
       stack.enter_context(jax.set_mesh(self.mesh))
       stack.enter_context(lock(self.workdir))
-      pending = [step for step in self.steps if not record.committed(self.workdir, step.planned)]
-      # A stage after one that is made again is made again, too: its key is another.
+      pending = self.pending()
       console.start(self, pending[0] if pending else None)
-      self._write_config()
+      self.write_beginning()
       if pending: self._perform(self.steps[self.steps.index(pending[0]):])
       rows = commits.write_ledger(self.workdir, self.record.plan)
       if jax.process_index() == 0: console.finish(self, rows, self.sample, report_page.write_report(self.workdir))
 
-  def _write_config(self):
+  def pending(self) -> list[Step]:
+    """Stages that have not been committed under their present keys. The run goes on with the first of them, and makes all
+    that follow it again."""
+    return [step for step in self.steps if not record.committed(self.workdir, step.planned)]
+
+  def write_beginning(self):
+    """Config, tokenizer and record, each whole with its hash. A run that is killed between two of them is taken up as one
+    that has not begun."""
     if jax.process_index(): return
-    self.workdir.mkdir(parents=True, exist_ok=True)
     experiments.write(str(self.workdir), self.experiment)
-    if not (self.workdir / 'tokenizer.json').is_file():
-      record.replace(self.workdir / 'tokenizer.json', self.corpus.tokenizer.to_json())
+    path = self.workdir / record.TOKENIZER
+    if not path.is_file() or not sealed.is_sealed(path): record.write_tokenizer(self.workdir, self.corpus.tokenizer)
     record.write(self.workdir, self.record)
 
   def _perform(self, steps: list[Step]):
@@ -171,7 +181,7 @@ class Run:
     at = self._own_steps(step)
     monitor.evaluate(at, model, end=True)
     self.row, self.sample = monitor.row(step.planned.name, model, [*notes, *self.remarks]), monitor.sample
-    commits.commit(self.workdir, step.planned, step.steps + at, model, self.row)
+    commits.commit(self.workdir, step.planned, step.steps + at, model, self.row, monitor.text)
     commits.write_ledger(self.workdir, self.record.plan)
     console.stage(step, model, notes, monitor.result)
     return model
@@ -223,10 +233,8 @@ class Run:
     if jax.process_index() or record.course(self.workdir, step.planned) in (None, step.course): return
     # The stage's folder last: it holds the course, without which a kill in between would leave the states to be resumed.
     for folder in (self._checkpoints(step), record.stage_folder(self.workdir, step.planned)):
-      if not folder.is_dir(): continue
-      aside = folder.with_name(folder.name + '.old')
-      shutil.rmtree(aside, ignore_errors=True)
-      folder.rename(aside)
+      name = str(folder.relative_to(self.workdir))
+      if folder.is_dir(): workdirs.move(self.workdir, name, f'{name}.old')
 
   # ---------------------------------------------------------------- what there is to say
 
@@ -240,8 +248,9 @@ class Run:
   def remarks(self) -> list[str]:
     """What a reader of the ledger has to know of the model and the text."""
     found, now = experiments.caveats(self.experiment), self.corpus.describe()
-    if now['hash'] != self.record.text['hash']:
-      count = lambda text: f'{text["train_files"]} + {text["heldout_files"]} documents, sha256 {text["hash"][:12]}'
+    if now['hash'] != self.record.text.get('hash'):
+      files = lambda text: f'{text.get("train_files")} + {text.get("heldout_files")} documents'
+      count = lambda text: f'{files(text)}, sha256 {str(text.get("hash"))[:12]}'
       found.append(f'the text has changed since the run began: {count(self.record.text)} then, {count(now)} now')
     if now['left_out']:
       more = f' and {len(now["left_out"]) - 3} more' if len(now['left_out']) > 3 else ''

@@ -1,9 +1,27 @@
 """Runs as sources (`config.sources`): models that others start from, learn from, or are compared with."""
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 
 from efficient_lm.config import experiment, presets
+from efficient_lm.errors import ConfigError
 from efficient_lm.runs import record
+
+LONGEST = 32   # runs of which each starts from the next
+_asked: list[str] = []   # folders of runs that are being asked for what they start from, the first one first
+
+
+@contextlib.contextmanager
+def _once(path: str) -> Iterator[None]:
+  """Raises ConfigError for a run that starts, in the end, from itself: what it starts from would be asked without end."""
+  real = os.path.realpath(path)
+  if real in _asked: raise ConfigError('run', path, 'starts, in the end, from itself')
+  if len(_asked) >= LONGEST:
+    raise ConfigError('run', path, f'is asked for after {LONGEST} others, of which each starts from the next')
+  _asked.append(real)
+  try: yield
+  finally: _asked.remove(real)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -28,17 +46,17 @@ class FromRun:
 
   def spec(self):
     """Raises ConfigError where there is no such run."""
-    return experiment.model_of(experiment.read(self.path), self.path)
+    with _once(self.path): return experiment.model_of(experiment.read(self.path), self.path)
 
   def abstract(self):
     """Raises CheckpointError where the run has not come so far."""
     from efficient_lm.runs import loading
-    return loading.abstract_model(self.path, self.stage)
+    with _once(self.path): return loading.abstract_model(self.path, self.stage)
 
   def load(self, mesh=None):
     """On `mesh` (default: on one device). Raises CheckpointError where the run has not come so far."""
     from efficient_lm.runs import loading
-    return loading.load_model(self.path, mesh, self.stage)
+    with _once(self.path): return loading.load_model(self.path, mesh, self.stage)
 
   def tokenizer(self):
     """Raises CheckpointError where the run has not started."""

@@ -2,15 +2,27 @@
 
 Over all trainings of a run there is one axis: a step of the second training follows the last of the first. Each row of
 metrics.jsonl has its `stage` beside its `step`. Both files stay monotone across a kill and a resume: rows of what is about
-to be done again are cut off.
+to be done again are cut off. Each row ends with a checksum of its own text, so that one that was damaged is told from the
+others, which stay.
 """
 import json
 import logging
 import math
-import os
+import re
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+from efficient_lm import sealed
+from efficient_lm import workdir as workdirs
+
+log = logging.getLogger(__name__)
+METRICS, ASIDE = 'metrics.jsonl', 'metrics.jsonl.damaged'
+SUM = re.compile(rb'(.*), "crc32": (\d+)}', re.DOTALL)
+LONGEST = 64 << 20   # bytes of a row
+LARGEST = 2 ** 63    # of whole numbers
 
 CURVES = 512   # of one array; TensorBoard's page has no room for more, and writing them takes a while
 END = 'stage_end'   # marks the row of what a stage has left, which is measured again if the stage was not committed
@@ -29,13 +41,12 @@ class Tracker:
     if jax.process_index(): return
     import tensorboardX
     logging.getLogger('tensorboardX.x2num').setLevel(logging.ERROR)   # NaN is logged on purpose here
-    workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    cut(workdir / 'metrics.jsonl', stage, step, end)
-    self.file = (workdir / 'metrics.jsonl').open('a', encoding='utf-8')
+    self.workdir = workdir
+    cut(workdir, stage, step, end)
+    self.file = workdirs.append(workdir, METRICS)
     # The suffix keeps two starts within a second from sharing, and emptying, one file.
-    self.board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else 0, flush_secs=30,
-                                            filename_suffix=f'.{stage:02d}.{step:010d}')
+    self.board = tensorboardX.SummaryWriter(str(workdirs.folder(workdir, 'tensorboard')), purge_step=step + 1 if step else 0,
+                                            flush_secs=30, filename_suffix=f'.{stage:02d}.{step:010d}')
 
   def scalars(self, step: int, values: dict, stage: int = 1, end: bool = False):
     """One row of metrics.jsonl: {'step': …, 'stage': …, name: number …}. NaN and infinities, which JSON cannot hold, are
@@ -48,7 +59,8 @@ class Tracker:
     bad = {name: _json(value, str) for name, value in values.items() if plain[name] != value}
     marks = ({END: True} if end else {}) | ({'not_finite': bad} if bad else {})
     row = {'step': int(step), 'stage': int(stage), **plain, **marks}
-    self.file.write(json.dumps(row, allow_nan=False) + '\n')
+    workdirs.still_held(self.workdir)
+    self.file.write(_line(json.dumps(row, allow_nan=False).encode()).decode() + '\n')
     self.file.flush()
     for name, value in values.items():
       array = np.asarray(value)
@@ -91,30 +103,63 @@ def _number(value):
 
 
 def read(path) -> list[dict]:
-  """Rows of a metrics.jsonl, numbers as numbers (NaN too). A line that is no row, such as one torn by a kill, is left out,
-  and so is everything after it."""
-  rows = []
-  if not Path(path).is_file(): return rows
-  for line in Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
-    try: row = json.loads(line)
-    except ValueError: break
-    if not isinstance(row, dict) or not isinstance(row.get('step'), int): break
-    bad = row.pop('not_finite', None) or {name: value for name, value in row.items() if value in ('nan', 'inf', '-inf')}
-    rows.append(row | {name: _number(value) for name, value in bad.items()})
-  return rows
+  """Rows of a metrics.jsonl, numbers as numbers (NaN too). Lines that are no row, such as one torn by a kill, or not what
+  was written, are left out, with a warning that says how many."""
+  rows = [row for _, row in _scan(path)]
+  if None in rows: log.warning('%s has damaged lines, which are left out: %d', path, rows.count(None))
+  return [row for row in rows if row is not None]
 
 
-def cut(path: Path, stage: int, step: int, end: int = 0):
-  """Removes from a metrics.jsonl what comes after `step` of `stage`, what was measured of this stage's end (step `end`), and
-  a torn last line: written beside it, then renamed over it."""
-  if not path.is_file(): return
+def cut(workdir, stage: int, step: int, end: int = 0):
+  """Removes from metrics.jsonl what comes after `step` of `stage`, what was measured of this stage's end (step `end`), and a
+  torn last line: written beside it, then renamed over it. Damaged lines go to a file beside, and a warning says how many."""
+  path = Path(workdir) / METRICS
   place = lambda row: (row.get('stage', 1), row['step'])
   before = lambda row: place(row) <= (stage, step) and not (END in row and place(row) >= (stage, end))
-  lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
-  kept = [line for line, row in zip(lines, read(path)) if before(row)]
-  beside = path.with_name(path.name + '.tmp')
-  beside.write_text(''.join(line + '\n' for line in kept), encoding='utf-8')
-  os.replace(beside, path)
+  found = list(_scan(path))
+  damaged = [line for line, row in found if row is None]
+  if damaged:
+    log.warning('%s has damaged lines, which are left out, and kept in %s: %d', path, ASIDE, len(damaged))
+    with workdirs.append(workdir, ASIDE) as aside: aside.buffer.write(b''.join(line + b'\n' for line in damaged))
+  kept = [line if SUM.fullmatch(line) else _line(line) for line, row in found if row is not None and before(row)]
+  if step and not kept: log.warning('%s has no rows of what was done before step %d, from which the run goes on', path, step)
+  if not found: return
+  workdirs.write(workdir, METRICS, b''.join(line + b'\n' for line in kept))
+
+
+def _line(text: bytes) -> bytes:
+  """A row as a line has it: with the checksum of its text as its last entry."""
+  return text[:-1] + b', "crc32": %d}' % zlib.crc32(text)
+
+
+def _scan(path) -> Iterator[tuple[bytes, dict | None]]:
+  """The lines of a metrics.jsonl, each with its row, or None where that is not what was written. In a file of an earlier
+  version no line has a checksum."""
+  summed = any(map(SUM.fullmatch, _lines(path)))
+  for line in _lines(path):
+    try: yield line, _row(line, summed)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError): yield line, None
+
+
+def _lines(path) -> Iterator[bytes]:
+  """Without their ends. A line that has none comes in pieces."""
+  if not Path(path).is_file(): return
+  with open(path, 'rb') as file:
+    for line in iter(lambda: file.readline(LONGEST), b''): yield line.removesuffix(b'\n')
+
+
+def _row(line: bytes, summed: bool) -> dict:
+  """Raises ValueError, TypeError, KeyError, AttributeError or RecursionError for what is no row, or not what was written."""
+  found = SUM.fullmatch(line)
+  if found: line = found[1] + b'}'
+  if summed and not (found and zlib.crc32(line) == int(found[2])): raise ValueError('not what was written')
+  row = sealed.parse(line, strict=False)
+  if type(row['step']) is not int or type(row.get('stage', 1)) is not int: raise ValueError('no row')
+  if any(isinstance(value, int) and abs(value) > LARGEST for value in row.values()): raise ValueError('no row')
+  bad = row.pop('not_finite', None)
+  # Earlier versions wrote texts in place of such numbers.
+  bad = bad or {name: value for name, value in row.items() if value in ('nan', 'inf', '-inf')}
+  return row | {name: _number(value) for name, value in bad.items()}
 
 
 def load_heatmap(load_LE) -> np.ndarray:

@@ -1,10 +1,16 @@
 """Short names: each class that a config can hold has one, and the names of earlier versions are understood."""
 import ast
+import contextlib
+import dataclasses
+import os
 import pathlib
+import sys
+import types
 
 import pytest
 
-from efficient_lm.config import names
+from efficient_lm.config import experiment, fields, names
+from efficient_lm.errors import ConfigError
 from efficient_lm.models import zoo
 from efficient_lm.techniques import Gptq
 
@@ -34,9 +40,6 @@ def test_names_of_earlier_versions_which_were_those_of_modules_are_understood(ol
 
 
 def test_a_class_of_a_config_file_is_found_by_its_file_once_that_has_been_read():
-  import dataclasses
-  import sys
-  import types
   module = types.ModuleType('config_theirs')
   module.__file__ = '/somewhere/theirs.py'
   sys.modules['config_theirs'] = module
@@ -45,6 +48,38 @@ def test_a_class_of_a_config_file_is_found_by_its_file_once_that_has_been_read()
   assert names.name_of(cls) == 'theirs.py:Own' and names.class_named('theirs.py:Own') is None
   names.remember([cls, int, 3])
   assert names.class_named('theirs.py:Own') is cls is names.class_named('config_theirs.Own')
+
+
+def test_only_what_a_config_file_has_itself_or_uses_is_found_not_what_it_imports(tmp_path, monkeypatch):
+  """A config.json makes objects of this package and of the file that a user gives, of nothing else that is loaded."""
+  (tmp_path / 'beside.py').write_text('import dataclasses\n@dataclasses.dataclass\nclass Used: size: int = 1\n'
+                                      '@dataclasses.dataclass\nclass Unused: size: int = 1\n')
+  (tmp_path / 'theirs_too.py').write_text(
+    'import dataclasses\nfrom beside import Unused, Used\nfrom tests.minute import get_config as quick\n'
+    '@dataclasses.dataclass\nclass Mine: size: int = 1\n'
+    'def get_config(variant=""): return dataclasses.replace(quick(), techniques=(Used(),))\n')
+  monkeypatch.syspath_prepend(tmp_path)
+  experiment.execute(str(tmp_path / 'theirs_too.py'))
+  found = fields.from_json([{'class': 'theirs_too.py:Mine', 'size': 2}, {'class': 'beside.py:Used', 'size': 3}])
+  assert [type(one).__name__ for one in found] == ['Mine', 'Used'] and found[0].size == 2
+  assert isinstance(fields.from_json({'class': 'beside.py:Unused', 'size': 2}), names.Unread)
+
+
+def test_no_dataclass_of_any_other_loaded_module_is_made(monkeypatch):
+  """By none of the ways in which it could be named."""
+  seen = set()
+  monkeypatch.setattr(names, '_outside', {})   # of other tests
+  for module in list(sys.modules.values()):
+    for cls in list(vars(module).values()) if isinstance(module, types.ModuleType) else ():
+      if not isinstance(cls, type) or not dataclasses.is_dataclass(cls) or cls in seen: continue
+      seen.add(cls)
+      if cls.__module__.split('.')[0] == names.PACKAGE: continue
+      for name in (cls.__name__, cls.__qualname__, f'{cls.__module__}.{cls.__qualname__}',
+                   f'config_{cls.__module__}.{cls.__name__}',
+                   f'{os.path.basename(getattr(module, "__file__", None) or "")}:{cls.__qualname__}', names.name_of(cls)):
+        if name in names.own_classes(): continue
+        with contextlib.suppress(ConfigError): assert type(fields.from_json({'class': name})) is names.Unread
+  assert len(seen) > 50
 
 
 @pytest.mark.parametrize('name', [None, 3, '', 'Any', 'efficient_lm.nowhere.Nothing', 'annotations'])

@@ -35,7 +35,7 @@ def test_all_that_was_left_comes_back(tmp_path, model):
   assert jax.tree.structure(commits.abstract(tmp_path, PLANNED)) == jax.tree.structure(jax.eval_shape(lambda: model))
   left = record.committed(tmp_path, PLANNED)
   assert left['step'] == 7 and ledger.row_of(left['row']) == ROW
-  assert [line['path'] for line in left['weights']] and commits.bytes_on_disk(tmp_path, PLANNED) > 0
+  assert [line['path'] for line in left['weights']] and record.bytes_on_disk(tmp_path, PLANNED) > 0
 
 
 def test_another_key_is_another_commit(tmp_path, model):

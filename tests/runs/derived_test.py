@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from efficient_lm import commands, evaluate, generate
+from efficient_lm import commands, evaluate, generate, sealed
 from efficient_lm.config import experiment
 from efficient_lm.errors import CheckpointError
 from efficient_lm.runs import FromRun, derived, ledger, loading, record, report_page, results, run
@@ -67,6 +67,7 @@ def test_it_is_taken_up_without_training_again(workdir, capsys):
   then = np.load(workdir / 'logits.npy')
   np.testing.assert_allclose(logits_of(loading.load_model(workdir)), then, atol=2e-6 * np.abs(then).max())
   assert all(record.committed(workdir, planned) for planned in record.read(workdir).plan)
+  for name in ('config.json', 'run.json', 'tokenizer.json'): assert sealed.is_sealed(workdir / name), 'from now on'
 
 
 def test_one_that_did_not_come_to_its_last_stage_says_so(tmp_path):

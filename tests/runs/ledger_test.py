@@ -64,6 +64,36 @@ def test_what_is_no_ledger_is_named(tmp_path, content):
   with pytest.raises(ValueError, match=r'ledger\.json is no ledger'): ledger.read(tmp_path / 'ledger.json')
 
 
+def entries(folder): return json.loads((folder / 'ledger.json').read_text())
+
+
+@pytest.mark.parametrize('change', [{'stage': 'other'}, {'quality': {'perplexity': 5.6}}, {'notes': ['one']}, {'crc32': 3},
+                                    {'crc32': 'x'}])
+def test_a_row_that_was_changed_is_left_out_with_a_warning_and_the_others_stay(tmp_path, caplog, change):
+  rows = [FULL, Row(stage='prune'), Row(stage='quantize')]
+  ledger.write(tmp_path, rows)
+  changed = entries(tmp_path)
+  changed[1] |= change
+  (tmp_path / 'ledger.json').write_text(json.dumps(changed))
+  assert ledger.read(tmp_path / 'ledger.json') == [rows[0], rows[2]]
+  warned, = caplog.messages
+  assert warned.endswith('has 1 damaged rows, which are left out') and str(tmp_path / 'ledger.json') in warned
+  del changed[1]['crc32']
+  (tmp_path / 'ledger.json').write_text(json.dumps(changed))
+  assert ledger.read(tmp_path / 'ledger.json') == [rows[0], rows[2]], 'one without a checksum among others that have one'
+  ledger.write(tmp_path, rows)
+  assert ledger.read(tmp_path / 'ledger.json') == rows
+  assert json.loads((tmp_path / 'ledger.json.damaged').read_text()) == changed
+
+
+@pytest.mark.parametrize('size', [{'parameters': 'x'}, {'parameters': True}, {'parameters': 10 ** 400},
+                                  {'bits_per_parameter': []}])
+def test_a_row_of_an_earlier_version_must_hold_what_a_row_holds(tmp_path, size):
+  rows = [{'stage': 'a'}, {'stage': 'b', 'size': size}, {'stage': 'c', 'notes': 3}]
+  (tmp_path / 'ledger.json').write_text(json.dumps(rows))
+  assert ledger.read(tmp_path / 'ledger.json') == [Row(stage='a')]
+
+
 def test_the_table_fits_a_terminal_and_names_hardware_and_energy_source():
   text = text_of(ledger.table({'moe / train': FULL, 'moe / prune': dataclasses.replace(FULL, stage='prune')}))
   for part in ('1.250', '12.3 M', '1 MiB', '3.1 ms', '1 h 2 min', 'NVIDIA H100', 'NVML, 1 GPU'): assert part in text

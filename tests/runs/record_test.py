@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from efficient_lm.config import Train, Training
+from efficient_lm.data import ByteTokenizer, SymbolTokenizer
 from efficient_lm.errors import CheckpointError
 from efficient_lm.formats import Int
 from efficient_lm.runs import FromRun, record
@@ -81,6 +82,36 @@ def test_a_commit_counts_under_its_present_key_only_and_if_it_is_whole(tmp_path)
   assert record.chosen(tmp_path, 1) == PLAN[0]
   commit(tmp_path / 'stages' / '1_train', 6, 'k1', record_crc32=0)
   assert record.committed(tmp_path, PLAN[0])['step'] == 4, 'a damaged one is passed over'
+
+
+def test_a_stage_whose_beginning_is_damaged_is_not_taken_for_one_that_has_none(tmp_path):
+  """What it has saved may be of other settings, and would be taken up, or moved away."""
+  record.begin(tmp_path, PLAN[0], 'course')
+  path = tmp_path / 'stages' / '1_train' / 'begun.json'
+  text = path.read_text()
+  for content in (text.replace('course":', 'course ":'), text.replace('"course",', '"cours",'), text[:-3], '', '{}'):
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=r'begun\.json is damaged'): record.course(tmp_path, PLAN[0])
+
+
+def test_a_record_that_is_gone_from_a_run_that_has_begun_is_missed(tmp_path):
+  """Without it the run would be taken for one of an earlier version."""
+  record.write(tmp_path, RECORD)
+  record.begin(tmp_path, PLAN[0], 'course')
+  (tmp_path / 'run.json').unlink()
+  with pytest.raises(CheckpointError, match=r'run\.json is missing') as caught: record.read(tmp_path)
+  assert '\n' not in str(caught.value)
+
+
+def test_the_tokenizer_is_the_one_that_the_run_was_trained_with(tmp_path):
+  one, other = SymbolTokenizer('abc'), SymbolTokenizer('abd')
+  for tokenizer in (one, ByteTokenizer()):
+    record.write_tokenizer(tmp_path, tokenizer)
+    record.write(tmp_path, dataclasses.replace(RECORD, tokenizer=tokenizer.key))
+    assert record.tokenizer(tmp_path) == tokenizer
+    record.write_tokenizer(tmp_path, other)   # whole, with its hash, and of another run
+    with pytest.raises(CheckpointError, match=r'tokenizer\.json is not the tokenizer that the run was trained with'):
+      record.tokenizer(tmp_path)
 
 
 def test_what_a_stage_was_begun_of_is_known_afterwards(tmp_path):

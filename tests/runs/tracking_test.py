@@ -27,6 +27,7 @@ def test_every_line_is_json_even_when_numbers_are_not(tmp_path):
   tracker.close()
   strict = lambda constant: pytest.fail(f'{constant} is not JSON')
   first, second = [json.loads(line, parse_constant=strict) for line in (tmp_path / 'metrics.jsonl').open()]
+  for row in (first, second): assert isinstance(row.pop('crc32'), int)
   assert first == {'step': 1, 'stage': 1, 'loss': None, 'norm': None, 'low': None, 'tokens': 7,
                    'not_finite': {'loss': 'nan', 'norm': 'inf', 'low': '-inf'}}
   assert second == {'step': 2, 'stage': 1, 'loss': 0.5, 'load': [[1.0, None]], 'not_finite': {'load': [[1.0, 'nan']]}}
@@ -92,6 +93,73 @@ def test_a_torn_last_line_is_repaired(tmp_path, torn):
   assert [row['step'] for row in read(tmp_path / 'metrics.jsonl')] == [1, 2, 3]
   track(tmp_path, [4], resume_step=3).close()
   assert [json.loads(line)['step'] for line in (tmp_path / 'metrics.jsonl').open()] == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def logged(tmp_path):
+  """The file of eight rows, and what it holds."""
+  tracker = track(tmp_path, range(1, 8))
+  tracker.scalars(8, {'loss': np.nan, 'load': [[1.0, np.inf]], 'text "crc32": 1}': 2.0})
+  tracker.close()
+  path = tmp_path / 'metrics.jsonl'
+  return path, path.read_bytes(), read(path)
+
+
+def same(rows): return [json.dumps(row) for row in rows]   # NaN is no NaN
+
+
+def test_of_every_bit_that_flips_only_the_rows_that_it_touches_are_lost_and_a_warning_counts_them(logged, caplog):
+  path, before, rows = logged
+  for bit in range(0, 8 * len(before), 3):
+    content = bytearray(before)
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    caplog.clear()
+    kept, at = same(read(path)), before[:bit // 8].count(b'\n')
+    lost = {at, at + 1} if before[bit // 8] == 10 else {at}
+    assert kept == [row for i, row in enumerate(same(rows)) if i not in lost], bit
+    warned, = caplog.messages
+    assert str(path) in warned and warned.endswith((': 1', ': 2')) and '\n' not in warned
+
+
+@pytest.mark.parametrize('damage', [b'\xff', b'', b'{"step": 3}', b'{"step": 3, "loss": 4.0, "crc32": 1}', b'[' * 5000,
+                                    b'\0' * 100])
+def test_a_resume_keeps_all_other_rows_and_what_was_dropped_beside(logged, caplog, damage):
+  path, before, rows = logged
+  lines = before.splitlines()
+  path.write_bytes(b'\n'.join([*lines[:2], damage, *lines[3:5], damage, *lines[6:]]) + b'\n')
+  Tracker(path.parent, 1, 8).close()
+  kept = [row for row in rows if row['step'] not in (3, 6)]
+  assert same(read(path)) == same(kept) and len(path.read_bytes().splitlines()) == 6
+  warned, = [message for message in caplog.messages if 'kept in' in message]
+  assert warned.endswith(': 2') and 'metrics.jsonl.damaged' in warned
+  assert path.with_name('metrics.jsonl.damaged').read_bytes() == (damage + b'\n') * 2
+  caplog.clear()
+  Tracker(path.parent, 1, 8).close()
+  assert not caplog.messages and path.with_name('metrics.jsonl.damaged').read_bytes() == (damage + b'\n') * 2
+
+
+@pytest.mark.parametrize('damage', [lambda path: path.unlink(), lambda path: path.write_bytes(b'')])
+def test_a_resume_tells_of_a_log_that_is_gone(logged, caplog, damage):
+  """A run logs its first step, and so has a row whenever it has a state to go on from."""
+  path, _, _ = logged
+  Tracker(path.parent, 1, 8).close()
+  assert not caplog.messages
+  damage(path)
+  Tracker(path.parent, 1, 8).close()
+  assert caplog.messages == [f'{path} has no rows of what was done before step 8, from which the run goes on']
+
+
+def test_a_file_of_an_earlier_version_is_repaired_row_by_row_and_gets_checksums(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo\x00ss": 2.5}\n{"step": 3, "loss": "nan"}\n')
+  assert [row['step'] for row in read(path)] == [1, 3]
+  track(tmp_path, [4], resume_step=3).close()
+  assert [row['step'] for row in read(path)] == [1, 3, 4]
+  assert all(b'"crc32"' in line for line in path.read_bytes().splitlines())
+  path.write_bytes(path.read_bytes().replace(b'3.0', b'3.5'))
+  assert [row['step'] for row in read(path)] == [3, 4], 'now a changed value is noticed'
+  assert np.isnan(read(path)[0]['loss'])
 
 
 def test_a_row_is_on_disk_before_the_next_step(tmp_path):
