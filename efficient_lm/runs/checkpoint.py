@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from efficient_lm.errors import CheckpointError, ConfigError, NonFinite
+from efficient_lm.parallel.processes import fetched, is_first, on_first, several, together
 from efficient_lm.parallel.sharding import wait_on_cpu
 from efficient_lm.runs.record import crc32
 from efficient_lm.tree import path_name
@@ -69,7 +70,7 @@ class Checkpoints:
     manifest = _manifest(leaves)
     if record is not None: manifest |= {'record': record, 'record_crc32': crc32(record)}
     if record is None and self._holds(step, manifest): return
-    if jax.process_index() == 0: self._make_room(step, leaves)
+    on_first(self._make_room, step, leaves)
     self._corrupt.clear()   # they have been set aside
     arguments = {item: ocp.args.StandardSave(part) for item, part in _items(leaves).items()}
     with self._explained(step):
@@ -82,7 +83,7 @@ class Checkpoints:
     """Returns when nothing is being written any more; raises CheckpointError if that failed."""
     if self._pending is None: return
     (step, future), self._pending = self._pending, None
-    with self._explained(step): future.result()
+    with together(), self._explained(step): future.result()
 
   def close(self):
     try: self.wait()
@@ -132,7 +133,7 @@ class Checkpoints:
       try: return load(step)
       except Corrupt as error:
         self._corrupt.add(step)
-        if jax.process_index(): continue
+        if not is_first(): continue
         log.warning('checkpoint %s is corrupt, passed over: %s', self.folder / str(step), error)
     if steps: raise CheckpointError(f'none of the checkpoints in {self.folder} is intact; move them away to start anew')
     return None
@@ -186,7 +187,7 @@ class Checkpoints:
   def _commit(self, step: int):
     """In the background: waits for the step and its manifest, and only then deletes steps that are too many."""
     self._orbax.wait_until_finished()
-    if jax.process_index(): return
+    if not is_first(): return
     others = [number for number in self.steps() if number != step]
     for number in others[:max(0, len(others) - self.keep + 1)]: shutil.rmtree(self.folder / str(number))
 
@@ -257,7 +258,7 @@ def _placed(leaf) -> jax.ShapeDtypeStruct:
 
 def _digests(leaves: dict) -> dict[str, list[int]]:
   found = {name: wait_on_cpu(digest(leaf)) for name, leaf in leaves.items()}   # under way together, where that is safe
-  return {name: np.asarray(value).tolist() for name, value in found.items()}
+  return {name: value.tolist() for name, value in fetched(found).items()}
 
 
 def _manifest(leaves: dict) -> dict:
@@ -296,7 +297,7 @@ def _corruption() -> Iterator[None]:
     text = str(error).strip()
     if any(sign.lower() in text.lower() for sign in NOT_OF_READING): raise
     reason = text.split('\n')[0][:160] or type(error).__name__
-  if jax.process_count() > 1 and not multihost_utils.process_allgather(np.asarray(reason is None)).all():
+  if several() and not multihost_utils.process_allgather(np.asarray(reason is None)).all():
     reason = reason or 'another process cannot read it'
   if reason: raise Corrupt(reason)
 
@@ -308,9 +309,14 @@ def lock(workdir) -> Iterator[None]:
   The kernel drops the lock when the process ends, however it ends: a file left behind locks nothing. In a program of
   several processes the first one holds it for all.
   """
-  if jax.process_index():
+  with contextlib.ExitStack() as held:
+    with together():
+      if is_first(): held.enter_context(_held(workdir))
     yield
-    return
+
+
+@contextlib.contextmanager
+def _held(workdir) -> Iterator[None]:
   Path(workdir).mkdir(parents=True, exist_ok=True)
   with open(Path(workdir) / 'lock', 'a+') as file:
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

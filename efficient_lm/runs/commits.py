@@ -9,6 +9,7 @@ import dataclasses
 import jax
 
 from efficient_lm.compression import rewriting
+from efficient_lm.parallel.processes import on_first
 from efficient_lm.parallel.sharding import placed, single_device_mesh
 from efficient_lm.runs import ledger, record, structure
 from efficient_lm.runs.checkpoint import Checkpoints
@@ -49,5 +50,5 @@ def write_ledger(workdir, plan) -> list[ledger.Row]:
     if left is None: break
     row = ledger.row_of(left['row'])
     rows.append(dataclasses.replace(row, size=dataclasses.replace(row.size, bytes_on_disk=bytes_on_disk(workdir, planned))))
-  if jax.process_index() == 0: ledger.write(workdir, rows)
+  on_first(ledger.write, workdir, rows)
   return rows
