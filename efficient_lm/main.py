@@ -7,15 +7,15 @@
   --config.FIELD=VALUE         overrides a field, such as --config.model.stacks[0].mlp.num_experts=4
   --workdir=FOLDER             where the run is kept (default: runs/NAME[-variant]); the same command resumes it
 
-Several processes train as one when each of them is given the same command: on the hosts of a TPU slice and under Slurm's srun
-by themselves, elsewhere with
+Several processes train as one when each of them is given the same command: by themselves on the hosts of a TPU slice and
+under Slurm's srun, elsewhere with
   --coordinator=HOST:PORT      where process 0 listens for the others
   --process_id=N --num_processes=N
   --coordinator_timeout=300    seconds until who does not answer is given up
 The workdir must be one folder that all of them see.
 
-Exit codes: 0 done, 2 wrong config or arguments, 3 no usable checkpoint, 4 training went non-finite, 5 another process does not
-answer or has failed, 42 preempted.
+Exit codes: 0 done, 2 wrong config or arguments, 3 no usable checkpoint, 4 training went non-finite, 5 another process does
+not answer or has failed, 42 preempted.
 """
 from absl import flags
 

@@ -14,14 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 
-from efficient_lm.errors import (
-  CheckpointError,
-  ConfigError,
-  IncompatibleError,
-  NonFinite,
-  OtherProcess,
-  Preempted,
-)
+from efficient_lm.errors import CheckpointError, ConfigError, IncompatibleError, NonFinite, OtherProcess, Preempted
 from efficient_lm.parallel import tpu
 
 SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')   # of what srun starts
@@ -173,8 +166,8 @@ def _error_of(number: int, code: int, text: str) -> Exception:
 
 
 def on_first(function: Callable, *arguments):
-  """Calls `function` in the first process alone, once all have come here, and goes on in all of them when it is done. What it
-  raises all raise."""
+  """Calls `function` in the first process alone, once all have come here, and goes on in all of them when it is done. What
+  it raises all raise."""
   with together(): pass   # nobody still reads what is about to be changed
   with together():
     if is_first(): function(*arguments)

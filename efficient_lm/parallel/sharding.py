@@ -88,8 +88,8 @@ def _divides(mesh, array, spec) -> bool:
 
 
 def part_here(mesh, process: int | None = None) -> tuple[int, int]:
-  """(i, n): the devices of this process (or of that number) read part i of n equal parts of each batch. Where they read other
-  rows than such a part, as on a torus that the mesh winds through, (0, 1): the whole batch is to be read here.
+  """(i, n): the devices of this process (or of that number) read part i of n equal parts of each batch. Where they read
+  other rows than such a part, as on a torus that the mesh winds through, (0, 1): the whole batch is to be read here.
 
   Processes that lie along 'tensor' read the same part.
   """

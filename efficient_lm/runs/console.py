@@ -122,12 +122,15 @@ class Progress:
       self.text = f'loss {numbers["loss"]:.4f}  {human(numbers["tokens_per_second"])} tokens/s'
       if 'mfu' in numbers: self.text += f'  MFU {numbers["mfu"]:.1%}'
     if self.live: self.bar.update(self.task, completed=step, description=self.text)
-    elif numbers and not self.console.quiet and (time.perf_counter() - self.printed > PLAIN_EVERY or step in (self.first + 1, self.last)):
+    elif numbers and not self.console.quiet and self._is_due(step):
       self.printed = time.perf_counter()
       timed = step - self.first - 1
       left = f'  {(self.printed - self.started) / timed * (self.last - step):.0f} s left' if timed else ''
       print(f'step {step}/{self.last}  {self.text}{left}', flush=True)
     if step == self.first + 1: self.started = time.perf_counter()   # that step was mostly compilation
+
+  def _is_due(self, step: int) -> bool:
+    return time.perf_counter() - self.printed > PLAIN_EVERY or step in (self.first + 1, self.last)
 
   def note(self, step: int, result: dict):
     """A line above the bar: an evaluation."""

@@ -126,7 +126,7 @@ class Run:
   def _check_processes(self):
     """Refuses several processes that would not do the same, do not see one workdir, or come to a stage that works in one."""
     if not processes.several(): return
-    stated = {'config': json.dumps(fields.to_json(self.experiment)), '--workdir': str(self.workdir.absolute()),
+    stated = {'config': json.dumps(fields.to_json(self.experiment)),
               'text': json.dumps(dataclasses.asdict(self.record), sort_keys=True)}
     processes.refuse_unlike(**stated)
     shared.check(self.workdir)

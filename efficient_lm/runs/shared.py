@@ -1,4 +1,4 @@
-"""Whether the processes of a run see one workdir: each writes its own part of a checkpoint there, and reads those of others."""
+"""Whether the processes of a run see one workdir: each writes its part of a checkpoint there, and reads those of others."""
 import secrets
 import time
 from pathlib import Path
