@@ -37,7 +37,7 @@ def main(overrides: list[str]):
   experiment.refuse_other(workdir, config)
   processes.join(group, FLAGS.coordinator_timeout)
   from efficient_lm.runs import run
-  run.run(config, default, workdir)
+  with processes.ending_together(): run.run(config, default, workdir)
 
 
 if __name__ == '__main__': commands.start(main, __doc__)

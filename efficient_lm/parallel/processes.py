@@ -12,6 +12,7 @@ import hashlib
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 
 from efficient_lm.errors import CheckpointError, ConfigError, IncompatibleError, NonFinite, OtherProcess, Preempted
@@ -21,6 +22,7 @@ SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 
 WORDS = {'coordinator': 'JAX_COORDINATOR_ADDRESS', 'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
 PATIENCE = 300   # seconds until a process that does not answer is given up
 SAID = 500       # bytes of an error's text that the other processes hear
+GONE = ('gloo', 'nccl', 'connection', 'socket closed', 'unavailable', 'heartbeat', 'barrier')   # said of one that has ended
 BEHIND = 2       # steps after which `Agreement` answers, so that it never waits for the step that is being computed
 
 
@@ -183,6 +185,22 @@ def refuse_unlike(**texts: str):
     unlike = [number for number, one in enumerate(found) if (one[i] != found[0][i]).any()]
     if unlike: raise ConfigError(name, f'process {unlike[0]}', 'has another one than process 0: give all processes the same '
                                  'command, the same files and the same version of Python and of this package')
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+  """Of several processes, one that fails in a way of its own ends at once, and so do those that wait for it. An error that has
+  an `exit_code` is one that all of them raise, and goes on; otherwise JAX would wait at the end for those that never come,
+  and abort all of them. Where another process has gone, this one says so in one line and ends as for `OtherProcess`."""
+  try: yield
+  except BaseException as error:
+    if not several() or hasattr(error, 'exit_code') or isinstance(error, SystemExit): raise
+    is_gone = any(sign in str(error).lower() for sign in GONE)
+    if is_gone: print(f'another process has gone ({" ".join(str(error).split())[:160]}); its log says why, and the same '
+                      'command resumes', file=sys.stderr)
+    else: traceback.print_exception(error)
+    for stream in (sys.stdout, sys.stderr): stream.flush()
+    os._exit(OtherProcess.exit_code if is_gone else 1)
 
 
 class Agreement:
