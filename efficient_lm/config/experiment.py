@@ -256,8 +256,8 @@ def refuse_other(workdir: str, experiment: Experiment) -> None:
   """Raises ConfigError if `workdir` cannot be written, or holds a run that `experiment` would not resume: one that differs
   in more than a larger train.steps, its stages, how often it reports and saves, and its mesh."""
   if '://' in workdir:
-    raise ConfigError('--workdir', workdir, 'is no folder: train into one, which several hosts must all have mounted, and copy '
-                      f'it: gcloud storage rsync --recursive FOLDER {workdir}')
+    raise ConfigError('--workdir', workdir, 'is no folder: train into one, which several hosts must all have mounted, and '
+                      f'copy it: gcloud storage rsync --recursive FOLDER {workdir}')
   _check_writable(workdir)
   if not os.path.exists(os.path.join(workdir, CONFIG_JSON)): return
   old = read(workdir)

@@ -189,9 +189,10 @@ def refuse_unlike(**texts: str):
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-  """Of several processes, one that fails in a way of its own ends at once, and so do those that wait for it. An error that has
-  an `exit_code` is one that all of them raise, and goes on; otherwise JAX would wait at the end for those that never come,
-  and abort all of them. Where another process has gone, this one says so in one line and ends as for `OtherProcess`."""
+  """Of several processes, one that fails in a way of its own ends at once, and so do those that wait for it. An error that
+  has an `exit_code` is one that all of them raise, and goes on; otherwise JAX would wait at the end for those that never
+  come, and abort all of them. Where another process has gone, this one says so in one line and ends as for
+  `OtherProcess`."""
   try: yield
   except BaseException as error:
     if not several() or hasattr(error, 'exit_code') or isinstance(error, SystemExit): raise
