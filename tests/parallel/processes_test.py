@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from efficient_lm.errors import CheckpointError, ConfigError, IncompatibleError, NonFinite, OtherProcess, Preempted
 from efficient_lm.parallel import processes
 from efficient_lm.parallel.processes import Group, group_of
+from tests.starting import free_port
 
-SLURM = {'SLURM_JOB_ID': '77', 'SLURM_STEP_NODELIST': 'node[1-2]', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '1', 'SLURM_LOCALID': '0'}
+SLURM = {'SLURM_JOB_ID': '77', 'SLURM_STEP_NODELIST': 'node[1-2]', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '1',
+         'SLURM_LOCALID': '0'}
 
 
 def test_flags_and_variables_mean_the_same():
@@ -73,17 +75,10 @@ def test_whatever_is_given_is_a_group_or_one_line(coordinator, process_id, num_p
 def test_who_does_not_come_is_one_line_after_the_stated_time(process):
   code = ('import sys\nfrom efficient_lm.parallel import processes\n'
           'processes.join(processes.Group(sys.argv[1], int(sys.argv[2]), 2), 1)')
-  done = subprocess.run([sys.executable, '-c', code, f'127.0.0.1:{free_port()}', str(process)], capture_output=True, text=True,
-                        timeout=60, check=False)
+  done = subprocess.run([sys.executable, '-c', code, f'127.0.0.1:{free_port()}', str(process)], capture_output=True,
+                        text=True, timeout=60, check=False)
   assert done.returncode == OtherProcess.exit_code
   assert len(done.stderr.splitlines()) == 1 and 'within 1 seconds' in done.stderr and '--coordinator' in done.stderr
-
-
-def free_port() -> int:
-  import socket
-  with socket.socket() as found:
-    found.bind(('127.0.0.1', 0))
-    return found.getsockname()[1]
 
 
 # ---------------------------------------------------------------- agreeing: `_gathered` as other processes would have it
@@ -118,8 +113,8 @@ def outcome(error=None):
 
 
 @pytest.mark.parametrize('error', [
-  ConfigError('a', 1, 'must be 2'), IncompatibleError('does not suit'), CheckpointError('disk full: äöü ' * 99), NonFinite('x'),
-  Preempted('y'), OtherProcess('z'), KeyError('a bug')])
+  ConfigError('a', 1, 'must be 2'), IncompatibleError('does not suit'), CheckpointError('disk full: äöü ' * 99),
+  NonFinite('x'), Preempted('y'), OtherProcess('z'), KeyError('a bug')])
 def test_what_one_raises_ends_the_other_with_its_code_and_words(others, error):
   others(outcome(error))
   with pytest.raises(Exception, match='process 1') as raised:
@@ -152,7 +147,7 @@ def test_a_process_with_another_command_is_named(others):
     patch.setattr(processes, '_gathered', lambda own: said.append(own) or own[None])
     processes.refuse_unlike(config='a', text='c')
   others(said[0])
-  with pytest.raises(ConfigError, match='text = .process 1.'): processes.refuse_unlike(**same)
+  with pytest.raises(ConfigError, match=r'text = .process 1.'): processes.refuse_unlike(**same)
 
 
 def test_one_process_agrees_with_itself_at_once():
