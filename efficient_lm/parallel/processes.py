@@ -94,6 +94,8 @@ def join(group: Group | None, patience: int = PATIENCE):
   if group.num_processes is not None:
     bind = os.environ.get('JAX_COORDINATOR_BIND_ADDRESS', known)
     own = {'cluster_detection_method': 'deactivate', 'coordinator_bind_address': bind}
+  elif _has_node_to_itself(os.environ):
+    own = {'local_device_ids': range(int(os.environ['SLURM_GPUS_ON_NODE']))}   # JAX would take one GPU a process
   giving_up = threading.Timer(patience, _give_up, (group, patience))
   giving_up.daemon = True
   giving_up.start()
@@ -105,6 +107,13 @@ def join(group: Group | None, patience: int = PATIENCE):
     raise ConfigError('--coordinator', known, 'cannot be listened on by process 0: take an address of its host and a free '
                       'port') from error
   finally: giving_up.cancel()
+
+
+def _has_node_to_itself(environ) -> bool:
+  """Whether Slurm has started one process a node, with all its GPUs."""
+  nodes = environ.get('SLURM_STEP_NUM_NODES') or environ.get('SLURM_NNODES')
+  return all(name in environ for name in SLURM) and nodes == environ['SLURM_NTASKS'] and bool(
+    environ.get('SLURM_GPUS_ON_NODE', '').isdecimal())
 
 
 def _give_up(group: Group, patience: int):

@@ -108,14 +108,15 @@ def test_a_stage_for_one_process_is_refused_before_anything_is_written_and_done_
   words, workdir = [f'--config={tmp_path}/stages.py:quantize'], tmp_path / 'run'
   codes, _, said = starting.ends(starting.start(workdir, words, processes=2))
   assert codes == [2, 2] and not workdir.exists()
-  assert all(len(line.splitlines()) == 1 and 'config.stages[0]' in line and 'on one host alone' in line for line in said), said
+  for line in said: assert len(line.splitlines()) == 1 and 'config.stages[0]' in line and 'on one host alone' in line, said
   starting.finish(starting.start(workdir, [*words, '--config.stages=()'], processes=2))
   starting.finish(starting.start(workdir, words))
   assert [row.stage for row in ledger.read(workdir / 'ledger.json')] == ['1 train', '2 quantize']
 
 
 @pytest.mark.parametrize(('own', 'named'), [
-  ({1: ['--config.train.log_every=7']}, 'config = '), ({1: ['--workdir={}/other']}, '--workdir = ')], ids=['config', 'workdir'])
+  ({1: ['--config.train.log_every=7']}, 'config = '), ({1: ['--workdir={}/other']}, '--workdir = ')],
+  ids=['config', 'workdir'])
 def test_processes_that_are_not_told_the_same_all_refuse(tmp_path, own, named):
   own = {number: [word.format(tmp_path) for word in words] for number, words in own.items()}
   (tmp_path / 'run').mkdir()

@@ -81,6 +81,39 @@ def test_who_does_not_come_is_one_line_after_the_stated_time(process):
   assert len(done.stderr.splitlines()) == 1 and 'within 1 seconds' in done.stderr and '--coordinator' in done.stderr
 
 
+@pytest.fixture
+def initialized(monkeypatch):
+  """What JAX is called with to meet the others."""
+  import jax
+  found = {}
+  def initialize(coordinator, count, number, **words): found.update(words, words=(coordinator, count, number))
+  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+  for name in (*SLURM, 'SLURM_NNODES', 'SLURM_STEP_NUM_NODES', 'SLURM_GPUS_ON_NODE'): monkeypatch.delenv(name, False)
+  yield found
+  jax.config.update('jax_enable_preemption_service', True)
+
+
+def test_alone_nothing_is_initialized(initialized):
+  processes.join(None)
+  assert not initialized
+
+
+def test_process_0_listens_on_the_given_address_only(initialized):
+  processes.join(Group('10.0.0.2:8476', 0, 2), 9)
+  assert initialized['words'] == ('10.0.0.2:8476', 2, 0)
+  assert initialized['coordinator_bind_address'] == '10.0.0.2:8476' and initialized['initialization_timeout'] > 9
+  assert initialized['cluster_detection_method'] == 'deactivate'
+
+
+@pytest.mark.parametrize(('tasks', 'gpus', 'expected'), [('2', '4', [0, 1, 2, 3]), ('8', '4', None), ('2', '', None)])
+def test_a_process_that_has_a_node_to_itself_takes_all_its_gpus(initialized, monkeypatch, tasks, gpus, expected):
+  variables = SLURM | {'SLURM_STEP_NUM_NODES': '2', 'SLURM_NTASKS': tasks, 'SLURM_GPUS_ON_NODE': gpus}
+  for name, value in variables.items(): monkeypatch.setenv(name, value)
+  processes.join(group_of(None, None, None))
+  assert initialized['words'] == (None, None, None)
+  assert (list(initialized['local_device_ids']) if 'local_device_ids' in initialized else None) == expected
+
+
 # ---------------------------------------------------------------- agreeing: `_gathered` as other processes would have it
 
 @pytest.fixture
