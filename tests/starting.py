@@ -22,6 +22,7 @@ def free_port() -> int:
 def start(workdir, words, processes: int = 1, devices: int = 1, own: dict[int, list[str]] | None = None) -> list:
   """The running programs. devices: of each; own: words of one of them."""
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
+                 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
                  'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
   port, started = free_port(), []
   for i in range(processes):

@@ -9,7 +9,8 @@ import pytest
 from efficient_lm.runs import ledger
 from tests import starting
 
-WORDS = ['--config=tests/minute.py:moe', '--config.train.steps=60', '--config.train.checkpoint_every=10']
+WORDS = ['--config=tests/minute.py:moe', '--config.train.steps=60', '--config.train.checkpoint_every=10',
+         '--config.train.eval_every=60']
 MESHES = {1: [], 2: ['--config.mesh.data=1', '--config.mesh.tensor=2'],
           4: ['--config.mesh.data=1', '--config.mesh.expert=2', '--config.mesh.fsdp=2']}
 ENDING = 60   # seconds that processes may take to notice that one has gone
@@ -63,7 +64,7 @@ def interrupt(workdir, processes: int, step: int, victim: int):
   assert all(f'at step {last}:' in line for line in said), said
 
 
-@pytest.mark.parametrize('chain', [(1, 4, 2), (4, 1, 4), (2, 4, 1)], ids=str)
+@pytest.mark.parametrize('chain', [(1, 4, 2), (2, 1, 4)], ids=str)
 def test_any_number_takes_up_what_any_other_began(alone, tmp_path, chain):
   for i, processes in enumerate(chain[:-1]): interrupt(tmp_path, processes, 6 + 20 * i, victim=processes - 1)
   starting.finish(starting.start(tmp_path, [*WORDS, *MESHES[chain[-1]]], chain[-1]))
