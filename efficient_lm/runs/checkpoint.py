@@ -82,11 +82,16 @@ class Checkpoints:
   def wait(self):
     """Returns when nothing is being written any more; raises CheckpointError if that failed."""
     if self._pending is None: return
+    with together(): self._settle()
+
+  def _settle(self):
     (step, future), self._pending = self._pending, None
-    with together(), self._explained(step): future.result()
+    with self._explained(step): future.result()
 
   def close(self):
-    try: self.wait()
+    """Waits alone: the other processes are elsewhere where this one closes because of an error of its own."""
+    try:
+      if self._pending is not None: self._settle()
     finally:
       self._thread.shutdown()
       self._orbax.close()
