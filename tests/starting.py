@@ -19,17 +19,21 @@ def free_port() -> int:
     return found.getsockname()[1]
 
 
+def environment(devices: int = 1) -> dict[str, str]:
+  """Of a program with so many devices. It is compiled quickly: what is tested holds of any program."""
+  return {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
+          'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+          'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+
+
 def start(workdir, words, processes: int = 1, devices: int = 1, own: dict[int, list[str]] | None = None) -> list:
   """The running programs. devices: of each; own: words of one of them."""
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
-                 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-                 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
   port, started = free_port(), []
   for i in range(processes):
     group = [f'--coordinator=127.0.0.1:{port}', f'--process_id={i}', f'--num_processes={processes}']
     command = [sys.executable, '-m', 'efficient_lm.main', f'--workdir={workdir}', *words, *(group if processes > 1 else [])]
-    started.append(subprocess.Popen([*command, *(own or {}).get(i, [])], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-                                    stderr=subprocess.PIPE, text=True))
+    started.append(subprocess.Popen([*command, *(own or {}).get(i, [])], cwd=ROOT, env=environment(devices), text=True,
+                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE))
   return started
 
 

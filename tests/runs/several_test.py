@@ -9,7 +9,8 @@ from efficient_lm.runs import ledger
 from tests import starting
 
 STEPS = 120
-WORDS = ['--config=tests/minute.py:quick', f'--config.train.steps={STEPS}', '--config.train.checkpoint_every=50']
+WORDS = ['--config=tests/minute.py:quick', f'--config.train.steps={STEPS}', '--config.train.checkpoint_every=50',
+         f'--config.train.eval_every={STEPS}']
 
 # What `python -m efficient_lm.main` does, and at its end the sockets that it has or had of the internet.
 WATCHED = '''
@@ -33,7 +34,7 @@ def alone(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('alone')
   program = subprocess.run([sys.executable, '-c', WATCHED, *WORDS, f'--workdir={workdir}'], cwd=starting.ROOT, text=True,
                            capture_output=True, timeout=starting.PATIENCE, check=False,
-                           env={**starting.os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''})
+                           env=starting.environment())
   assert program.returncode == 0, program.stderr
   return workdir, program.stderr
 
