@@ -27,7 +27,7 @@ def get_config(variant='all'):
   rules = (Rule(where='mlp|attention', weights=Int(bits=4, scales=Group(size=8))),)
   stages = (PruneOnce(sparsity=0.5), Train(training=made.train, techniques=(QuantAware(rules=rules),)), Convert())
   if variant == 'quantize': stages = (Quantize(rules=rules),)
-  return dataclasses.replace(made, techniques=(Prune(sparsity=0.25, begin=1, end=3),), stages=stages)
+  return dataclasses.replace(made, techniques=(Prune(sparsity=0.25, start=1, end=3, every=1),), stages=stages)
 '''
 
 
