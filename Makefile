@@ -112,7 +112,7 @@ test-next: $(NEXT)/.stamp
 	$(NEXT)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --long $(ARGS)
 
 test-faults: $(VENV)/.stamp
-	$(VENV)/bin/python -m pytest -s tests/faults --kills=20 $(ARGS)
+	$(VENV)/bin/python -m pytest -s tests/faults --kills=20 --long $(ARGS)
 
 check-tpu-compile: $(TPU)/.stamp
 	JAX_PLATFORMS=cpu $(TPU)/bin/python -m pytest -n 2 tests/compile $(ARGS)

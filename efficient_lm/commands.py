@@ -13,11 +13,12 @@ from typing import Any
 from absl import flags
 
 from efficient_lm.config import experiment
-from efficient_lm.errors import CheckpointError, ConfigError, IncompatibleError, NonFinite, Preempted
+from efficient_lm.errors import CheckpointError, ConfigError, IncompatibleError, NonFinite, OtherProcess, Preempted
 from efficient_lm.interop import folder
 from efficient_lm.interop.gguf.source import Gguf, file_of
 from efficient_lm.interop.huggingface import HuggingFace
 from efficient_lm.models import spec
+from efficient_lm.parallel import processes
 from efficient_lm.runs import FromRun
 from efficient_lm.runs.allocator import use_huge_pages
 
@@ -42,6 +43,19 @@ def default_workdir() -> str:
   file, _, variant = FLAGS.config.partition(':')
   name = os.path.splitext(os.path.basename(file))[0]
   return os.path.join('runs', f'{name}-{variant}' if variant else name)
+
+
+def define_processes():
+  """Defines what says which of several processes this is, for a command that they perform together."""
+  flags.DEFINE_string('coordinator', None, 'host:port where process 0 listens for the others')
+  flags.DEFINE_integer('process_id', None, 'number of this process, from 0 on')
+  flags.DEFINE_integer('num_processes', None, 'how many there are')
+  flags.DEFINE_integer('coordinator_timeout', processes.PATIENCE, 'seconds until who does not answer is given up', 1)
+
+
+def processes_around() -> processes.Group | None:
+  """Those that this process is one of, or None. Raises ConfigError."""
+  return processes.group_of(FLAGS.coordinator, FLAGS.process_id, FLAGS.num_processes)
 
 
 def define_run():
@@ -172,7 +186,7 @@ def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
     main(_parse(argv))
     sys.stdout.flush()
     return 0
-  except (ConfigError, IncompatibleError, CheckpointError, NonFinite, Preempted) as error:
+  except (ConfigError, IncompatibleError, CheckpointError, NonFinite, OtherProcess, Preempted) as error:
     print(' '.join(str(error).split()), file=sys.stderr)
     return error.exit_code
   except BrokenPipeError:   # who was reading has seen enough, as `head` does

@@ -56,6 +56,11 @@ class NonFinite(Exception):
   exit_code = 4
 
 
+class OtherProcess(Exception):
+  """Another process of the run did not answer, or has failed in a way of its own."""
+  exit_code = 5
+
+
 class Preempted(Exception):
   """The machine was taken away; the state was saved and the same command resumes."""
   exit_code = 42

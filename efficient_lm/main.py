@@ -7,25 +7,37 @@
   --config.FIELD=VALUE         overrides a field, such as --config.model.stacks[0].mlp.num_experts=4
   --workdir=FOLDER             where the run is kept (default: runs/NAME[-variant]); the same command resumes it
 
-Exit codes: 0 done, 2 wrong config or arguments, 3 no usable checkpoint, 4 training went non-finite, 42 preempted.
+Several processes train as one when each of them is given the same command: by themselves on the hosts of a TPU slice and
+under Slurm's srun, elsewhere with
+  --coordinator=HOST:PORT      where process 0 listens for the others
+  --process_id=N --num_processes=N
+  --coordinator_timeout=300    seconds until who does not answer is given up
+The workdir must be one folder that all of them see.
+
+Exit codes: 0 done, 2 wrong config or arguments, 3 no usable checkpoint, 4 training went non-finite, 5 another process does
+not answer or has failed, 42 preempted.
 """
 from absl import flags
 
 from efficient_lm import commands
 from efficient_lm.config import experiment
+from efficient_lm.parallel import processes
 
 FLAGS = flags.FLAGS
 commands.define_config()
+commands.define_processes()
 flags.DEFINE_string('workdir', None, 'where the run is kept')
 
 
 def main(overrides: list[str]):
-  """Reads, checks, runs."""
+  """Reads, checks, meets the other processes where there are some, runs."""
+  group = commands.processes_around()
   workdir = FLAGS.workdir or (commands.default_workdir() if FLAGS.config else None)
   config, default = commands.load_config(overrides, workdir)
   experiment.refuse_other(workdir, config)
+  processes.join(group, FLAGS.coordinator_timeout)
   from efficient_lm.runs import run
-  run.run(config, default, workdir)
+  with processes.ending_together(): run.run(config, default, workdir)
 
 
 if __name__ == '__main__': commands.start(main, __doc__)

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
-# Follows the log of the first worker.
+# Follows the log of the first worker, or of another: tpu_scripts/tail.sh 3
+# shellcheck source=tpu_scripts/settings.sh
 . "$(dirname "$0")/settings.sh"
-gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone "$ZONE" --worker=0 --command 'tail -n 50 -f efficient_lm/train.log'
+on "${1:-0}" 'tail -n 50 -f efficient_lm/train.log'

@@ -286,7 +286,10 @@ def _updated(data):
 def refuse_other(workdir: str, experiment: Experiment) -> None:
   """Raises ConfigError if `workdir` cannot be written, or holds a run that `experiment` would not resume: one that differs
   in more than a larger train.steps, its stages, how often it reports and saves, and its mesh."""
-  if '://' not in workdir: _check_writable(workdir)
+  if '://' in workdir:
+    raise ConfigError('--workdir', workdir, 'is no folder: train into one, which several hosts must all have mounted, and '
+                      f'copy it: gcloud storage rsync --recursive FOLDER {workdir}')
+  _check_writable(workdir)
   workdirs.check(workdir)
   if not os.path.exists(os.path.join(workdir, CONFIG_JSON)): return
   old = read(workdir)

@@ -115,6 +115,11 @@ class OpenCorpus:
     """
     return pipeline.in_sequence(Rows(self.evaluated, sequence_length), batch_size=rows, **self.process)
 
+  @property
+  def undivided(self) -> 'OpenCorpus':
+    """The same text for a reader of whole batches, whichever process it is."""
+    return dataclasses.replace(self, process={'process_index': 0, 'process_count': 1})
+
   def eval_rows(self, sequence_length: int) -> int:
     """How many rows that are not all padding one evaluation reads, over all processes."""
     return len(Rows(self.evaluated, sequence_length))

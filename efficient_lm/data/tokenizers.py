@@ -263,7 +263,8 @@ class BytePairs(_Pieces):
     bpe = {name: value for name, value in model['model'].items() if value not in (None, False)}
     bpe['merges'] = [merge.split(' ') if isinstance(merge, str) else merge for merge in bpe['merges']]
     parts = [bpe, model.get('pre_tokenizer'), self.bos, self.eod]
-    if self.foreign: parts += [model.get('normalizer'), [t['content'] for t in model.get('added_tokens', ()) if not t['special']]]
+    added = (token['content'] for token in model.get('added_tokens', ()) if not token['special'])
+    if self.foreign: parts += [model.get('normalizer'), [*added]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
   def encode_all(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:

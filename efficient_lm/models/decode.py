@@ -12,6 +12,7 @@ from jax import lax
 from efficient_lm.models import spec as specs
 from efficient_lm.models.cache import padded
 from efficient_lm.models.transformer import Repeated, Stack, Unrolled
+from efficient_lm.parallel.processes import fetched
 from efficient_lm.parallel.sharding import wait_on_cpu
 from efficient_lm.tree import rewrite
 from efficient_lm.weights.weight import Dense, Weight
@@ -197,7 +198,7 @@ def stream(model, prompt_BT, num_tokens: int, *, sampling=Sampling(), seed: int 
     drawn = i * burst_size
     ids, logits_BV, slots = burst(model, logits_BV, slots, start + drawn, key, sampling, vocab_size=vocab_size,
                                   count=min(burst_size, length - longest - drawn))
-    ids_BT, ended_B = _ended(np.asarray(ids)[:, :num_tokens - drawn], ended_B, stops)
+    ids_BT, ended_B = _ended(fetched(ids)[:, :num_tokens - drawn], ended_B, stops)
     yield ids_BT
     if (ended_B >= 0).all(): return
 

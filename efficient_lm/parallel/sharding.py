@@ -87,10 +87,33 @@ def _divides(mesh, array, spec) -> bool:
   return all(size % math.prod(mesh.shape[name] for name in names) == 0 for size, names in zip(array.shape, parts))
 
 
+def part_here(mesh, process: int | None = None) -> tuple[int, int]:
+  """(i, n): the devices of this process (or of that number) read part i of n equal parts of each batch. Where they read
+  other rows than such a part, as on a torus that the mesh winds through, (0, 1): the whole batch is to be read here.
+
+  Processes that lie along 'tensor' read the same part.
+  """
+  process = jax.process_index() if process is None else process
+  shards = math.prod(mesh.shape[name] for name in BATCH)
+  order = [mesh.axis_names.index(name) for name in (*BATCH, *(set(mesh.axis_names) - set(BATCH)))]
+  by_shard = mesh.devices.transpose(order).reshape(shards, -1)
+  mine = [i for i, devices in enumerate(by_shard) if any(device.process_index == process for device in devices)]
+  size = len(mine)
+  is_part = size and shards % size == 0 and mine[0] % size == 0 and mine == list(range(mine[0], mine[0] + size))
+  return (mine[0] // size, shards // size) if is_part else (0, 1)
+
+
 def place(batch: dict, mesh) -> dict[str, jax.Array]:
-  """Puts this process's rows of a batch on the mesh, split over its batch axes."""
-  sharding = NamedSharding(mesh, PartitionSpec(BATCH))
-  return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+  """Puts this process's rows of a batch, which are those that `part_here` says, on the mesh, split over its batch axes."""
+  sharding, (part, parts) = NamedSharding(mesh, PartitionSpec(BATCH)), part_here(mesh)
+
+  def put(array):
+    first, shape = part * len(array), (parts * len(array), *array.shape[1:])
+    def rows(index):
+      start, stop, _ = index[0].indices(shape[0])
+      return array[start - first:stop - first]
+    return jax.make_array_from_callback(shape, sharding, rows)
+  return {name: put(array) for name, array in batch.items()}
 
 
 def single_device_mesh():

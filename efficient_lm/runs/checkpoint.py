@@ -23,6 +23,7 @@ from jax.sharding import SingleDeviceSharding
 
 from efficient_lm import workdir as workdirs
 from efficient_lm.errors import CheckpointError, NonFinite
+from efficient_lm.parallel.processes import fetched, is_first, on_first, several, together
 from efficient_lm.parallel.sharding import wait_on_cpu
 from efficient_lm.runs.record import crc32
 from efficient_lm.tree import path_name
@@ -67,7 +68,7 @@ class Checkpoints:
     manifest = _manifest(leaves)
     if record is not None: manifest |= {'record': record, 'record_crc32': crc32(record)}
     if record is None and self._holds(step, manifest): return
-    if jax.process_index() == 0: self._make_room(step, leaves)   # raises ConfigError where the run's lock is lost
+    on_first(self._make_room, step, leaves)
     self._corrupt.clear()   # they have been set aside
     arguments = {item: ocp.args.StandardSave(part) for item, part in _items(leaves).items()}
     with self._explained(step):
@@ -79,11 +80,16 @@ class Checkpoints:
   def wait(self):
     """Returns when nothing is being written any more; raises CheckpointError if that failed."""
     if self._pending is None: return
+    with together(): self._settle()
+
+  def _settle(self):
     (step, future), self._pending = self._pending, None
     with self._explained(step): future.result()
 
   def close(self):
-    try: self.wait()
+    """Waits alone: the other processes are elsewhere where this one closes because of an error of its own."""
+    try:
+      if self._pending is not None: self._settle()
     finally:
       self._thread.shutdown()
       self._orbax.close()
@@ -132,7 +138,7 @@ class Checkpoints:
         self._corrupt.add(step)
         passed[step] = error
         continue
-      for number, error in passed.items() if jax.process_index() == 0 else ():
+      for number, error in passed.items() if is_first() else ():
         log.warning('checkpoint %s is corrupt, passed over: %s', self.folder / str(number), error)
       return found
     if not steps: return None
@@ -189,7 +195,7 @@ class Checkpoints:
   def _commit(self, step: int):
     """In the background: waits for the step and its manifest, and only then deletes steps that are too many."""
     self._orbax.wait_until_finished()
-    if jax.process_index(): return
+    if not is_first(): return
     others = [number for number in self.steps() if number != step]
     for number in others[:max(0, len(others) - self.keep + 1)]: workdirs.remove(self.folder, str(number))
 
@@ -260,7 +266,7 @@ def _placed(leaf) -> jax.ShapeDtypeStruct:
 
 def _digests(leaves: dict) -> dict[str, list[int]]:
   found = {name: wait_on_cpu(digest(leaf)) for name, leaf in leaves.items()}   # under way together, where that is safe
-  return {name: np.asarray(value).tolist() for name, value in found.items()}
+  return {name: value.tolist() for name, value in fetched(found).items()}
 
 
 def _manifest(leaves: dict) -> dict:
@@ -307,7 +313,7 @@ def _corruption() -> Iterator[None]:
     text = str(error).strip()
     if OF_ANOTHER_TREE not in text and any(sign.lower() in text.lower() for sign in NOT_OF_READING): raise
     reason = text.split('\n')[0][:160] or type(error).__name__
-  if jax.process_count() > 1 and not multihost_utils.process_allgather(np.asarray(reason is None)).all():
+  if several() and not multihost_utils.process_allgather(np.asarray(reason is None)).all():
     reason = reason or 'another process cannot read it'
   if reason: raise Corrupt(reason)
 
@@ -315,7 +321,7 @@ def _corruption() -> Iterator[None]:
 @contextlib.contextmanager
 def lock(workdir) -> Iterator[None]:
   """Holds `workdir/lock` (see `workdir.lock`). In a program of several processes the first one holds it for all."""
-  if jax.process_index():
+  with contextlib.ExitStack() as held:
+    with together():
+      if is_first(): held.enter_context(workdirs.lock(workdir))
     yield
-    return
-  with workdirs.lock(workdir): yield

@@ -11,6 +11,7 @@ from flax import nnx
 
 from efficient_lm.compression import rewriting
 from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.parallel.processes import on_first
 from efficient_lm.parallel.sharding import placed, single_device_mesh
 from efficient_lm.runs import ledger, record, structure
 from efficient_lm.runs.checkpoint import Checkpoints
@@ -47,5 +48,5 @@ def load(workdir, planned: record.Planned, mesh=None):
 def write_ledger(workdir, plan) -> list[ledger.Row]:
   """ledger.json of all that has been committed, and the rows."""
   rows = ledger.committed(workdir, plan)
-  if jax.process_index() == 0: ledger.write(workdir, rows)
+  on_first(ledger.write, workdir, rows)
   return rows

@@ -36,7 +36,8 @@ def for_tables():
 def track(items, what: str, total: int):
   """The same items, with a bar on standard error that is gone at the end, where that is a terminal."""
   shown = rich.console.Console(stderr=True)
-  return rich.progress.track(items, what, total=total, console=shown, transient=True, disable=not shown.is_terminal)
+  return rich.progress.track(items, what, total=total, console=shown, transient=True,
+                             disable=jax.process_index() != 0 or not shown.is_terminal)
 
 
 def human(number: float, unit: str = '') -> str:
@@ -55,7 +56,8 @@ def start(run, first):
   """Devices, corpus, what differs from the config's defaults, what a reader has to know, and where the run goes on; first:
   the stage to be performed next, None where there is none."""
   device, mesh = jax.devices()[0], ' '.join(f'{name}={size}' for name, size in run.mesh.shape.items() if size > 1)
-  say('devices', f'{jax.device_count()} x {device.device_kind}{", mesh " + mesh if mesh else ""}')
+  hosts = f', {jax.process_count()} processes' if jax.process_count() > 1 else ''
+  say('devices', f'{jax.device_count()} x {device.device_kind}{hosts}{", mesh " + mesh if mesh else ""}')
   text = run.corpus.describe()
   say('text', f'{text["name"]}: {human(text["train_bytes"], "B")} to train on, {human(text["heldout_bytes"], "B")} held '
               f'out, {text["tokenizer"]}, sha256 {text["hash"][:12]}')
@@ -120,12 +122,15 @@ class Progress:
       self.text = f'loss {numbers["loss"]:.4f}  {human(numbers["tokens_per_second"])} tokens/s'
       if 'mfu' in numbers: self.text += f'  MFU {numbers["mfu"]:.1%}'
     if self.live: self.bar.update(self.task, completed=step, description=self.text)
-    elif numbers and (time.perf_counter() - self.printed > PLAIN_EVERY or step in (self.first + 1, self.last)):
+    elif numbers and not self.console.quiet and self._is_due(step):
       self.printed = time.perf_counter()
       timed = step - self.first - 1
       left = f'  {(self.printed - self.started) / timed * (self.last - step):.0f} s left' if timed else ''
       print(f'step {step}/{self.last}  {self.text}{left}', flush=True)
     if step == self.first + 1: self.started = time.perf_counter()   # that step was mostly compilation
+
+  def _is_due(self, step: int) -> bool:
+    return time.perf_counter() - self.printed > PLAIN_EVERY or step in (self.first + 1, self.last)
 
   def note(self, step: int, result: dict):
     """A line above the bar: an evaluation."""

@@ -140,7 +140,8 @@ def histogram_arrays(model, largest: int = 65_536) -> Iterator[tuple[str, np.nda
   """Path and values of each floating-point array, evenly thinned to at most `largest` numbers; where an array is spread
   over processes, of this process's first shard."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(model):
-    if not leaf.is_fully_addressable: leaf = leaf.addressable_data(0)
+    # As numpy: what JAX computes here all processes would have to compute, on all devices of the mesh in force.
+    if not leaf.is_fully_addressable: leaf = np.asarray(leaf.addressable_data(0))
     if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size:
       yield path_name(path), np.asarray(leaf.reshape(-1)[::-(-leaf.size // largest)], np.float32)
 

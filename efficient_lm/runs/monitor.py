@@ -64,16 +64,17 @@ class Monitor:
     for name, array in measure.histogram_arrays(model): tracker.histogram(at, name, array)
     if not end: self.bar.note(step, self.result)
 
-  def _heldout(self):
+  def _heldout(self, corpus=None):
     """Batches of held-out text, of as many rows as training reads at once, so that they take no more memory."""
+    corpus = corpus or self.run.corpus
     rows = self.training.batch_size // self.training.accumulate
-    return self.run.corpus.eval_batches(rows=rows, sequence_length=self.training.sequence_length)
+    return corpus.eval_batches(rows=rows, sequence_length=self.training.sequence_length)
 
   def _sample(self, at: int, model):
     """Continues the beginning of the held-out text, and times it: one row a batch shard, so on one device this is the
     latency of a single reader."""
     corpus, shards = self.run.corpus, self.run.batch_shards
-    batch = next(iter(self._heldout()))
+    batch = next(iter(self._heldout(corpus.undivided)))   # all processes read the prompts of all
     prompt_BT, drawn, clock = batch['inputs_BT'][:shards, :32], [], None
     try:
       for ids in decode.stream(model, prompt_BT, SAMPLE_TOKENS, sampling=decode.Sampling(0.8), seed=at,

@@ -7,6 +7,7 @@ another key, and the stage is made again. Nothing is written before all stages h
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from efficient_lm.config import fields
 from efficient_lm.config.sources import is_source
 from efficient_lm.data.baselines import baselines
 from efficient_lm.errors import CheckpointError, ConfigError, in_field
-from efficient_lm.parallel.sharding import placed
-from efficient_lm.runs import commits, console, derived, invariants, memory, record, report_page
+from efficient_lm.parallel import processes
+from efficient_lm.parallel.sharding import part_here, placed
+from efficient_lm.runs import commits, console, derived, invariants, memory, record, report_page, shared
 from efficient_lm.runs.checkpoint import lock
 from efficient_lm.runs.context import Context
 from efficient_lm.runs.monitor import Monitor
@@ -54,9 +56,9 @@ class Run:
     workdirs.check(workdir)
     self.mesh = experiment.mesh.build()
     self.batch_shards = math.prod(self.mesh.shape[name] for name in BATCH)
-    self.known = record.read(workdir)
+    self.known, (part, parts) = record.read(workdir), part_here(self.mesh)
     self.corpus = experiment.data.open(seed=experiment.seed, tokenizer=self._own_tokenizer(),
-                                       process_index=jax.process_index(), process_count=jax.process_count())
+                                       process_index=part, process_count=parts)
     self._check_tokenizers()
     self.record, self.steps = self._plan()
     with jax.set_mesh(self.mesh): self._check_stages()
@@ -131,19 +133,36 @@ class Run:
       if isinstance(step.stage, Train): memory.check_batch(step.training, width, devices, field)
       with in_field(step.field, step.stage): model = jax.eval_shape(step.stage.abstract, model)
 
+  def _check_processes(self):
+    """Refuses several processes that would not do the same, do not see one workdir, or come to a stage that works in one."""
+    if not processes.several(): return
+    stated = {'config': json.dumps(fields.to_json(self.experiment)),
+              'text': json.dumps(dataclasses.asdict(self.record), sort_keys=True)}
+    processes.refuse_unlike(**stated)
+    shared.check(self.workdir)
+    for step in self.steps:
+      if step.number == 0 or getattr(step.stage, 'across_processes', False): continue
+      if record.committed(self.workdir, step.planned): continue
+      raise ConfigError(step.field, type(step.stage).__name__, 'works in one process only: leave it out here, and when the '
+                        'rest is done give the command again with it, on one host alone')
+
   # ---------------------------------------------------------------- the loop
 
   def run(self):
     """All stages that have not been committed, then the ledger and the report."""
+    self._check_processes()
     with contextlib.ExitStack() as stack:
       stack.enter_context(jax.set_mesh(self.mesh))
       stack.enter_context(lock(self.workdir))
       pending = self.pending()
       console.start(self, pending[0] if pending else None)
-      self.write_beginning()
+      processes.on_first(self.write_beginning)
       if pending: self._perform(self.steps[self.steps.index(pending[0]):])
       rows = commits.write_ledger(self.workdir, self.record.plan)
-      if jax.process_index() == 0: console.finish(self, rows, self.sample, report_page.write_report(self.workdir))
+      processes.on_first(self._finish, rows)
+
+  def _finish(self, rows):
+    console.finish(self, rows, self.sample, report_page.write_report(self.workdir))
 
   def pending(self) -> list[Step]:
     """Stages that have not been committed under their present keys. The run goes on with the first of them, and makes all
@@ -153,7 +172,6 @@ class Run:
   def write_beginning(self):
     """Config, tokenizer and record, each whole with its hash. A run that is killed between two of them is taken up as one
     that has not begun."""
-    if jax.process_index(): return
     experiments.write(str(self.workdir), self.experiment)
     path = self.workdir / record.TOKENIZER
     if not path.is_file() or not sealed.is_sealed(path): record.write_tokenizer(self.workdir, self.corpus.tokenizer)
@@ -161,13 +179,13 @@ class Run:
 
   def _perform(self, steps: list[Step]):
     """These stages, one after the other, each with the model that the one before has left."""
-    self._set_aside(steps[0])
+    processes.on_first(self._set_aside, steps[0])
     first = steps[0]
     reached, end = first.steps + self._saved_step(first), first.steps + self._own_steps(first)
     with contextlib.closing(Tracker(self.workdir, first.number, reached, end)) as self.tracker:
       model = self._given(steps[0])
       for step in steps:
-        if step is not steps[0]: self._set_aside(step)
+        if step is not steps[0]: processes.on_first(self._set_aside, step)
         model = self._perform_one(step, model)
       settings = {path: value for path, value in fields.walk(self.experiment) if not fields.is_config(value)}
       self.tracker.hparams(settings, {'bits_per_byte': self.row.quality.bits_per_byte})
@@ -175,7 +193,7 @@ class Run:
   def _perform_one(self, step: Step, model):
     """What the stage makes of the model, committed."""
     monitor = Monitor(self, step)
-    record.begin(self.workdir, step.planned, step.course)
+    processes.on_first(record.begin, self.workdir, step.planned, step.course)
     if step.number == 0: model, notes = step.stage.load(self.mesh), (f'start: {step.stage.label}',)
     else: model, notes = self._made(step, model, monitor)
     at = self._own_steps(step)
@@ -230,7 +248,7 @@ class Run:
 
   def _set_aside(self, step: Step):
     """Moves away what a stage has left or saved of another course: of other settings, or of another model given."""
-    if jax.process_index() or record.course(self.workdir, step.planned) in (None, step.course): return
+    if record.course(self.workdir, step.planned) in (None, step.course): return
     # The stage's folder last: it holds the course, without which a kill in between would leave the states to be resumed.
     for folder in (self._checkpoints(step), record.stage_folder(self.workdir, step.planned)):
       name = str(folder.relative_to(self.workdir))
@@ -260,4 +278,5 @@ class Run:
 
 def run(experiment, default, workdir):
   """Builds and performs a run; see `main`."""
-  Run(experiment, default, workdir).run()
+  with processes.together(): made = Run(experiment, default, workdir)
+  made.run()

@@ -23,6 +23,9 @@ class GivingUp:
   @property
   def name(self) -> str: return getattr(self.stage, 'name', type(self.stage).__name__)
 
+  @property
+  def across_processes(self) -> bool: return getattr(self.stage, 'across_processes', False)
+
   def follow(self, invariants):
     """Where the stage takes them."""
     return self.stage.follow(invariants) if hasattr(self.stage, 'follow') else invariants

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_lm.models.requests import over_pieces
+from efficient_lm.parallel.processes import fetched
 from efficient_lm.parallel.sharding import place, wait_on_cpu
 from efficient_lm.training.evaluation import quality
 from efficient_lm.training.losses import outputs_of
@@ -49,6 +50,6 @@ def compare(model, reference, batches: Iterable[dict[str, np.ndarray]], mesh) ->
   reference: a model with the same vocabulary, of any other shape. Sums of batches are added up in float64.
   """
   sums = [wait_on_cpu(comparison_sums(model, reference, place(batch, mesh))) for batch in batches]
-  nats, tokens, num_bytes, other_nats, kl, same = np.sum(np.array(jax.device_get(sums), np.float64), 0)
+  nats, tokens, num_bytes, other_nats, kl, same = np.sum(np.array(fetched(sums), np.float64), 0)
   return quality(nats, tokens, num_bytes) | {
     'kl': kl / tokens, 'same_top': same / tokens, 'reference_perplexity': math.exp(min(other_nats / tokens, 700.0))}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficient_lm.parallel.processes import fetched
 from efficient_lm.parallel.sharding import place, wait_on_cpu
 from efficient_lm.training.losses import outputs_of
 
@@ -25,7 +26,7 @@ def evaluate(model, batches: Iterable[dict[str, np.ndarray]], mesh, sums_of: Cal
   of batches are added up in float64.
   """
   sums = [wait_on_cpu(sums_of(model, place(batch, mesh))) for batch in batches]
-  return quality(*np.sum(np.array(jax.device_get(sums), np.float64), 0))
+  return quality(*np.sum(np.array(fetched(sums), np.float64), 0))
 
 
 def quality(nats: float, tokens: float, num_bytes: float) -> dict[str, float]:

@@ -39,6 +39,7 @@ class Train:
   techniques: tuple[Any, ...] = ()
 
   resumes = True
+  across_processes = True   # several processes may perform it together
   # Settings that do not change what comes out, and `steps`, of which there may be more: the run goes on from where it is.
   cosmetic = ('log_every', 'eval_every', 'checkpoint_every')
   extends = ('steps',)

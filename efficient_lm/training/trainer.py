@@ -16,6 +16,7 @@ from flax import nnx
 
 from efficient_lm.axes import BATCH
 from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted
+from efficient_lm.parallel.processes import Agreement, fetched
 from efficient_lm.parallel.sharding import place, placed, wait_on_cpu
 from efficient_lm.training.learner import TrainState, assemble, finished, initial_state, starting_state
 from efficient_lm.training.losses import Totals, outputs_of
@@ -76,7 +77,7 @@ def compiled_step(learner, accumulate: int = 1):
 
 def scalars(metrics) -> dict[str, Any]:
   """A step's metrics as plain numbers: those of layers as their mean, the load as a list of lists, layers x experts."""
-  metrics = jax.device_get(metrics)
+  metrics = fetched(metrics)
   layers = [report.metrics() for report in metrics.pop('layers') if report is not None]
   flat = {name: value.item() for name, value in metrics.items()}
   for name in layers[0] if layers else ():
@@ -184,10 +185,11 @@ def fit(state: TrainState, learner, batch_at: Callable[[int], Any], training, ca
 
   Raises:
     NonFinite: after MAX_REFUSED refused steps in a row; the last good state has been saved.
-    Preempted: on SIGTERM or SIGINT, once the state has been saved.
+    Preempted: on SIGTERM or SIGINT, once the state has been saved; of several processes on that of any, in all at one step.
   """
   step_function = compiled_step(learner, training.accumulate)
   first, last_logged, clock = int(state.step), int(state.step), time.perf_counter()
+  agreed = Agreement()
   with Interrupts() as interrupts:
     for step in range(first + 1, training.steps + 1):
       state, metrics = wait_on_cpu(step_function(state, learner.loss, batch_at(step - 1)))
@@ -205,7 +207,8 @@ def fit(state: TrainState, learner, batch_at: Callable[[int], Any], training, ca
         callbacks.save(step, state, True)
         raise NonFinite(f'step {step}: {numbers["skipped_in_a_row"]} steps in a row had a loss or gradient that is not '
                         f'finite; the last good state is saved, lower the learning rate or look at the data')
-      if interrupts.received and not final:
+      if agreed(interrupts.received is not None) and not final:
         callbacks.save(step, state, True)
-        raise Preempted(f'{signal.Signals(interrupts.received).name} at step {step}: saved; the same command resumes')
+        what = signal.Signals(interrupts.received).name if interrupts.received else 'another process was interrupted'
+        raise Preempted(f'{what} at step {step}: saved; the same command resumes')
   return state

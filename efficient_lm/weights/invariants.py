@@ -9,6 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from efficient_lm.parallel.processes import fetched
+
 
 @dataclasses.dataclass(frozen=True)
 class Bits:
@@ -70,7 +72,7 @@ class Pattern:
 
   def held_by(self, weight) -> bool:
     from efficient_lm.weights.layout import Layout
-    matrix_OI = np.asarray(Layout.of(weight).matrix(weight.materialize()))
+    matrix_OI = np.asarray(fetched(Layout.of(weight).matrix(weight.materialize())))
     if matrix_OI.shape[-1] % self.m: return False
     groups = matrix_OI.reshape(*matrix_OI.shape[:-1], -1, self.m)
     return bool((np.count_nonzero(groups, axis=-1) <= self.n).all())

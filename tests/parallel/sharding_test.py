@@ -1,4 +1,6 @@
 """Letters decide where an array lies on a mesh."""
+import hashlib
+import math
 import types
 
 import jax
@@ -6,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from efficient_lm import axes
+from efficient_lm.data.packing import Rows, Stream
+from efficient_lm.data.pipeline import Batches
 from efficient_lm.parallel import sharding
 
 letters = st.lists(st.sampled_from('DRVNKFEH'), unique=True, max_size=4).map(''.join)
@@ -87,3 +91,72 @@ def test_wait_on_cpu_waits_on_virtual_devices_and_changes_nothing():
   tree = {'a': jax.jit(lambda x: x + 1)(jnp.arange(3.0))}
   assert sharding.wait_on_cpu(tree) is tree
   assert all(leaf.is_ready() for leaf in jax.tree.leaves(tree)) or jax.device_count() == 1
+
+
+# ---------------------------------------------------------------- batches of several processes
+
+def devices_of(sizes, owners):
+  """A mesh of these sizes whose devices belong to the processes `owners`, in their order. All that `place` looks at."""
+  devices = np.array([types.SimpleNamespace(process_index=int(owner)) for owner in owners], object).reshape(sizes)
+  return types.SimpleNamespace(shape=dict(zip(axes.MESH, sizes)), axis_names=axes.MESH, devices=devices)
+
+
+def rows_on_devices(mesh, process, batch_of, monkeypatch):
+  """{place of a device in the mesh: its rows} as process `process` places its part, batch_of(part, parts), of a batch."""
+  def make(shape, _, rows):
+    found = {}
+    for at, device in np.ndenumerate(mesh.devices):
+      if device.process_index != process: continue
+      shards = math.prod(mesh.shape[name] for name in axes.BATCH)
+      shard = np.ravel_multi_index(at[:3], [mesh.shape[name] for name in axes.BATCH])
+      size = shape[0] // shards
+      found[at] = rows((slice(int(shard * size), int(shard * size + size)) if shards > 1 else slice(None),
+                        *[slice(None)] * (len(shape) - 1)))
+    return found
+  monkeypatch.setattr(sharding, 'NamedSharding', lambda *words: None)
+  monkeypatch.setattr(jax, 'process_index', lambda: process)
+  monkeypatch.setattr(jax, 'make_array_from_callback', make)
+  return sharding.place({'rows': batch_of(*sharding.part_here(mesh))}, mesh)['rows']
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1, 1), (1, 4, 1, 2), (2, 1, 2, 2), (1, 1, 1, 8), (2, 2, 2, 1), (1, 2, 1, 4)])
+@settings(max_examples=12, deadline=None)
+@given(num_processes=st.sampled_from([1, 2, 4, 8]), order=st.permutations(range(8)), wound=st.booleans(),
+       seed=st.integers(0, 99), step=st.integers(0, 99))
+def test_global_batches_are_those_of_one_process_however_devices_are_owned(sizes, num_processes, order, wound, seed, step):
+  """Every device has the rows that it has in a run of one process, whatever the mesh, and in whatever order the devices of
+  the processes lie in it; so the hash of the global batch is the same."""
+  owners = np.arange(8) // (8 // num_processes)
+  mesh = devices_of(sizes, owners[list(order)] if wound else owners)
+  tokens = np.arange(4 * 40 + 1)
+  rows = Rows(Stream(tokens, np.array([0]), np.ones(len(tokens), np.int32)), 4)
+  batch_of = lambda part, parts: Batches(rows, batch_size=16, seed=seed, process_index=part,
+                                         process_count=parts)[step]['inputs_BT']
+  whole = batch_of(0, 1)
+  with pytest.MonkeyPatch.context() as patch:
+    found = {}
+    for process in range(num_processes): found |= rows_on_devices(mesh, process, batch_of, patch)
+  assert len(found) == 8
+  shards = math.prod(sizes[:3])
+  together = [next(found[at] for at in found if np.ravel_multi_index(at[:3], sizes[:3]) == shard) for shard in range(shards)]
+  assert hashlib.sha256(np.concatenate(together)).digest() == hashlib.sha256(whole).digest()
+  for at, rows_here in found.items():   # copies along 'tensor' are alike
+    np.testing.assert_array_equal(rows_here, together[np.ravel_multi_index(at[:3], sizes[:3])])
+
+
+@pytest.mark.parametrize(('sizes', 'parts'), [
+  ((8, 1, 1, 1), [(0, 2), (1, 2)]), ((1, 1, 1, 8), [(0, 1), (0, 1)]), ((1, 4, 1, 2), [(0, 2), (1, 2)]),
+  ((1, 2, 1, 4), [(0, 2), (1, 2)])])
+def test_a_process_reads_no_more_than_its_devices_need(sizes, parts):
+  mesh = devices_of(sizes, np.arange(8) // 4)
+  assert [sharding.part_here(mesh, process) for process in range(2)] == parts
+  apart = devices_of((8, 1, 1, 1), np.arange(8) % 2)   # every other device: no part of a batch
+  assert [sharding.part_here(apart, process) for process in range(2)] == [(0, 1), (0, 1)]
+
+
+def test_place_puts_a_batch_on_eight_devices_as_it_is(mesh):
+  batch = {'rows': np.arange(32).reshape(16, 2)}
+  for sizes in ((8, 1, 1, 1), (2, 1, 2, 2), (1, 1, 1, 8)):
+    with mesh(*sizes): placed = sharding.place(batch, jax.sharding.get_mesh())['rows']
+    np.testing.assert_array_equal(placed, batch['rows'])
+    assert placed.sharding.spec == P(axes.BATCH)

@@ -24,6 +24,8 @@ class PruneOnce:
   pattern: Any = None
   where: str = LAYERS
 
+  across_processes = True
+
   def check(self):
     yield from check_pattern(self, 'where')
     if (self.sparsity is None) == (self.pattern is None): yield 'sparsity', self.sparsity, 'give either sparsity or pattern'

@@ -13,6 +13,7 @@ class Convert:
   Of a model that computes in float32, products differ by the order of their sums alone. One that computes in bfloat16 trains
   on operands that are rounded once more, to 8 bits, and a stored one multiplies integers (or float8) and rounds the sum: the
   two differ by at most 2^-7 of the sum of |x| |w|, and 2^-7 of the result."""
+  across_processes = True
 
   def __call__(self, model, context):
     return self.abstract(model), ('Convert: fake-quantized weights are stored in few bits',)

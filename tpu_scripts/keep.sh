@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Trains to the end, however often the slice is taken away: makes it, sets it up, runs, looks after it, and begins again where it
+# was. Leave it running on a machine of your own. What was done lies on SHARED or in BUCKET: one of them is needed.
+# usage: SPOT=1 BUCKET=gs://BUCKET/FOLDER tpu_scripts/keep.sh --config=configs/moe.py --workdir=runs/moe [--dry-run]
+# shellcheck source=tpu_scripts/settings.sh
+. "$(dirname "$0")/settings.sh"
+export TPU_NAME ZONE ACCELERATOR RUNTIME SPOT SHARED BUCKET EVERY
+[ -n "$SHARED$BUCKET" ] || refuse 'BUCKET=gs://… or SHARED=SERVER:/PATH is needed: a new slice has empty disks'
+here=$(dirname "$0")
+if [ -n "$dry_run" ]; then
+  "$here/create.sh" --dry-run
+  "$here/setup.sh" --dry-run
+  "$here/run.sh" --dry-run "$@"
+  exit 0
+fi
+# What train.sh has left on the first worker: a code, or nothing while it goes on, or where the worker does not answer.
+ended() { on 0 'cat efficient_lm/train.exit 2> /dev/null || pgrep -f tpu_scripts/[t]rain.sh > /dev/null || echo gone' 2> /dev/null || true; }
+
+begun=''
+while :; do
+  case $(state) in
+    ACTIVE)
+      if [ -z "$begun" ]; then "$here/setup.sh"; fi
+      code=$([ -z "$begun" ] || ended)
+      case $code in
+        0) exit 0 ;;
+        2|3|4) refuse "the run has ended with exit code $code: tpu_scripts/tail.sh says why" ;;
+        '') if [ -z "$begun" ]; then "$here/run.sh" "$@"; fi ;;
+        *) "$here/run.sh" "$@" ;;   # interrupted, or one of the workers had gone: all begin again
+      esac
+      begun=1 ;;
+    NONE) "$here/create.sh" || true; begun='' ;;
+    FAILED|SUSPENDED) "$here/delete.sh"; begun='' ;;
+    *) begun='' ;;
+  esac
+  sleep "$EVERY"
+done
