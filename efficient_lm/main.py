@@ -7,8 +7,17 @@
   --config.FIELD=VALUE         overrides a field, such as --config.model.stacks[0].mlp.num_experts=4
   --workdir=FOLDER             where the run is kept (default: runs/NAME[-variant]); the same command resumes it
 
-Exit codes: 0 done, 2 wrong config or arguments, 3 no usable checkpoint, 4 training went non-finite, 42 preempted.
+Exit codes: 0 done, 2 wrong config or arguments, 3 no usable checkpoint, 4 training went non-finite, 5 what has to be kept
+cannot be written, 42 preempted: by SIGTERM, SIGINT (Ctrl-C) or SIGHUP, once what there was to save is saved, and the same
+command goes on. A second signal ends the program at once, with 128 and its number. A reader of the output that goes away
+does not matter.
 """
+from efficient_lm import interruption, output
+
+if __name__ == '__main__':   # before anything that takes time is loaded
+  output.outlive()
+  interruption.begin()
+
 from absl import flags
 
 from efficient_lm import commands

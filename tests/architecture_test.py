@@ -16,7 +16,7 @@ TECHNIQUES = [name for name in PACKAGE if name.startswith('efficient_lm/techniqu
 
 # A module imports from its own floor and those below. Every room and every module at the root is named here.
 FLOORS = (
-  'axes tree errors lazy',
+  'axes tree errors lazy interruption output',
   'ops formats',
   'weights parallel',
   'models',
@@ -33,7 +33,6 @@ WITHOUT_OWN_TEST = {
   'efficient_lm/runs/monitor.py': 'what a run shows while it trains; run_test and resume_test',
   'efficient_lm/runs/report_page.py': 'draws; report_test',
   'efficient_lm/runs/results.py': 'report_test, which reads many folders',
-  'efficient_lm/runs/charts.py': 'draws; report_test',
   'efficient_lm/interop/imported.py': 'huggingface_test, gguf/source_test',
   'efficient_lm/interop/checkpoint.py': 'holds; load_test',
   'efficient_lm/interop/gguf/engine.py': 'llama_cpp_test, which needs llama.cpp as it does',

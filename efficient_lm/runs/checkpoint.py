@@ -7,9 +7,10 @@ and again from what was restored, on whatever mesh that is: a change anywhere in
 """
 import concurrent.futures
 import contextlib
-import errno
 import fcntl
+import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -24,13 +25,15 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from efficient_lm.errors import CheckpointError, ConfigError, NonFinite
+from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, WriteError
 from efficient_lm.parallel.sharding import wait_on_cpu
-from efficient_lm.runs.record import crc32
+from efficient_lm.runs import writing
+from efficient_lm.runs.record import crc32, replace
 from efficient_lm.tree import path_name
 
 log = logging.getLogger(__name__)
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FILES = 64   # that a step takes at most, beside those of a size that Orbax divides
+SANE = 'sane.json'
 
 
 class Corrupt(Exception):
@@ -38,7 +41,8 @@ class Corrupt(Exception):
 
 
 class Checkpoints:
-  """The steps of one run: `folder/<step>/`. Of those committed, the newest `keep` stay.
+  """The steps of one run: `folder/<step>/`. Of those committed, the newest `keep` stay, and the newest that was saved as
+  sane (see `training.health`), which `sane.json` names with its loss.
 
   `state` is any pytree of arrays; what lies under its `model` can be restored alone. In a program of several processes
   all of them make the same calls.
@@ -57,29 +61,30 @@ class Checkpoints:
     folders = [entry for entry in self.folder.iterdir() if entry.name.isdecimal() and entry.is_dir()]
     return sorted(int(entry.name) for entry in folders if entry.name == str(int(entry.name)) and any(entry.iterdir()))
 
-  def save(self, step: int, state, wait: bool = False, record=None):
+  def save(self, step: int, state, wait: bool = False, record=None, sane_loss: float | None = None):
     """Copies the state to the host, then writes in the background; `wait` returns when the step is committed. `record`: JSON
-    that is committed with it.
+    that is committed with it. `sane_loss`: that of a state which is to be kept until another one is as sane.
 
-    Raises NonFinite, and writes nothing, when a leaf holds NaN or an infinity; CheckpointError when the disk is full
-    (also for the save before this one, which may fail while training goes on).
+    Raises NonFinite, and writes nothing, when a leaf holds NaN or an infinity; WriteError when there is no room, or it
+    cannot be written for another reason (also for the save before this one, which may fail while training goes on).
     """
     self.wait()
     step, leaves = int(step), _named(wait_on_cpu(state))
     manifest = _manifest(leaves)
     if record is not None: manifest |= {'record': record, 'record_crc32': crc32(record)}
     if record is None and self._holds(step, manifest): return
-    if jax.process_index() == 0: self._make_room(step, leaves)
+    with self._explained(step):
+      if jax.process_index() == 0: self._make_room(step, leaves)
     self._corrupt.clear()   # they have been set aside
     arguments = {item: ocp.args.StandardSave(part) for item, part in _items(leaves).items()}
     with self._explained(step):
       self._orbax.save(self.folder / str(step), force=True,
                        args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **arguments))
-    self._pending = step, self._thread.submit(self._commit, step)
+    self._pending = step, self._thread.submit(self._commit, step, sane_loss)
     if wait: self.wait()
 
   def wait(self):
-    """Returns when nothing is being written any more; raises CheckpointError if that failed."""
+    """Returns when nothing is being written any more; raises WriteError if that failed."""
     if self._pending is None: return
     (step, future), self._pending = self._pending, None
     with self._explained(step): future.result()
@@ -171,39 +176,54 @@ class Checkpoints:
 
   def _make_room(self, step: int, leaves: dict):
     """Before a save: clears what killed processes left, sets corrupt steps aside, checks the free space."""
-    self.folder.mkdir(parents=True, exist_ok=True)
+    self.folder.mkdir(exist_ok=True)   # if what it is in is gone, so is the run
     self._clear_temporary()
     for number in self._corrupt & set(self.steps()):   # else they would count as new, or as already saved
       aside = self.folder / f'{number}.corrupt'
       shutil.rmtree(aside, ignore_errors=True)
       (self.folder / str(number)).rename(aside)
-    needed = sum(leaf.nbytes for leaf in leaves.values())
-    if needed > shutil.disk_usage(self.folder).free: raise self._disk_full(step, needed)
+    writing.check_room(self.folder, sum(leaf.nbytes for leaf in leaves.values()), FILES)
 
   def _clear_temporary(self):
     for entry in self.folder.glob('*.orbax-checkpoint-tmp*'): shutil.rmtree(entry, ignore_errors=True)
 
-  def _commit(self, step: int):
+  def _commit(self, step: int, sane_loss: float | None):
     """In the background: waits for the step and its manifest, and only then deletes steps that are too many."""
     self._orbax.wait_until_finished()
     if jax.process_index(): return
+    if sane_loss is not None: replace(self.folder / SANE, json.dumps({'step': step, 'loss': sane_loss}))
     others = [number for number in self.steps() if number != step]
-    for number in others[:max(0, len(others) - self.keep + 1)]: shutil.rmtree(self.folder / str(number))
+    for number in others[:max(0, len(others) - self.keep + 1)]:
+      if number != self.sane_step(): shutil.rmtree(self.folder / str(number))
+
+  def sane_step(self) -> int | None:
+    """The newest step that was saved as sane, if it is still there."""
+    return sane_step(self.folder)
+
+  def sane_loss(self) -> float:
+    """The loss that was saved with it; infinite where there is none."""
+    return _sane(self.folder).get('loss', math.inf)
 
   @contextlib.contextmanager
   def _explained(self, step: int):
     try: yield
     except Exception as error:
-      full = isinstance(error, OSError) and error.errno in DISK_FULL
-      if not full and 'No space left' not in str(error) and 'File too large' not in str(error): raise
+      if not (reason := writing.reason(error)): raise
       self._clear_temporary()
-      raise self._disk_full(step) from error
+      raise WriteError(f'step {step} cannot be saved in {self.folder}: {reason}{writing.free(self.folder)}; earlier steps '
+                       f'are as they were') from error
 
-  def _disk_full(self, step: int, needed: int | None = None) -> CheckpointError:
-    free = shutil.disk_usage(self.folder).free
-    size = '' if needed is None else f' of {needed:,} bytes'
-    return CheckpointError(f'disk full: no room for step {step}{size} in {self.folder} ({free:,} bytes free); '
-                           f'earlier steps are as they were')
+
+def sane_step(folder) -> int | None:
+  """The newest step of a folder of checkpoints that was saved as sane, if it is still there."""
+  step = _sane(Path(folder)).get('step')
+  return step if (Path(folder) / str(step)).is_dir() else None
+
+
+def _sane(folder: Path) -> dict:
+  try: found = json.loads((folder / SANE).read_text(encoding='utf-8'))
+  except (OSError, ValueError): return {}
+  return found if isinstance(found, dict) and {'step': int, 'loss': float} == {k: type(v) for k, v in found.items()} else {}
 
 
 @jax.jit
@@ -311,8 +331,12 @@ def lock(workdir) -> Iterator[None]:
   if jax.process_index():
     yield
     return
-  Path(workdir).mkdir(parents=True, exist_ok=True)
-  with open(Path(workdir) / 'lock', 'a+') as file:
+  path = Path(workdir) / 'lock'
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, 'a+')   # noqa: SIM115
+  except OSError as error: raise ConfigError('workdir', str(workdir), f'cannot be used: {writing.reason(error)}') from error
+  with file:
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       file.seek(0)

@@ -11,6 +11,8 @@ import os
 import platform
 from pathlib import Path
 
+from efficient_lm.runs import writing
+
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
@@ -84,11 +86,12 @@ GROUPS = {'quality': Quality, 'size': Size, 'speed': Speed, 'effort': Effort, 'o
 
 
 def write(workdir, rows: list[Row]):
-  """ledger.json of a run; all or nothing reaches the disk."""
+  """ledger.json of a run; all or nothing reaches the disk. Raises WriteError."""
   text = json.dumps([as_json(row) for row in rows], indent=2, allow_nan=False)
   beside = Path(workdir) / 'ledger.json.partial'
-  beside.write_text(text + '\n', encoding='utf-8')
-  os.replace(beside, Path(workdir) / 'ledger.json')
+  with writing.needed(Path(workdir) / 'ledger.json'):
+    beside.write_text(text + '\n', encoding='utf-8')
+    os.replace(beside, Path(workdir) / 'ledger.json')
 
 
 def as_json(row: Row) -> dict:

@@ -19,6 +19,7 @@ from efficient_lm.config.experiment import RUN_JSON
 from efficient_lm.config.sources import is_source
 from efficient_lm.errors import CheckpointError
 from efficient_lm.models.added import stored
+from efficient_lm.runs import writing
 
 BEGUN = 'begun.json'
 MANIFEST = os.path.join('manifest', 'metadata')   # of a checkpoint's step, as Orbax stores JSON
@@ -62,10 +63,11 @@ def write(workdir, record: Record):
 
 
 def replace(path: Path, text: str):
-  """Writes a file beside `path` and renames it over it: what others read is whole, the old or the new."""
+  """Writes a file beside `path` and renames it over it: what others read is whole, the old or the new. Raises WriteError."""
   beside = path.with_name(path.name + '.partial')
-  beside.write_text(text, encoding='utf-8')
-  os.replace(beside, path)
+  with writing.needed(path):
+    beside.write_text(text, encoding='utf-8')
+    os.replace(beside, path)
 
 
 # ------------------------------------------------------------------ keys
@@ -128,7 +130,9 @@ def committed(workdir, planned: Planned) -> dict[str, Any] | None:
 def begin(workdir, planned: Planned, course: str):
   """Notes what a stage is about to be made of, beside what it saves while it goes."""
   folder = stage_folder(workdir, planned)
-  folder.mkdir(parents=True, exist_ok=True)
+  with writing.needed(folder):
+    folder.parent.mkdir(exist_ok=True)   # a workdir that is gone is not made anew
+    folder.mkdir(exist_ok=True)
   replace(folder / BEGUN, json.dumps({'course': course}))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from efficient_lm import interruption
 from efficient_lm.axes import BATCH
 from efficient_lm.config import experiment as experiments
 from efficient_lm.config import fields
@@ -21,11 +22,12 @@ from efficient_lm.config.sources import is_source
 from efficient_lm.data.baselines import baselines
 from efficient_lm.errors import ConfigError, in_field
 from efficient_lm.parallel.sharding import placed
-from efficient_lm.runs import commits, console, derived, invariants, record, report_page
-from efficient_lm.runs.checkpoint import lock
+from efficient_lm.runs import commits, console, derived, invariants, record, report_page, writing
+from efficient_lm.runs.checkpoint import lock, sane_step
 from efficient_lm.runs.context import Context
 from efficient_lm.runs.monitor import Monitor
 from efficient_lm.runs.tracking import Tracker
+from efficient_lm.training import health
 from efficient_lm.training.learner import new_model
 from efficient_lm.training.train import Train
 
@@ -134,12 +136,13 @@ class Run:
       self._write_config()
       if pending: self._perform(self.steps[self.steps.index(pending[0]):])
       rows = commits.write_ledger(self.workdir, self.record.plan)
-      if jax.process_index() == 0: console.finish(self, rows, self.sample, report_page.write_report(self.workdir))
+      if jax.process_index(): return
+      with writing.dispensable(self.workdir / 'report.html'): report_page.write_report(self.workdir)
+      console.finish(self, rows, self.sample, self.workdir / 'report.html')
 
   def _write_config(self):
     if jax.process_index(): return
-    self.workdir.mkdir(parents=True, exist_ok=True)
-    experiments.write(str(self.workdir), self.experiment)
+    with writing.needed(self.workdir / experiments.CONFIG_JSON): experiments.write(str(self.workdir), self.experiment)
     if not (self.workdir / 'tokenizer.json').is_file():
       record.replace(self.workdir / 'tokenizer.json', self.corpus.tokenizer.to_json())
     record.write(self.workdir, self.record)
@@ -164,10 +167,12 @@ class Run:
     if step.number == 0: model, notes = step.stage.load(self.mesh), (f'start: {step.stage.label}',)
     else: model, notes = self._made(step, model, monitor)
     at = self._own_steps(step)
-    monitor.evaluate(at, model, end=True)
+    with health.advised(self._checkpoints(step), lambda: sane_step(self._checkpoints(step))):
+      monitor.evaluate(at, model, end=True)
     self.row, self.sample = monitor.row(step.planned.name, model, [*notes, *self.remarks]), monitor.sample
-    commits.commit(self.workdir, step.planned, step.steps + at, model, self.row)
-    commits.write_ledger(self.workdir, self.record.plan)
+    with interruption.holding():   # what it has taken to come here would be lost
+      commits.commit(self.workdir, step.planned, step.steps + at, model, self.row)
+      commits.write_ledger(self.workdir, self.record.plan)
     console.stage(step, model, notes, monitor.result)
     return model
 
