@@ -68,7 +68,7 @@ class Monitor:
     for name, array in measure.histogram_arrays(model): tracker.histogram(at, name, array)
     if not end: self.bar.note(step, self.result)
 
-  def evaluated(self, step: int) -> bool:
+  def has_evaluated(self, step: int) -> bool:
     """Whether `evaluate` has left its row of this step of a training."""
     return self.run.tracker.has(self.offset + step, 'eval/bits_per_byte', self.number)
 

@@ -96,7 +96,7 @@ def train(stage, model, context):
   Args:
     stage: with `training` and `techniques`.
     model: arrays on context.mesh, which are taken over; of a training that is resumed, shapes will do.
-    context: key, mesh, corpus, tokens_seen, field; checkpoints, log, evaluate, evaluated, report, progress (see
+    context: key, mesh, corpus, tokens_seen, field; checkpoints, log, evaluate, has_evaluated, report, progress (see
       `runs.context`).
 
   Returns:
@@ -131,7 +131,7 @@ def train(stage, model, context):
   health = Health(math.log(state.model.embed.shape[0]), checkpoints.sane_loss())
   with context.progress(first, training.steps) as advance, advised(checkpoints.folder, checkpoints.sane_step):
     # A signal in the midst of an evaluation has the state saved without it.
-    if 0 < first < training.steps and first % training.eval_every == 0 and not context.evaluated(first):
+    if 0 < first < training.steps and first % training.eval_every == 0 and not context.has_evaluated(first):
       context.evaluate(first, state.model)
     callbacks = Callbacks(log, context.evaluate, Saver(checkpoints, health), advance)
     state = fit(state, learner, lambda step: place(next(stream), context.mesh), training, callbacks, health)
