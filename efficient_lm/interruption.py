@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ class _Noticed:
     self.alone, self.phase, self.code = alone, BEGUN if alone else CAUGHT, Preempted.exit_code
     self.received = self.heard = None   # by the handler, which may come late, and by the thread
     self.holds, self.free_since = 0, time.monotonic()
+    self.lost, self.echoes = False, 0   # whether what was raised has got lost; how many signals were sent by this program
     ignored = {number for number in SIGNALS if number != signal.SIGINT and signal.getsignal(number) is signal.SIG_IGN}
     # `nohup` ignores SIGHUP for a program. A shell ignores SIGINT for all that it starts in the background: that is no wish.
     self.previous = {number: signal.signal(number, self._handle) for number in SIGNALS if number not in ignored}
@@ -55,12 +57,22 @@ class _Noticed:
     if self.phase == BEGUN: _leave(self.code, self.line())
     raise Preempted(self.line())
 
+  def again(self, lost):
+    """For `sys.unraisablehook`: what is raised in a callback, as the garbage collector has some, goes no further. So the thread
+    has it raised once more, a moment later."""
+    if isinstance(lost.exc_value, Preempted): self.lost = True
+    else: sys.__unraisablehook__(lost)
+
   def watch(self, pipe: socket.socket):
     """What the thread does with the numbers of signals, which come through `pipe`."""
     while self.heard is None: self.heard = next(_numbers(pipe, None), None)
     first = self.free_since = time.monotonic()
     while True:
       again, now = next(_numbers(pipe, 0.1), None), time.monotonic()
+      if again and self.echoes: again, self.echoes = None, self.echoes - 1
+      if self.lost:
+        number, self.received, self.lost, self.echoes = self.received, None, False, self.echoes + 1
+        signal.pthread_kill(threading.main_thread().ident, number)
       if again and now - first > TWICE:
         _leave(128 + again, f'{signal.Signals(again).name}, a second signal: ended at once; what had been saved is kept')
       if not self.holds and now - self.free_since > PATIENCE: _leave(self.code, '' if self.phase == ENDING else self.line())
@@ -90,6 +102,7 @@ def begin():
   signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)   # the thread inherits that: only the main one is to get them
   threading.Thread(target=_now.watch, args=(ours,), name='signals', daemon=True).start()
   signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
+  sys.unraisablehook = _now.again
   let_through()
 
 
@@ -115,8 +128,14 @@ def caught():
 
 
 def ends_with(code: int) -> int:
-  """The exit code, once it is known: a signal that comes later does not change it."""
-  if _now is not None: _now.code = code
+  """The exit code, once it is known: a signal that comes later does not change it. A program that was stopped does not return
+  from here: libraries were left in the midst of what they did, and their own ends need not bear it."""
+  if _now is None: return code
+  _now.code = code
+  if _now.alone and code == Preempted.exit_code:
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError, ValueError, AttributeError): stream.flush()
+    os._exit(code)
   return code
 
 

@@ -30,14 +30,15 @@ def ready():
   print('ready', flush=True)
 def busy(seconds):
   """One instruction of Python's, which lets other threads run, as a compilation is: a handler has to wait for its end."""
-  import ctypes
-  library = ctypes.CDLL(None)
+  import ctypes, threading
   signal.pthread_sigmask(signal.SIG_BLOCK, interruption.SIGNALS)
-  import threading   # another thread is interrupted in its place
-  threading.Thread(target=lambda: (signal.pthread_sigmask(signal.SIG_UNBLOCK, interruption.SIGNALS), time.sleep(60)),
-                   daemon=True).start()
-  ready()
-  library.usleep(int(seconds * 1e6))
+  def interrupted_in_its_place():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, interruption.SIGNALS)
+    time.sleep(0.2)
+    ready()
+    time.sleep(60)
+  threading.Thread(target=interrupted_in_its_place, daemon=True).start()
+  ctypes.CDLL(None).usleep(int(seconds * 1e6))
 '''
 QUICK = 2.0   # seconds that any of these takes to end on a busy machine, beside the patience
 
@@ -104,6 +105,27 @@ def test_one_request_that_is_sent_twice_is_one():
   """As `timeout` does."""
   code, lines, _ = ended(start(HELD.format(saving=0.5)), signal.SIGTERM, signal.SIGTERM)
   assert code == 42 and lines[0] == 'saved' and len(lines) == 2
+
+
+def test_what_is_raised_in_a_callback_of_the_garbage_collector_is_raised_again():
+  """It would be ignored there, with a traceback."""
+  body = """
+import gc
+def collected(phase, info):
+  if phase == 'start':
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(100): pass
+def main():
+  ready()
+  gc.callbacks.append(collected)
+  gc.collect()
+  del gc.callbacks[:]
+  time.sleep(60)
+sys.exit(command(main))
+"""
+  program = start(body)
+  code, lines, seconds = ended(program)
+  assert code == 42 and len(lines) == 1 and seconds < QUICK
 
 
 def test_a_signal_after_the_end_does_not_change_it():
