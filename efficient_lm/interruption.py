@@ -58,8 +58,8 @@ class _Noticed:
     raise Preempted(self.line())
 
   def again(self, lost):
-    """For `sys.unraisablehook`: what is raised in a callback, as the garbage collector has some, goes no further. So the thread
-    has it raised once more, a moment later."""
+    """For `sys.unraisablehook`: what is raised in a callback, as the garbage collector has some, goes no further. So the
+    thread has it raised once more, a moment later."""
     if isinstance(lost.exc_value, Preempted): self.lost = True
     else: sys.__unraisablehook__(lost)
 
@@ -128,8 +128,8 @@ def caught():
 
 
 def ends_with(code: int) -> int:
-  """The exit code, once it is known: a signal that comes later does not change it. A program that was stopped does not return
-  from here: libraries were left in the midst of what they did, and their own ends need not bear it."""
+  """The exit code, once it is known: a signal that comes later does not change it. A program that was stopped does not
+  return from here: libraries were left in the midst of what they did, and their own ends need not bear it."""
   if _now is None: return code
   _now.code = code
   if _now.alone and code == Preempted.exit_code:
