@@ -5,6 +5,7 @@ any folder with a number for a name as a checkpoint. So each step carries a mani
 shape and digest of every leaf, and a record of whatever else belongs to it. Digests are taken on device from the live state,
 and again from what was restored, on whatever mesh that is: a change anywhere in between is found.
 """
+import asyncio
 import concurrent.futures
 import contextlib
 import fcntl
@@ -34,6 +35,25 @@ from efficient_lm.tree import path_name
 log = logging.getLogger(__name__)
 FILES = 64   # that a step takes at most, beside those of a size that Orbax divides
 SANE = 'sane.json'
+
+
+class _Loop(asyncio.SelectorEventLoop):
+  """A loop that takes late answers: after a write that failed, those of others that were under way come when it is closed,
+  and TensorStore prints a traceback for each."""
+
+  def call_soon_threadsafe(self, *arguments, **more):
+    with contextlib.suppress(RuntimeError) if self.is_closed() else contextlib.nullcontext():
+      return super().call_soon_threadsafe(*arguments, **more)
+
+
+class _Loops(asyncio.DefaultEventLoopPolicy):
+  def new_event_loop(self): return _Loop()
+
+
+asyncio.set_event_loop_policy(_Loops())
+# What goes wrong in Orbax it raises, too. Its log says it before, with the tracebacks of several threads.
+logging.getLogger('absl').addFilter(lambda line: f'{os.sep}orbax{os.sep}' not in line.pathname)
+logging.getLogger('asyncio').addFilter(lambda line: 'orbax' not in line.getMessage())
 
 
 class Corrupt(Exception):
@@ -73,21 +93,22 @@ class Checkpoints:
     manifest = _manifest(leaves)
     if record is not None: manifest |= {'record': record, 'record_crc32': crc32(record)}
     if record is None and self._holds(step, manifest): return
-    with self._explained(step):
-      if jax.process_index() == 0: self._make_room(step, leaves)
+    size = sum(leaf.nbytes for leaf in leaves.values())
+    with self._explained(step, size):
+      if jax.process_index() == 0: self._make_room(size)
     self._corrupt.clear()   # they have been set aside
     arguments = {item: ocp.args.StandardSave(part) for item, part in _items(leaves).items()}
-    with self._explained(step):
+    with self._explained(step, size):
       self._orbax.save(self.folder / str(step), force=True,
                        args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **arguments))
-    self._pending = step, self._thread.submit(self._commit, step, sane_loss)
+    self._pending = step, size, self._thread.submit(self._commit, step, sane_loss)
     if wait: self.wait()
 
   def wait(self):
     """Returns when nothing is being written any more; raises WriteError if that failed."""
     if self._pending is None: return
-    (step, future), self._pending = self._pending, None
-    with self._explained(step): future.result()
+    (step, size, future), self._pending = self._pending, None
+    with self._explained(step, size): future.result()
 
   def close(self):
     try: self.wait()
@@ -174,7 +195,7 @@ class Checkpoints:
       if manifest['crc32'] != crc32(manifest['leaves']): raise Corrupt('its manifest is damaged')
       return manifest['leaves']
 
-  def _make_room(self, step: int, leaves: dict):
+  def _make_room(self, size: int):
     """Before a save: clears what killed processes left, sets corrupt steps aside, checks the free space."""
     self.folder.mkdir(exist_ok=True)   # if what it is in is gone, so is the run
     self._clear_temporary()
@@ -182,7 +203,7 @@ class Checkpoints:
       aside = self.folder / f'{number}.corrupt'
       shutil.rmtree(aside, ignore_errors=True)
       (self.folder / str(number)).rename(aside)
-    writing.check_room(self.folder, sum(leaf.nbytes for leaf in leaves.values()), FILES)
+    writing.check_room(self.folder, size, FILES)
 
   def _clear_temporary(self):
     for entry in self.folder.glob('*.orbax-checkpoint-tmp*'): shutil.rmtree(entry, ignore_errors=True)
@@ -205,13 +226,13 @@ class Checkpoints:
     return _sane(self.folder).get('loss', math.inf)
 
   @contextlib.contextmanager
-  def _explained(self, step: int):
+  def _explained(self, step: int, size: int):
     try: yield
     except Exception as error:
       if not (reason := writing.reason(error)): raise
       self._clear_temporary()
-      raise WriteError(f'step {step} cannot be saved in {self.folder}: {reason}{writing.free(self.folder)}; earlier steps '
-                       f'are as they were') from error
+      raise WriteError(f'step {step}, of {size:,} bytes, cannot be saved in {self.folder}: {reason}'
+                       f'{writing.free(self.folder)}; earlier steps are as they were') from error
 
 
 def sane_step(folder) -> int | None:

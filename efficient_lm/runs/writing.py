@@ -46,9 +46,11 @@ def free(path) -> str:
 
 
 def check_room(folder, needed: int, files: int = 1):
-  """Raises OSError where `folder` is in a file system without room for so many bytes in so many files."""
+  """Raises OSError where `folder` is in a file system without room for so many bytes in so many files, each of which takes a
+  block more."""
   found = os.statvfs(folder)
-  if needed > found.f_bavail * found.f_frsize: raise OSError(f'no room for {needed:,} bytes')
+  needed += files * found.f_frsize
+  if needed > found.f_bavail * found.f_frsize: raise OSError(f'no room for {needed:,} bytes with all files')
   if found.f_files and files > found.f_favail: raise OSError(f'no room for {files} files, {found.f_favail} left')
 
 

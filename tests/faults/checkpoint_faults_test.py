@@ -183,7 +183,7 @@ def test_a_disk_without_room_for_files_is_one_line(checkpoints, room):
 def test_a_folder_that_is_gone_is_one_line(checkpoints, folder):
   """The run's own, too: it is not made anew for this."""
   shutil.rmtree(folder.parent)
-  with pytest.raises(WriteError, match=r'step 3 cannot be saved .*No such file'): checkpoints.save(3, state(3), wait=True)
+  with pytest.raises(WriteError, match=r'step 3, .* cannot be saved .*No such file'): checkpoints.save(3, state(3), wait=True)
   assert not folder.parent.exists()
 
 
@@ -213,7 +213,7 @@ def test_a_note_of_a_sane_step_that_is_damaged_counts_for_nothing(checkpoints, f
 
 def test_a_full_disk_is_one_line_with_path_and_bytes(checkpoints, folder, room, monkeypatch):
   room(f_bavail=1000, f_frsize=1)
-  with pytest.raises(WriteError, match=r'cannot be saved in .*: no room for 16,516 bytes, 1,000 bytes free') as refusal:
+  with pytest.raises(WriteError, match=r'of 16,516 bytes, cannot be saved in .*: no room .*, 1,000 bytes free') as refusal:
     checkpoints.save(3, state(3))
   assert str(folder) in str(refusal.value) and '\n' not in str(refusal.value) and refusal.value.exit_code == 5
   monkeypatch.undo()
@@ -239,7 +239,7 @@ print(checkpoints.latest(), sorted(entry.name for entry in checkpoints.folder.it
 '''
   done = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True, timeout=120)
   first, last = done.stdout.splitlines()
-  assert first.startswith(f'step 2 cannot be saved in {tmp_path}: File too large, the limit is 100,000'), done.stderr
+  assert first.startswith(f'step 2, of 4,000,000 bytes, cannot be saved in {tmp_path}: File too large, the limit is 100,000'), done.stderr
   assert last == "1 ['1']"
 
 
