@@ -21,7 +21,7 @@ if __name__ == '__main__':   # before anything that takes time is loaded
 from absl import flags
 
 from efficient_lm import commands
-from efficient_lm.config import experiment
+from efficient_lm.config import experiment, paths
 
 FLAGS = flags.FLAGS
 commands.define_config()
@@ -30,7 +30,7 @@ flags.DEFINE_string('workdir', None, 'where the run is kept')
 
 def main(overrides: list[str]):
   """Reads, checks, runs."""
-  workdir = FLAGS.workdir or (commands.default_workdir() if FLAGS.config else None)
+  workdir = paths.expanded('--workdir', FLAGS.workdir) or (commands.default_workdir() if FLAGS.config else None)
   config, default = commands.load_config(overrides, workdir)
   experiment.refuse_other(workdir, config)
   from efficient_lm.runs import run

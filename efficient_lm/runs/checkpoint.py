@@ -73,7 +73,7 @@ class Checkpoints:
     self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self._pending = None
-    self._corrupt = set()
+    self._corrupt, self._place = set(), None
 
   def steps(self) -> list[int]:
     """Committed steps, oldest first, unverified. Temporary and empty folders and other names are none."""
@@ -198,6 +198,9 @@ class Checkpoints:
   def _make_room(self, size: int):
     """Before a save: clears what killed processes left, sets corrupt steps aside, checks the free space."""
     self.folder.mkdir(exist_ok=True)   # if what it is in is gone, so is the run
+    found = os.stat(self.folder)
+    if self._place not in (None, (found.st_dev, found.st_ino)): raise OSError('another folder has taken its place')
+    self._place = found.st_dev, found.st_ino
     self._clear_temporary()
     for number in self._corrupt & set(self.steps()):   # else they would count as new, or as already saved
       aside = self.folder / f'{number}.corrupt'
