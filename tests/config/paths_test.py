@@ -17,7 +17,8 @@ def refusal(path, monkeypatch=None) -> str:
 
 @pytest.mark.parametrize('path, said', [
   ('a\0b', 'no path can have'), ('a' * 300, 'a name of 300 bytes'), ('ä' * 150, 'a name of 300 bytes'),
-  ('/'.join(['a' * 250] * 16), 'is a path of'), ('http://x', 'an address'), ('a/s3://x', 'an address'), ('\ud800', 'no path'),
+  ('/'.join(['a' * 250] * 16), 'is a path of'), ('http://x', 'an address'), ('a/s3://x', 'an address'),
+  ('\ud800', 'no path'),
 ])
 def test_a_name_that_no_folder_can_have(tmp_path, monkeypatch, path, said):
   monkeypatch.chdir(tmp_path)

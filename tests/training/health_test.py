@@ -65,6 +65,6 @@ def test_without_anything_to_compare_with_nothing_is_absurd():
 
 def test_the_line_says_from_where_to_go_on():
   for step, said in ((7, 'step 7, is kept in runs/x'), (None, 'no state was saved')):
-    with pytest.raises(NonFinite, match=f'^diverged; .*{said}.*; lower the learning rate'), advised('runs/x', lambda: step):
+    with pytest.raises(NonFinite, match=rf'^diverged; .*{said}.*; lower the learning rate'), advised('runs/x', lambda: step):
       raise NonFinite('diverged')
-  with pytest.raises(ValueError, match='^other$'), advised('runs/x', lambda: 7): raise ValueError('other')
+  with pytest.raises(ValueError, match=r'^other$'), advised('runs/x', lambda: 7): raise ValueError('other')
