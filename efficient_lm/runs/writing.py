@@ -37,18 +37,23 @@ def reason(error: Exception) -> str | None:
 def free(path) -> str:
   """', 1,234 bytes free' of the file system that `path` is in, or would be, and its files, where none is left; '' if there
   is no telling."""
-  path = Path(path).absolute()
-  while not path.exists() and path != path.parent: path = path.parent
-  try: found = os.statvfs(path)
+  try: found = os.statvfs(_existing(path))
   except OSError: return ''
   files = ', 0 files left' if found.f_files and not found.f_favail else ''
   return f', {found.f_bavail * found.f_frsize:,} bytes free{files}'
 
 
+def _existing(path) -> Path:
+  """The folder itself, or the one that it would be made in."""
+  path = Path(path).absolute()
+  while not path.exists() and path != path.parent: path = path.parent
+  return path
+
+
 def check_room(folder, needed: int, files: int = 1):
-  """Raises OSError where `folder` is in a file system without room for so many bytes in so many files, each of which takes a
-  block more."""
-  found = os.statvfs(folder)
+  """Raises OSError where `folder` is, or would be, in a file system without room for so many bytes in so many files, each of
+  which takes a block more."""
+  found = os.statvfs(_existing(folder))
   needed += files * found.f_frsize
   if needed > found.f_bavail * found.f_frsize: raise OSError(f'no room for {needed:,} bytes with all files')
   if found.f_files and files > found.f_favail: raise OSError(f'no room for {files} files, {found.f_favail} left')
