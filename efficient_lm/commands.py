@@ -12,14 +12,23 @@ from typing import Any
 
 from absl import flags
 
+from efficient_lm import interruption
 from efficient_lm.config import experiment
-from efficient_lm.errors import CheckpointError, ConfigError, IncompatibleError, NonFinite, OtherProcess, Preempted
+from efficient_lm.errors import (
+  CheckpointError,
+  ConfigError,
+  IncompatibleError,
+  NonFinite,
+  OtherProcess,
+  Preempted,
+  WriteError,
+)
 from efficient_lm.interop import folder
 from efficient_lm.interop.gguf.source import Gguf, file_of
 from efficient_lm.interop.huggingface import HuggingFace
 from efficient_lm.models import spec
 from efficient_lm.parallel import processes
-from efficient_lm.runs import FromRun
+from efficient_lm.runs import FromRun, writing
 from efficient_lm.runs.allocator import use_huge_pages
 
 FLAGS = flags.FLAGS
@@ -177,21 +186,26 @@ def start(main: Callable[[list[str]], None], doc: str):
     print(doc.strip())
     sys.exit(0)
   use_huge_pages()   # now, before anything heavy is loaded
-  sys.exit(exit_code(main, sys.argv))
+  interruption.let_through()
+  sys.exit(interruption.ends_with(exit_code(main, sys.argv)))
 
 
 def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
   """Runs a command; what a user can mend is one line on stderr, any other exception a bug with its traceback."""
   try:
-    main(_parse(argv))
-    sys.stdout.flush()
+    with interruption.caught(): main(_parse(argv))
+    if sys.stdout is not None: sys.stdout.flush()
     return 0
-  except (ConfigError, IncompatibleError, CheckpointError, NonFinite, OtherProcess, Preempted) as error:
+  except (ConfigError, IncompatibleError, CheckpointError, NonFinite, OtherProcess, WriteError, Preempted) as error:
     print(' '.join(str(error).split()), file=sys.stderr)
     return error.exit_code
   except BrokenPipeError:   # who was reading has seen enough, as `head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python would say so once more at its end
     return 0
+  except OSError as error:
+    if error.errno not in writing.OF_DISKS: raise
+    print(f'a file cannot be written: {writing.reason(error)}{writing.free(error.filename or os.getcwd())}', file=sys.stderr)
+    return WriteError.exit_code
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
     return INTERRUPTED

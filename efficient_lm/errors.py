@@ -56,13 +56,19 @@ class NonFinite(Exception):
   exit_code = 4
 
 
-class OtherProcess(Exception):
-  """Another process of the run did not answer, or has failed in a way of its own."""
+class WriteError(Exception):
+  """What has to be kept cannot be written, in ONE line: no room, or no right to. What was kept before is as it was."""
   exit_code = 5
 
 
-class Preempted(Exception):
-  """The machine was taken away; the state was saved and the same command resumes."""
+class OtherProcess(Exception):
+  """Another process of the run did not answer, or has failed in a way of its own."""
+  exit_code = 6
+
+
+class Preempted(BaseException):
+  """The machine was taken away, or somebody asked for the end; what there was to save is saved and the same command resumes.
+  No Exception, as KeyboardInterrupt is none: it may be raised anywhere, also where whatever goes wrong is the user's."""
   exit_code = 42
 
 

@@ -21,6 +21,7 @@ import inspect
 from absl import flags
 
 from efficient_lm import commands
+from efficient_lm.config import paths
 from efficient_lm.errors import ConfigError
 from efficient_lm.runs import FromRun
 
@@ -71,12 +72,16 @@ def main(overrides: list[str]):
   source = commands.run_source()
   made = target()
   if not FLAGS.out: raise ConfigError('--out', FLAGS.out, 'is missing: write --out=exported/moe, say')
+  paths.check_folder('--out', FLAGS.out)
   from efficient_lm.interop.export import export
-  from efficient_lm.runs import console
+  from efficient_lm.runs import console, writing
+  from efficient_lm.tree import num_bytes
   tokenizer = source.tokenizer()
   length = commands.trained_as(source)[2] if isinstance(source, FromRun) else source.context
   tokens_BT, text = sample(source, tokenizer)
-  notes = export(made, source.load(), tokenizer, FLAGS.out, source=source.label, length=length,
+  model = source.load()
+  with writing.needed(FLAGS.out): writing.check_room(FLAGS.out, num_bytes(model))
+  notes = export(made, model, tokenizer, FLAGS.out, source=source.label, length=length,
                  tokens_BT=tokens_BT[:, :length], text=text)
   print_ = console.terminal().print
   print_(f'[bold]{FLAGS.out}[/]: {made.title} of {source.label}')

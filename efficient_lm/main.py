@@ -14,13 +14,21 @@ under Slurm's srun, elsewhere with
   --coordinator_timeout=300    seconds until who does not answer is given up
 The workdir must be one folder that all of them see.
 
-Exit codes: 0 done, 2 wrong config or arguments, 3 no usable checkpoint, 4 training went non-finite, 5 another process does
-not answer or has failed, 42 preempted.
+Exit codes: 0 done, 2 wrong config or arguments, 3 no usable checkpoint, 4 training went non-finite, 5 what has to be kept
+cannot be written, 6 another process does not answer or has failed, 42 preempted: by SIGTERM, SIGINT (Ctrl-C) or SIGHUP,
+once what there was to save is saved, and the same command goes on. A second signal ends the program at once, with 128 and
+its number. A reader of the output that goes away does not matter.
 """
+from efficient_lm import interruption, output
+
+if __name__ == '__main__':   # before anything that takes time is loaded
+  output.outlive()
+  interruption.begin()
+
 from absl import flags
 
 from efficient_lm import commands
-from efficient_lm.config import experiment
+from efficient_lm.config import experiment, paths
 from efficient_lm.parallel import processes
 
 FLAGS = flags.FLAGS
@@ -32,7 +40,7 @@ flags.DEFINE_string('workdir', None, 'where the run is kept')
 def main(overrides: list[str]):
   """Reads, checks, meets the other processes where there are some, runs."""
   group = commands.processes_around()
-  workdir = FLAGS.workdir or (commands.default_workdir() if FLAGS.config else None)
+  workdir = paths.expanded('--workdir', FLAGS.workdir) or (commands.default_workdir() if FLAGS.config else None)
   config, default = commands.load_config(overrides, workdir)
   experiment.refuse_other(workdir, config)
   processes.join(group, FLAGS.coordinator_timeout)

@@ -82,10 +82,11 @@ def write(workdir, name: str, content: str | bytes) -> Path:
 
 
 def append(workdir, name: str):
-  """A text file, opened to be written on at its end. Raises ConfigError for one that has a second name elsewhere."""
+  """A binary file without a buffer, opened to be written on at its end. Raises ConfigError for one that has a second name
+  elsewhere."""
   folder(workdir, os.path.dirname(name))
   descriptor = os.open(place(workdir, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
-  return _own(open(descriptor, 'a', encoding='utf-8'), workdir, name)
+  return _own(open(descriptor, 'ab', buffering=0), workdir, name)
 
 
 def _own(file, workdir, name: str):

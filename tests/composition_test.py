@@ -32,6 +32,7 @@ from efficient_lm.techniques.quantization.ptq import Quantize
 from efficient_lm.techniques.quantization.qat import QuantAware
 from efficient_lm.techniques.quantization.rotate import Rotate
 from efficient_lm.techniques.quantization.smooth_quant import SmoothQuant
+from efficient_lm.techniques.skip_spikes import SkipSpikes
 from efficient_lm.training import learner, losses
 from efficient_lm.training import optimizers as optim
 from efficient_lm.training import trainer as train
@@ -196,6 +197,16 @@ def test_a_neutral_setting_changes_nothing_bit_for_bit(neutral):
   assert jax.tree.structure(state) == jax.tree.structure(plain()[0])
   for got, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(plain()[0]), strict=True):
     np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_guard_against_spikes_changes_nothing_where_there_are_none_before_and_after_pruning():
+  prune = TECHNIQUES['prune']
+  state, rows = after_steps([prune], 4)
+  for techniques in ([prune, SkipSpikes()], [SkipSpikes(), prune]):
+    guarded, logged = after_steps(techniques, 4)
+    assert [row.pop('spikes') for row in logged] == [0] * 4 and logged == rows
+    finish = lambda state: jax.tree.leaves(learner.finished(state.model, state.opt_state, techniques))
+    for got, wanted in zip(finish(guarded), finish(state), strict=True): np.testing.assert_array_equal(got, wanted)
 
 
 def test_each_technique_is_reported_in_the_order_of_the_list():

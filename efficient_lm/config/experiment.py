@@ -16,7 +16,7 @@ from typing import Any
 
 from efficient_lm import sealed
 from efficient_lm import workdir as workdirs
-from efficient_lm.config import fields, names
+from efficient_lm.config import fields, names, paths
 from efficient_lm.config.fields import difference, from_json, to_json
 from efficient_lm.config.mesh import Mesh
 from efficient_lm.config.sources import is_source
@@ -24,6 +24,9 @@ from efficient_lm.errors import CheckpointError, ConfigError, Problem, at_least
 from efficient_lm.training.train import Train, Training
 
 CONFIG_JSON, RUN_JSON = 'config.json', 'run.json'
+# What a run writes into its workdir.
+FOLDERS = ('checkpoints', 'stages', 'samples', 'tensorboard')
+FILES = (CONFIG_JSON, RUN_JSON, 'lock', 'metrics.jsonl', 'ledger.json', 'tokenizer.json', 'report.html', 'report.png')
 # A run may be taken up again with these changed. The mesh: checkpoints are resharded when read. Stages: each is known by its
 # settings and what it was given, and is made again when either is another.
 RESUMABLE = ('config.mesh', 'config.stages', *(f'config.train.{name}' for name in Train.cosmetic))
@@ -284,12 +287,13 @@ def _updated(data):
 
 
 def refuse_other(workdir: str, experiment: Experiment) -> None:
-  """Raises ConfigError if `workdir` cannot be written, or holds a run that `experiment` would not resume: one that differs
-  in more than a larger train.steps, its stages, how often it reports and saves, and its mesh."""
+  """Raises ConfigError if `workdir` cannot be written, in all parts that it has, or holds a run that `experiment` would not
+  resume: one that differs in more than a larger train.steps, its stages, how often it reports and saves, and its mesh."""
   if '://' in workdir:
     raise ConfigError('--workdir', workdir, 'is no folder: train into one, which several hosts must all have mounted, and '
                       f'copy it: gcloud storage rsync --recursive FOLDER {workdir}')
-  _check_writable(workdir)
+  paths.check_folder('--workdir', workdir)
+  paths.check_parts('--workdir', workdir, FOLDERS, FILES)
   workdirs.check(workdir)
   if not os.path.exists(os.path.join(workdir, CONFIG_JSON)): return
   old = read(workdir)
@@ -301,10 +305,3 @@ def refuse_other(workdir: str, experiment: Experiment) -> None:
   more = f' and {len(lines) - 3} more' if len(lines) > 3 else ''
   raise ConfigError('--workdir', workdir, f'holds another run: {shown}{more}; choose another, or remove this one')
 
-
-def _check_writable(workdir: str):
-  found = os.path.abspath(workdir)
-  while not os.path.exists(found): found = os.path.dirname(found)
-  if not os.path.isdir(found): raise ConfigError('--workdir', workdir, f'{found} is a file: choose another --workdir')
-  if not os.access(found, os.W_OK | os.X_OK):
-    raise ConfigError('--workdir', workdir, f'{found} cannot be written: choose another --workdir')

@@ -15,7 +15,8 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 
-from efficient_lm.errors import CheckpointError, ConfigError, IncompatibleError, NonFinite, OtherProcess, Preempted
+from efficient_lm import errors
+from efficient_lm.errors import ConfigError, OtherProcess
 from efficient_lm.parallel import tpu
 
 SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')   # of what srun starts
@@ -156,7 +157,7 @@ def together() -> Iterator[None]:
   and its words. All of them enter it, and none goes on before all have come to its end."""
   raised = None
   try: yield
-  except Exception as error:
+  except (Exception, errors.Preempted) as error:
     if not several(): raise
     raised = error
   if not several(): return
@@ -172,7 +173,8 @@ def together() -> Iterator[None]:
 
 
 def _error_of(number: int, code: int, text: str) -> Exception:
-  kinds = {kind.exit_code: kind for kind in (IncompatibleError, CheckpointError, NonFinite, OtherProcess, Preempted)}
+  known = (errors.IncompatibleError, errors.CheckpointError, errors.NonFinite, errors.WriteError, errors.Preempted)
+  kinds = {kind.exit_code: kind for kind in known}
   return kinds.get(code, OtherProcess)(f'process {number}: {text}')
 
 

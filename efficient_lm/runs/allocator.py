@@ -3,6 +3,8 @@ import os
 import sys
 from pathlib import Path
 
+from efficient_lm import interruption
+
 SETTING = 'glibc.malloc.hugetlb=1'
 OLDEST = (2, 35)   # the version of glibc that has this setting
 HUGE_PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')   # 'always [madvise] never'
@@ -26,6 +28,7 @@ def use_huge_pages() -> None:
   tunables = os.environ.get('GLIBC_TUNABLES', '')
   if 'glibc.malloc.hugetlb' in tunables or not _has_setting(): return
   os.environ['GLIBC_TUNABLES'] = ':'.join(filter(None, (tunables, SETTING)))
+  interruption.keep_back()   # until the program that follows can hear them
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -5,11 +5,13 @@ any folder with a number for a name as a checkpoint. So each step carries a mani
 shape and digest of every leaf, and a record of whatever else belongs to it. Digests are taken on device from the live state,
 and again from what was restored, on whatever mesh that is: a change anywhere in between is found.
 """
+import asyncio
 import concurrent.futures
 import contextlib
-import errno
+import json
 import logging
-import shutil
+import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,14 +24,35 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from efficient_lm import workdir as workdirs
-from efficient_lm.errors import CheckpointError, NonFinite
+from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, WriteError
 from efficient_lm.parallel.processes import fetched, is_first, on_first, several, together
 from efficient_lm.parallel.sharding import wait_on_cpu
+from efficient_lm.runs import writing
 from efficient_lm.runs.record import crc32
 from efficient_lm.tree import path_name
 
 log = logging.getLogger(__name__)
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FILES = 64   # that a step takes at most, beside those of a size that Orbax divides
+SANE = 'sane.json'
+
+
+class _Loop(asyncio.SelectorEventLoop):
+  """A loop that takes late answers: after a write that failed, those of others that were under way come when it is closed,
+  and TensorStore prints a traceback for each."""
+
+  def call_soon_threadsafe(self, *arguments, **more):
+    with contextlib.suppress(RuntimeError) if self.is_closed() else contextlib.nullcontext():
+      return super().call_soon_threadsafe(*arguments, **more)
+
+
+class _Loops(asyncio.DefaultEventLoopPolicy):
+  def new_event_loop(self): return _Loop()
+
+
+asyncio.set_event_loop_policy(_Loops())
+# What goes wrong in Orbax it raises, too. Its log says it before, with the tracebacks of several threads.
+logging.getLogger('absl').addFilter(lambda line: f'{os.sep}orbax{os.sep}' not in line.pathname)
+logging.getLogger('asyncio').addFilter(lambda line: 'orbax' not in line.getMessage())
 
 
 class Corrupt(Exception):
@@ -37,7 +60,8 @@ class Corrupt(Exception):
 
 
 class Checkpoints:
-  """The steps of one run: `folder/<step>/`. Of those committed, the newest `keep` stay.
+  """The steps of one run: `folder/<step>/`. Of those committed, the newest `keep` stay, and the newest that was saved as
+  sane (see `training.health`), which `sane.json` names with its loss.
 
   `state` is any pytree of arrays; what lies under its `model` can be restored alone. In a program of several processes
   all of them make the same calls.
@@ -48,7 +72,7 @@ class Checkpoints:
     self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self._pending = None
-    self._corrupt = set()
+    self._corrupt, self._place = set(), None
 
   def steps(self) -> list[int]:
     """Committed steps, oldest first, unverified. Temporary and empty folders and other names are none."""
@@ -56,35 +80,36 @@ class Checkpoints:
     folders = [entry for entry in self.folder.iterdir() if entry.name.isdecimal() and entry.is_dir()]
     return sorted(int(entry.name) for entry in folders if entry.name == str(int(entry.name)) and any(entry.iterdir()))
 
-  def save(self, step: int, state, wait: bool = False, record=None):
+  def save(self, step: int, state, wait: bool = False, record=None, sane_loss: float | None = None):
     """Copies the state to the host, then writes in the background; `wait` returns when the step is committed. `record`: JSON
-    that is committed with it.
+    that is committed with it. `sane_loss`: that of a state which is to be kept until another one is as sane.
 
-    Raises NonFinite, and writes nothing, when a leaf holds NaN or an infinity; CheckpointError when the disk is full
-    (also for the save before this one, which may fail while training goes on).
+    Raises NonFinite, and writes nothing, when a leaf holds NaN or an infinity; WriteError when there is no room, or it
+    cannot be written for another reason (also for the save before this one, which may fail while training goes on).
     """
     self.wait()
     step, leaves = int(step), _named(wait_on_cpu(state))
     manifest = _manifest(leaves)
     if record is not None: manifest |= {'record': record, 'record_crc32': crc32(record)}
     if record is None and self._holds(step, manifest): return
-    on_first(self._make_room, step, leaves)
+    size = sum(leaf.nbytes for leaf in leaves.values())
+    on_first(self._make_room, step, size)
     self._corrupt.clear()   # they have been set aside
     arguments = {item: ocp.args.StandardSave(part) for item, part in _items(leaves).items()}
-    with self._explained(step):
+    with self._explained(step, size):
       self._orbax.save(self.folder / str(step), force=True,
                        args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **arguments))
-    self._pending = step, self._thread.submit(self._commit, step)
+    self._pending = step, size, self._thread.submit(self._commit, step, sane_loss)
     if wait: self.wait()
 
   def wait(self):
-    """Returns when nothing is being written any more; raises CheckpointError if that failed."""
+    """Returns when nothing is being written any more; raises WriteError if that failed."""
     if self._pending is None: return
     with together(): self._settle()
 
   def _settle(self):
-    (step, future), self._pending = self._pending, None
-    with self._explained(step): future.result()
+    (step, size, future), self._pending = self._pending, None
+    with self._explained(step, size): future.result()
 
   def close(self):
     """Waits alone: the other processes are elsewhere where this one closes because of an error of its own."""
@@ -178,41 +203,61 @@ class Checkpoints:
       for name, (dtype, shape, value) in manifest['leaves'].items(): _check_entry(name, dtype, shape, value)
       return manifest['leaves']
 
-  def _make_room(self, step: int, leaves: dict):
+  def _make_room(self, step: int, size: int):
     """Before a save: clears what killed processes left, sets corrupt steps aside, checks the free space."""
-    workdirs.folder(self.folder.parent, self.folder.name)
-    for entry in self.folder.iterdir(): workdirs.place(self.folder, entry.name)   # a link to a step elsewhere, say
-    self._clear_temporary()
-    for number in self._corrupt & set(self.steps()):   # else they would count as new, or as already saved
-      workdirs.move(self.folder, str(number), f'{number}.corrupt')
-    needed = sum(leaf.nbytes for leaf in leaves.values())
-    if needed > shutil.disk_usage(self.folder).free: raise self._disk_full(step, needed)
+    with self._explained(step, size):
+      if not self.folder.parent.is_dir(): raise FileNotFoundError(f'{self.folder.parent} is gone, and so is the run')
+      workdirs.folder(self.folder.parent, self.folder.name)
+      found = os.stat(self.folder)
+      if self._place not in (None, (found.st_dev, found.st_ino)): raise OSError('another folder has taken its place')
+      self._place = found.st_dev, found.st_ino
+      for entry in self.folder.iterdir(): workdirs.place(self.folder, entry.name)   # a link to a step elsewhere, say
+      self._clear_temporary()
+      for number in self._corrupt & set(self.steps()):   # else they would count as new, or as already saved
+        workdirs.move(self.folder, str(number), f'{number}.corrupt')
+      writing.check_room(self.folder, size, FILES)
 
   def _clear_temporary(self):
     for entry in self.folder.glob('*.orbax-checkpoint-tmp*'):
       with contextlib.suppress(OSError): workdirs.remove(self.folder, entry.name)
 
-  def _commit(self, step: int):
+  def _commit(self, step: int, sane_loss: float | None):
     """In the background: waits for the step and its manifest, and only then deletes steps that are too many."""
     self._orbax.wait_until_finished()
     if not is_first(): return
+    if sane_loss is not None: workdirs.write(self.folder, SANE, json.dumps({'step': step, 'loss': sane_loss}))
     others = [number for number in self.steps() if number != step]
-    for number in others[:max(0, len(others) - self.keep + 1)]: workdirs.remove(self.folder, str(number))
+    for number in others[:max(0, len(others) - self.keep + 1)]:
+      if number != self.sane_step(): workdirs.remove(self.folder, str(number))
+
+  def sane_step(self) -> int | None:
+    """The newest step that was saved as sane, if it is still there."""
+    return sane_step(self.folder)
+
+  def sane_loss(self) -> float:
+    """The loss that was saved with it; infinite where there is none."""
+    return _sane(self.folder).get('loss', math.inf)
 
   @contextlib.contextmanager
-  def _explained(self, step: int):
+  def _explained(self, step: int, size: int):
     try: yield
     except Exception as error:
-      full = isinstance(error, OSError) and error.errno in DISK_FULL
-      if not full and 'No space left' not in str(error) and 'File too large' not in str(error): raise
+      if not (reason := writing.reason(error)): raise
       self._clear_temporary()
-      raise self._disk_full(step) from error
+      raise WriteError(f'step {step}, of {size:,} bytes, cannot be saved in {self.folder}: {reason}'
+                       f'{writing.free(self.folder)}; earlier steps are as they were') from error
 
-  def _disk_full(self, step: int, needed: int | None = None) -> CheckpointError:
-    free = shutil.disk_usage(self.folder).free
-    size = '' if needed is None else f' of {needed:,} bytes'
-    return CheckpointError(f'disk full: no room for step {step}{size} in {self.folder} ({free:,} bytes free); '
-                           f'earlier steps are as they were')
+
+def sane_step(folder) -> int | None:
+  """The newest step of a folder of checkpoints that was saved as sane, if it is still there."""
+  step = _sane(Path(folder)).get('step')
+  return step if (Path(folder) / str(step)).is_dir() else None
+
+
+def _sane(folder: Path) -> dict:
+  try: found = json.loads((folder / SANE).read_text(encoding='utf-8'))
+  except (OSError, ValueError): return {}
+  return found if isinstance(found, dict) and {'step': int, 'loss': float} == {k: type(v) for k, v in found.items()} else {}
 
 
 @jax.jit
@@ -323,5 +368,8 @@ def lock(workdir) -> Iterator[None]:
   """Holds `workdir/lock` (see `workdir.lock`). In a program of several processes the first one holds it for all."""
   with contextlib.ExitStack() as held:
     with together():
-      if is_first(): held.enter_context(workdirs.lock(workdir))
+      try:
+        if is_first(): held.enter_context(workdirs.lock(workdir))
+      except OSError as error:
+        raise ConfigError('workdir', str(workdir), f'cannot be used: {writing.reason(error)}') from error
     yield

@@ -9,19 +9,23 @@ import dataclasses
 import jax
 from flax import nnx
 
+from efficient_lm import workdir as workdirs
 from efficient_lm.compression import rewriting
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.parallel.processes import on_first
 from efficient_lm.parallel.sharding import placed, single_device_mesh
-from efficient_lm.runs import ledger, record, structure
+from efficient_lm.runs import ledger, record, structure, writing
 from efficient_lm.runs.checkpoint import Checkpoints
 
 
 def commit(workdir, planned: record.Planned, step: int, model, row: ledger.Row, sample: str | None = None):
-  """Saves what a stage has left and returns when it is on disk. `step`: of all trainings so far; `sample`: of its text."""
+  """Saves what a stage has left and returns when it is on disk. `step`: of all trainings so far; `sample`: of its text.
+  Raises WriteError."""
   entries = {'key': planned.key, 'step': step, 'row': ledger.as_json(row), 'structure': structure.described(model),
              'weights': [dataclasses.asdict(line) for line in rewriting.table(model)], 'sample': sample}
-  with contextlib.closing(Checkpoints(record.stage_folder(workdir, planned), keep=1)) as checkpoints:
+  folder = record.stage_folder(workdir, planned)
+  with writing.needed(folder): on_first(workdirs.folder, workdir, 'stages')
+  with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
     checkpoints.save(step, {'model': model}, wait=True, record=entries)
 
 

@@ -51,6 +51,10 @@ class Context:
     """Measures the model on held-out text, and has it write a sample."""
     self._monitor.evaluate(step, model)
 
+  def has_evaluated(self, step: int) -> bool:
+    """Whether a training, where it goes on after `step`, had been measured there."""
+    return self._monitor.has_evaluated(step)
+
   def report(self, training, notes, state):
     """What is about to be trained, for the terminal."""
     self._monitor.report(training, notes, state)

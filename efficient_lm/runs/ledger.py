@@ -17,7 +17,7 @@ from pathlib import Path
 from efficient_lm import sealed
 from efficient_lm import workdir as workdirs
 from efficient_lm.errors import CheckpointError
-from efficient_lm.runs import record
+from efficient_lm.runs import record, writing
 
 log = logging.getLogger(__name__)
 LEDGER, ASIDE = 'ledger.json', 'ledger.json.damaged'
@@ -96,11 +96,13 @@ GROUPS = {'quality': Quality, 'size': Size, 'speed': Speed, 'effort': Effort, 'o
 
 
 def write(workdir, rows: list[Row]):
-  """ledger.json of a run, each row with a checksum; all or nothing reaches the disk. One that was damaged is kept aside."""
+  """ledger.json of a run, each row with a checksum; all or nothing reaches the disk. One that was damaged is kept aside.
+  Raises WriteError."""
   rows = [as_json(row) for row in rows]
   text = json.dumps([row | {'crc32': record.crc32(row)} for row in rows], indent=2, allow_nan=False)
-  _set_aside(workdir)
-  workdirs.write(workdir, LEDGER, text + '\n')
+  with writing.needed(Path(workdir) / LEDGER):
+    _set_aside(workdir)
+    workdirs.write(workdir, LEDGER, text + '\n')
 
 
 def _set_aside(workdir):

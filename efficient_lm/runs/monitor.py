@@ -1,13 +1,15 @@
 """What a run watches of a stage while it goes, and measures of what it leaves: for the log, the terminal and the ledger."""
+import math
 import time
 
 import jax
 import numpy as np
 
+from efficient_lm import interruption
 from efficient_lm import workdir as workdirs
-from efficient_lm.errors import IncompatibleError
+from efficient_lm.errors import IncompatibleError, NonFinite
 from efficient_lm.models import decode
-from efficient_lm.runs import console, ledger, measure
+from efficient_lm.runs import console, ledger, measure, writing
 from efficient_lm.runs.energy import Energy
 from efficient_lm.runs.tracking import load_heatmap
 from efficient_lm.training.evaluation import evaluate
@@ -58,11 +60,17 @@ class Monitor:
     prefix = 'eval' if self.trains else f'stage/{self.number}'
     self.result = evaluate(model, self._heldout(), self.run.mesh)
     tracker.scalars(at, {f'{prefix}/{name}': value for name, value in self.result.items()}, self.number, end)
+    if self.trains and not math.isfinite(self.result['nats_per_token']):
+      raise NonFinite(f'step {step}: the loss on held-out text is {self.result["nats_per_token"]}')
     self._sample(at, model)
     if not self.trains: return
     if self.load is not None: tracker.image(at, 'expert_load', load_heatmap(self.load))
     for name, array in measure.histogram_arrays(model): tracker.histogram(at, name, array)
     if not end: self.bar.note(step, self.result)
+
+  def has_evaluated(self, step: int) -> bool:
+    """Whether `evaluate` has left its row of this step of a training."""
+    return self.run.tracker.has(self.offset + step, 'eval/bits_per_byte', self.number)
 
   def _heldout(self, corpus=None):
     """Batches of held-out text, of as many rows as training reads at once, so that they take no more memory."""
@@ -79,6 +87,7 @@ class Monitor:
     try:
       for ids in decode.stream(model, prompt_BT, SAMPLE_TOKENS, sampling=decode.Sampling(0.8), seed=at,
                                vocab_size=corpus.tokenizer.vocab_size):
+        interruption.check()
         drawn.append(ids)
         clock = clock or time.perf_counter()   # the first burst compiles
     except IncompatibleError: return   # a model that cannot be decoded, as its caveats say
@@ -86,7 +95,8 @@ class Monitor:
     text = decode.until_stop(np.concatenate(drawn, 1)[0], corpus.tokenizer.stops)
     self.sample = corpus.tokenizer.decode(prompt_BT[0]), corpus.tokenizer.decode(text)
     name = f'{at:08d}.txt' if self.trains else f'stage_{self.number}.txt'
-    if jax.process_index() == 0: workdirs.write(self.run.workdir, f'samples/{name}', self.text)
+    if jax.process_index() == 0:
+      with writing.dispensable(self.run.workdir / 'samples'): workdirs.write(self.run.workdir, f'samples/{name}', self.text)
     self.run.tracker.text(at, 'sample', self.text)
 
   @property

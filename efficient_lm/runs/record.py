@@ -23,6 +23,7 @@ from efficient_lm.config.experiment import CONFIG_JSON, RUN_JSON
 from efficient_lm.config.sources import is_source
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.models.added import stored
+from efficient_lm.runs import writing
 
 log = logging.getLogger(__name__)
 BEGUN, TOKENIZER = 'begun.json', 'tokenizer.json'
@@ -81,7 +82,7 @@ def _check(found: Record):
 
 def write(workdir, record: Record):
   """All or nothing."""
-  sealed.write(workdir, RUN_JSON, dataclasses.asdict(record))
+  with writing.needed(Path(workdir) / RUN_JSON): sealed.write(workdir, RUN_JSON, dataclasses.asdict(record))
 
 
 # ------------------------------------------------------------------ keys
@@ -168,7 +169,8 @@ def committed(workdir, planned: Planned) -> dict[str, Any] | None:
 
 def begin(workdir, planned: Planned, course: str):
   """Notes what a stage is about to be made of, beside what it saves while it goes."""
-  sealed.write(workdir, f'stages/{planned.folder}/{BEGUN}', {'course': course})
+  folder = stage_folder(workdir, planned)
+  with writing.needed(folder): sealed.write(workdir, f'stages/{planned.folder}/{BEGUN}', {'course': course})
 
 
 def course(workdir, planned: Planned) -> str | None:
@@ -224,4 +226,5 @@ def _check_size(workdir, path: Path, tokenizer):
 
 def write_tokenizer(workdir, tokenizer):
   """Whole or not at all; `tokenizer` is its inverse."""
-  sealed.write(workdir, TOKENIZER, json.loads(tokenizer.to_json()), indent=None)
+  saved = json.loads(tokenizer.to_json())
+  with writing.needed(Path(workdir) / TOKENIZER): sealed.write(workdir, TOKENIZER, saved, indent=None)

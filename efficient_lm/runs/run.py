@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from efficient_lm import sealed
+from efficient_lm import interruption, sealed
 from efficient_lm import workdir as workdirs
 from efficient_lm.axes import BATCH
 from efficient_lm.config import experiment as experiments
@@ -24,11 +24,12 @@ from efficient_lm.data.baselines import baselines
 from efficient_lm.errors import CheckpointError, ConfigError, in_field
 from efficient_lm.parallel import processes
 from efficient_lm.parallel.sharding import part_here, placed
-from efficient_lm.runs import commits, console, derived, invariants, memory, record, report_page, shared
-from efficient_lm.runs.checkpoint import lock
+from efficient_lm.runs import commits, console, derived, invariants, memory, record, report_page, shared, writing
+from efficient_lm.runs.checkpoint import lock, sane_step
 from efficient_lm.runs.context import Context
 from efficient_lm.runs.monitor import Monitor
 from efficient_lm.runs.tracking import Tracker
+from efficient_lm.training import health
 from efficient_lm.training.learner import new_model
 from efficient_lm.training.train import Train
 
@@ -162,7 +163,8 @@ class Run:
       processes.on_first(self._finish, rows)
 
   def _finish(self, rows):
-    console.finish(self, rows, self.sample, report_page.write_report(self.workdir))
+    with writing.dispensable(self.workdir / 'report.html'): report_page.write_report(self.workdir)
+    console.finish(self, rows, self.sample, self.workdir / 'report.html')
 
   def pending(self) -> list[Step]:
     """Stages that have not been committed under their present keys. The run goes on with the first of them, and makes all
@@ -172,7 +174,7 @@ class Run:
   def write_beginning(self):
     """Config, tokenizer and record, each whole with its hash. A run that is killed between two of them is taken up as one
     that has not begun."""
-    experiments.write(str(self.workdir), self.experiment)
+    with writing.needed(self.workdir / experiments.CONFIG_JSON): experiments.write(str(self.workdir), self.experiment)
     path = self.workdir / record.TOKENIZER
     if not path.is_file() or not sealed.is_sealed(path): record.write_tokenizer(self.workdir, self.corpus.tokenizer)
     record.write(self.workdir, self.record)
@@ -197,10 +199,12 @@ class Run:
     if step.number == 0: model, notes = step.stage.load(self.mesh), (f'start: {step.stage.label}',)
     else: model, notes = self._made(step, model, monitor)
     at = self._own_steps(step)
-    monitor.evaluate(at, model, end=True)
+    with health.advised(self._checkpoints(step), lambda: sane_step(self._checkpoints(step))):
+      monitor.evaluate(at, model, end=True)
     self.row, self.sample = monitor.row(step.planned.name, model, [*notes, *self.remarks]), monitor.sample
-    commits.commit(self.workdir, step.planned, step.steps + at, model, self.row, monitor.text)
-    commits.write_ledger(self.workdir, self.record.plan)
+    with interruption.holding():   # what it has taken to come here would be lost
+      commits.commit(self.workdir, step.planned, step.steps + at, model, self.row, monitor.text)
+      commits.write_ledger(self.workdir, self.record.plan)
     console.stage(step, model, notes, monitor.result)
     return model
 

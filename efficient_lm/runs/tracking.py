@@ -8,6 +8,7 @@ others, which stay.
 import json
 import logging
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import numpy as np
 
 from efficient_lm import sealed
 from efficient_lm import workdir as workdirs
+from efficient_lm.runs import writing
 
 log = logging.getLogger(__name__)
 METRICS, ASIDE = 'metrics.jsonl', 'metrics.jsonl.damaged'
@@ -25,6 +27,7 @@ LONGEST = 64 << 20   # bytes of a row
 LARGEST = 2 ** 63    # of whole numbers
 
 CURVES = 512   # of one array; TensorBoard's page has no room for more, and writing them takes a while
+LAST_BIN = 9e19   # of tensorboardX
 END = 'stage_end'   # marks the row of what a stage has left, which is measured again if the stage was not committed
 
 
@@ -37,15 +40,19 @@ class Tracker:
 
   def __init__(self, workdir, stage: int = 1, step: int = 0, end: int = 0):
     import jax  # here, so that a report can read metrics without loading it
-    self.file = self.board = None
+    self.path, self.file, self.board = Path(workdir) / METRICS, None, None
     if jax.process_index(): return
     import tensorboardX
+    from tensorboardX import record_writer
+    record_writer.register_writer_factory(LASTING, Lasting)
     logging.getLogger('tensorboardX.x2num').setLevel(logging.ERROR)   # NaN is logged on purpose here
     self.workdir = workdir
-    cut(workdir, stage, step, end)
-    self.file = workdirs.append(workdir, METRICS)
+    with writing.needed(self.path):
+      cut(workdir, stage, step, end)
+      self.file = workdirs.append(workdir, METRICS)
+      board = workdirs.folder(workdir, 'tensorboard')
     # The suffix keeps two starts within a second from sharing, and emptying, one file.
-    self.board = tensorboardX.SummaryWriter(str(workdirs.folder(workdir, 'tensorboard')), purge_step=step + 1 if step else 0,
+    self.board = tensorboardX.SummaryWriter(f'{LASTING}:{board}', purge_step=step + 1 if step else 0,
                                             flush_secs=30, filename_suffix=f'.{stage:02d}.{step:010d}')
 
   def scalars(self, step: int, values: dict, stage: int = 1, end: bool = False):
@@ -60,15 +67,22 @@ class Tracker:
     marks = ({END: True} if end else {}) | ({'not_finite': bad} if bad else {})
     row = {'step': int(step), 'stage': int(stage), **plain, **marks}
     workdirs.still_held(self.workdir)
-    self.file.write(_line(json.dumps(row, allow_nan=False).encode()).decode() + '\n')
-    self.file.flush()
+    line = _line(json.dumps(row, allow_nan=False).encode())
+    with writing.dispensable(self.path): _append(self.file, line + b'\n')
     for name, value in values.items():
       array = np.asarray(value)
       if array.size > CURVES: continue
       for index, element in np.ndenumerate(array): self.board.add_scalar('/'.join([name, *map(str, index)]), element, step)
 
+  def has(self, step: int, name: str, stage: int = 1) -> bool:
+    """Whether a number of this name has been written of a step."""
+    return any(name in row and (row.get('stage', 1), row['step']) == (stage, step) for row in read(self.path))
+
   def histogram(self, step: int, name: str, values):
-    if self.board: self.board.add_histogram(name, np.asarray(values, np.float32).ravel(), step)
+    """Of those values that are finite, of which there may be none."""
+    values = np.asarray(values, np.float32).ravel()
+    values = np.clip(values[np.isfinite(values)], -LAST_BIN, LAST_BIN)
+    if self.board and values.size: self.board.add_histogram(name, values, step)
 
   def image(self, step: int, name: str, image_HWC):
     """image_HWC: uint8, height x width x 3."""
@@ -87,8 +101,58 @@ class Tracker:
 
   def close(self):
     if self.file is None: return
-    self.file.close()
+    with writing.dispensable(self.path): self.file.close()
     self.board.close()
+
+
+def _append(file, data: bytes):
+  """To an unbuffered file, all of it or nothing: what follows a torn line or record is not read. Raises OSError."""
+  size = file.seek(0, os.SEEK_END)
+  try:
+    while data: data = data[file.write(data):]
+  except OSError:
+    file.truncate(size)
+    raise
+
+
+LASTING = 'lasting'   # in front of a path for TensorBoard: its files are written by the class below
+
+
+class Lasting:
+  """A file of TensorBoard. Its writer is a thread that ends with the first error, after which whoever adds something waits
+  for it forever: so what cannot be written is left out, and said once."""
+
+  def __init__(self, path: str):
+    self.path, self.file, self.pieces = Path(path.removeprefix(f'{LASTING}:')), None, []
+    with self._dispensable():
+      self.path.parent.mkdir(parents=True, exist_ok=True)
+      self.file = self.path.open('wb', buffering=0)
+
+  @classmethod
+  def open(cls, path: str) -> 'Lasting':
+    return cls(path)
+
+  @classmethod
+  def directory_check(cls, path: str):
+    """It is made with its first file."""
+
+  def _dispensable(self):
+    return writing.dispensable(self.path.parent)
+
+  def write(self, piece: bytes):
+    """A quarter of a record: length and data, each with its checksum."""
+    self.pieces.append(piece)
+    if len(self.pieces) < 4: return
+    record, self.pieces = b''.join(self.pieces), []
+    if self.file is None: return
+    with self._dispensable(): _append(self.file, record)
+
+  def flush(self): pass
+
+  def close(self):
+    """As files are."""
+    if self.file is not None:
+      with self._dispensable(): self.file.close()
 
 
 def _json(value, other=lambda number: None):
@@ -120,7 +184,7 @@ def cut(workdir, stage: int, step: int, end: int = 0):
   damaged = [line for line, row in found if row is None]
   if damaged:
     log.warning('%s has damaged lines, which are left out, and kept in %s: %d', path, ASIDE, len(damaged))
-    with workdirs.append(workdir, ASIDE) as aside: aside.buffer.write(b''.join(line + b'\n' for line in damaged))
+    with workdirs.append(workdir, ASIDE) as aside: aside.write(b''.join(line + b'\n' for line in damaged))
   kept = [line if SUM.fullmatch(line) else _line(line) for line, row in found if row is not None and before(row)]
   if step and not kept: log.warning('%s has no rows of what was done before step %d, from which the run goes on', path, step)
   if not found: return

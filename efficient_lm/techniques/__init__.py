@@ -24,9 +24,10 @@ from efficient_lm.techniques.quantization.ptq import Quantize
 from efficient_lm.techniques.quantization.qat import LearnedClip, LearnedSteps, QuantAware, StraightThrough, StretchedLevels
 from efficient_lm.techniques.quantization.rotate import Rotate
 from efficient_lm.techniques.quantization.smooth_quant import SmoothQuant
+from efficient_lm.techniques.skip_spikes import SkipSpikes
 from efficient_lm.techniques.unroll import Unroll
 from efficient_lm.training.train import Train, Training
 
 __all__ = ['LAYERS', 'Awq', 'BitNet', 'Convert', 'Distill', 'GivingUp', 'Gptq', 'LearnedClip', 'LearnedSteps',
            'LowPrecisionTraining', 'Prune', 'PruneOnce', 'QuantAware', 'Quantize', 'Rotate', 'RoundToNearest', 'Rule',
-           'SmoothQuant', 'StraightThrough', 'StretchedLevels', 'Train', 'Training', 'Unroll', 'Upcycle']
+           'SkipSpikes', 'SmoothQuant', 'StraightThrough', 'StretchedLevels', 'Train', 'Training', 'Unroll', 'Upcycle']

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_lm.parallel.processes import fetched
+from efficient_lm import interruption
+from efficient_lm.parallel.processes import fetched, several
 from efficient_lm.parallel.sharding import place, wait_on_cpu
 from efficient_lm.training.losses import outputs_of
 
@@ -23,9 +24,12 @@ def evaluate(model, batches: Iterable[dict[str, np.ndarray]], mesh, sums_of: Cal
   """Bits per byte (comparable across tokenizers), nats and perplexity per token over all `batches`.
 
   sums_of: (model, batch) -> the three sums of `evaluation_sums`, for a model that is to read a batch in another way. Those
-  of batches are added up in float64.
+  of batches are added up in float64. Raises Preempted where a signal is waiting to be heard.
   """
-  sums = [wait_on_cpu(sums_of(model, place(batch, mesh))) for batch in batches]
+  sums = []
+  for batch in batches:
+    if not several(): interruption.check()   # of several processes one alone must not leave
+    sums.append(wait_on_cpu(sums_of(model, place(batch, mesh))))
   return quality(*np.sum(np.array(fetched(sums), np.float64), 0))
 
 

@@ -2,8 +2,8 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
-import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,14 +14,17 @@ import numpy as np
 import optax
 from flax import nnx
 
+from efficient_lm import interruption
 from efficient_lm.axes import BATCH
-from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted
+from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted, WriteError
 from efficient_lm.parallel.processes import Agreement, fetched
 from efficient_lm.parallel.sharding import place, placed, wait_on_cpu
+from efficient_lm.training.health import Health, advised
 from efficient_lm.training.learner import TrainState, assemble, finished, initial_state, starting_state
 from efficient_lm.training.losses import Totals, outputs_of
-from efficient_lm.training.transforms import GuardState
+from efficient_lm.training.transforms import GuardState, spikes_in
 
+logger = logging.getLogger(__name__)
 MAX_REFUSED = 10   # steps in a row that may be refused as non-finite before a run gives up
 
 
@@ -65,7 +68,7 @@ def train_step(state: TrainState, loss, batch, *, optimizer: optax.GradientTrans
   guard = opt_state if isinstance(opt_state, GuardState) else None
   if guard:
     norm = jnp.where(guard.in_a_row, jnp.nan, guard.grad_norm)
-    metrics |= {'grad_norm': norm, 'skipped': guard.skipped, 'skipped_in_a_row': guard.in_a_row}
+    metrics |= {'grad_norm': norm, 'skipped': guard.skipped, 'skipped_in_a_row': guard.in_a_row, **spikes_in(guard.inner)}
   return state.replace(step=state.step + 1, model=model, opt_state=opt_state), metrics
 
 
@@ -94,7 +97,8 @@ def train(stage, model, context):
   Args:
     stage: with `training` and `techniques`.
     model: arrays on context.mesh, which are taken over; of a training that is resumed, shapes will do.
-    context: key, mesh, corpus, tokens_seen, field; checkpoints, log, evaluate, report, progress (see `runs.context`).
+    context: key, mesh, corpus, tokens_seen, field; checkpoints, log, evaluate, has_evaluated, report, progress (see
+      `runs.context`).
 
   Returns:
     The trained model and the techniques' notes.
@@ -102,6 +106,7 @@ def train(stage, model, context):
   Raises:
     ConfigError: the batch does not divide over the mesh, or a technique does not suit the model.
     NonFinite, Preempted: see `fit`.
+    WriteError: the state could not be saved twice in a row, or at the end.
   """
   training, techniques = stage.training, stage.techniques
   _check_batch(training, context)
@@ -119,14 +124,18 @@ def train(stage, model, context):
   def log(step, numbers):
     numbers['tokens_per_second'] = training.tokens_per_step * numbers['steps_per_second']
     # Refused steps do not move the schedule. A step that is refused itself has the rate that the next one will take.
-    refused_before = numbers['skipped'] - (numbers['skipped_in_a_row'] > 0)
+    refused_before = numbers['skipped'] - (numbers['skipped_in_a_row'] > 0) + numbers.get('spikes', 0)
     numbers['learning_rate'] = float(schedule(step - 1 - refused_before))
     context.log(step, numbers)
 
-  with context.progress(first, training.steps) as advance:
-    callbacks = Callbacks(log, context.evaluate, context.checkpoints.save, advance)
-    state = fit(state, learner, lambda step: place(next(stream), context.mesh), training, callbacks)
-  context.checkpoints.wait()
+  checkpoints = context.checkpoints
+  health = Health(math.log(state.model.embed.shape[0]), checkpoints.sane_loss())
+  with context.progress(first, training.steps) as advance, advised(checkpoints.folder, checkpoints.sane_step):
+    # A signal in the midst of an evaluation has the state saved without it.
+    if 0 < first < training.steps and first % training.eval_every == 0 and not context.has_evaluated(first):
+      context.evaluate(first, state.model)
+    callbacks = Callbacks(log, context.evaluate, Saver(checkpoints, health), advance)
+    state = fit(state, learner, lambda step: place(next(stream), context.mesh), training, callbacks, health)
   finish = jax.jit(functools.partial(finished, techniques=techniques), donate_argnums=0)
   return finish(state.model, state.opt_state), learner.notes
 
@@ -150,20 +159,27 @@ def _check_batch(training, context):
                       f'{shards * training.accumulate}: the mesh\'s data * fsdp * expert, times accumulate')
 
 
-class Interrupts:
-  """Turns the first SIGTERM or SIGINT into a flag that the loop reads between steps; a second one ends at once."""
+class Saver:
+  """Saves a training's states, each with whether its losses are sane. A save that fails is said, and training goes on to the
+  next one; if that fails as well, or nothing comes after it, it raises WriteError."""
 
-  def __enter__(self):
-    self.received = None
-    self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-    return self
+  def __init__(self, checkpoints, health: Health):
+    self.checkpoints, self.health, self.failed = checkpoints, health, False
 
-  def _note(self, number, frame):
-    self.received = number
-    for caught, handler in self.previous.items(): signal.signal(caught, handler)
+  def __call__(self, step: int, state, wait: bool):
+    sane_loss = self.health.sane_loss()
+    with self._tolerated(False): self.checkpoints.wait()   # for the one before
+    with self._tolerated(wait):
+      self.checkpoints.save(step, state, wait, sane_loss=sane_loss)
+      if wait: self.failed = False
 
-  def __exit__(self, *error):
-    for number, handler in self.previous.items(): signal.signal(number, handler)
+  @contextlib.contextmanager
+  def _tolerated(self, last: bool):
+    try: yield
+    except WriteError as error:
+      if last or self.failed: raise
+      self.failed = True
+      logger.warning('%s; training goes on until the next save', error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +192,8 @@ class Callbacks:
   progress: Callable
 
 
-def fit(state: TrainState, learner, batch_at: Callable[[int], Any], training, callbacks: Callbacks) -> TrainState:
+def fit(state: TrainState, learner, batch_at: Callable[[int], Any], training, callbacks: Callbacks,
+        health: Health | None = None) -> TrainState:
   """Steps from `state.step` to `training.steps`. What comes out of the last step is saved, and measured by the caller.
 
   Args:
@@ -184,31 +201,43 @@ def fit(state: TrainState, learner, batch_at: Callable[[int], Any], training, ca
     training: steps, accumulate, log_every, eval_every, checkpoint_every.
 
   Raises:
-    NonFinite: after MAX_REFUSED refused steps in a row; the last good state has been saved.
-    Preempted: on SIGTERM or SIGINT, once the state has been saved; of several processes on that of any, in all at one step.
+    NonFinite: after MAX_REFUSED refused steps in a row, with the state saved, or after too many absurd losses.
+    Preempted: on a signal (see `interruption`), once the state has been saved; of several processes on that of any, in all
+      at one step.
   """
-  step_function = compiled_step(learner, training.accumulate)
+  step_function, health = compiled_step(learner, training.accumulate), health or Health()
   first, last_logged, clock = int(state.step), int(state.step), time.perf_counter()
   agreed = Agreement()
-  with Interrupts() as interrupts:
+  with interruption.noticed(), contextlib.ExitStack() as ours:
     for step in range(first + 1, training.steps + 1):
       state, metrics = wait_on_cpu(step_function(state, learner.loss, batch_at(step - 1)))
+      if step == first + 1: ours.enter_context(interruption.holding())   # from here on, a stop would lose a step
       final, numbers = step == training.steps, None
       if step % training.log_every == 0 or final or step == 1:   # the same rows, however often it was interrupted
         numbers = scalars(metrics)
         now = time.perf_counter()
         numbers['steps_per_second'] = (step - last_logged) / (now - clock)
         callbacks.log(step, numbers)
+        health.see(numbers)
       callbacks.progress(step, numbers)
-      if step % training.eval_every == 0 and not final: callbacks.evaluate(step, state.model)
+      if step % training.eval_every == 0 and not final:
+        with contextlib.suppress(Preempted): callbacks.evaluate(step, state.model)   # as received, below
+      stopped = _diverged(step, numbers or {}, health)
       if step % training.checkpoint_every == 0 or final: callbacks.save(step, state, final)
       if numbers: last_logged, clock = step, time.perf_counter()
-      if numbers and numbers.get('skipped_in_a_row', 0) >= MAX_REFUSED:
+      if stopped:
         callbacks.save(step, state, True)
-        raise NonFinite(f'step {step}: {numbers["skipped_in_a_row"]} steps in a row had a loss or gradient that is not '
-                        f'finite; the last good state is saved, lower the learning rate or look at the data')
-      if agreed(interrupts.received is not None) and not final:
+        raise NonFinite(stopped)
+      if agreed(interruption.received() is not None) and not final:
         callbacks.save(step, state, True)
-        what = signal.Signals(interrupts.received).name if interrupts.received else 'another process was interrupted'
+        what = interruption.received() or 'another process was interrupted'
         raise Preempted(f'{what} at step {step}: saved; the same command resumes')
   return state
+
+
+def _diverged(step: int, numbers: dict[str, Any], health: Health) -> str | None:
+  """Why a training has to stop, if it has."""
+  if (in_a_row := numbers.get('skipped_in_a_row', 0)) >= MAX_REFUSED:
+    return f'step {step}: {in_a_row} steps in a row had a loss or gradient that is not finite'
+  if health.is_lost(): return f'step {step}: the loss has been far above that of a uniform guess for too long'
+  return None

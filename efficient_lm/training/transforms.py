@@ -95,9 +95,58 @@ def guarded(inner):
     norm = global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
     keep = lambda new, old: jnp.where(finite, new, old)
-    updates, new = inner.update(jax.tree.map(lambda g: jnp.where(finite, g, 0), grads), state.inner, params, **extra)
+    updates, new = inner.update(jax.tree.map(lambda g: jnp.where(finite, g, 0), grads), state.inner, params,
+                                loss=jnp.where(finite, loss, 0), **extra)
     updates = jax.tree.map(lambda u: jnp.where(finite, u, 0), updates)
     refused = (~finite).astype(jnp.int32)
     return updates, GuardState(jax.tree.map(keep, new, state.inner), state.skipped + refused,
                                (state.in_a_row + 1) * refused, jnp.where(finite, norm, state.grad_norm))
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+class SpikeState(NamedTuple):
+  """inner: the optimizer's state; losses_W, norms_W: of the last finite steps, in the order of a ring; seen: how many there
+  have been; spikes: steps refused so far."""
+  inner: Any
+  losses_W: Any
+  norms_W: Any
+  seen: Any
+  spikes: Any
+
+
+def without_spikes(inner, factor: float, window: int):
+  """Refuses a step whose loss or gradient norm exceeds `factor` times its median over the last `window` steps, from the
+  moment that half of these have been seen: parameters and the inner state stay bit for bit.
+
+  What was refused enters the window, so a rise that lasts is taken for what it is after half of it.
+  """
+  inner = optax.with_extra_args_support(inner)
+  def init(params):
+    zero = jnp.zeros((), jnp.int32)
+    return SpikeState(inner.init(params), jnp.zeros(window), jnp.zeros(window), zero, zero)
+  def update(grads, state, params=None, *, loss, **extra):
+    norm, known = global_norm(grads), jnp.minimum(state.seen, window)
+    def is_spike(value, values_W):
+      median = _median_of_first(values_W, known)
+      return (median > 0) & (value > factor * median)
+    refused = (2 * known >= window) & (is_spike(loss, state.losses_W) | is_spike(norm, state.norms_W))
+    updates, new = inner.update(grads, state.inner, params, loss=loss, **extra)
+    updates = jax.tree.map(lambda u: jnp.where(refused, 0, u), updates)
+    kept = jax.tree.map(lambda new, old: jnp.where(refused, old, new), new, state.inner)
+    place = state.seen % window
+    return updates, SpikeState(kept, state.losses_W.at[place].set(loss), state.norms_W.at[place].set(norm), state.seen + 1,
+                               state.spikes + refused)
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _median_of_first(values_W, known):
+  """Of the first `known` values, at least one: the lower one of two in the middle."""
+  ordered_W = jnp.sort(jnp.where(jnp.arange(len(values_W)) < known, values_W, jnp.inf))
+  return ordered_W[jnp.maximum(known - 1, 0) // 2]
+
+
+def spikes_in(state) -> dict[str, Any]:
+  """{'spikes': how many steps have been refused}, of an optimizer's state that has one who counts."""
+  counting = lambda node: isinstance(node, SpikeState)
+  found = [node.spikes for node in jax.tree.leaves(state, is_leaf=counting) if counting(node)]
+  return {'spikes': sum(found)} if found else {}

@@ -1,16 +1,18 @@
 """Damage to a checkpoint is always noticed: an older step is used with one line of warning, or the program stops."""
+import contextlib
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm.errors import CheckpointError
+from efficient_lm.errors import CheckpointError, WriteError
 from efficient_lm.runs.checkpoint import Checkpoints, lock
 
 # Orbax drops the tasks that read the other arrays when one is unreadable; only pytest makes something of it.
@@ -160,12 +162,60 @@ def test_a_folder_that_orbax_would_take_for_a_checkpoint_is_passed_over(checkpoi
   assert checkpoints.latest() == 2
 
 
-def test_a_full_disk_is_one_line_with_path_and_bytes(checkpoints, folder, monkeypatch):
-  usage = shutil.disk_usage(folder)
-  monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=1000))
-  with pytest.raises(CheckpointError, match=r'disk full: .*1,000 bytes free') as refusal:
+@pytest.fixture
+def room(monkeypatch):
+  """room(f_bavail=…): from now on every file system has that."""
+  real = os.statvfs
+  def has(**changes):
+    def found(path):
+      names = [name for name in dir(real(path)) if name.startswith('f_')]
+      return types.SimpleNamespace(**{name: getattr(real(path), name) for name in names} | changes)
+    monkeypatch.setattr(os, 'statvfs', found)
+  return has
+
+
+def test_a_disk_without_room_for_files_is_one_line(checkpoints, room):
+  room(f_files=1000, f_favail=3)
+  with pytest.raises(WriteError, match=r'no room for 64 files, 3 left, [0-9,]+ bytes free'): checkpoints.save(3, state(3))
+  assert checkpoints.latest() == 2
+
+
+def test_a_folder_that_is_gone_is_one_line(checkpoints, folder):
+  """The run's own, too: it is not made anew for this."""
+  shutil.rmtree(folder.parent)
+  with pytest.raises(WriteError, match=r'step 3, .* be saved .*No such file'): checkpoints.save(3, state(3), wait=True)
+  assert not folder.parent.exists()
+
+
+def test_a_folder_that_goes_while_it_is_written_is_one_line(checkpoints, folder):
+  checkpoints.save(3, state(3))
+  folder.parent.rename(folder.parent.with_name('elsewhere'))
+  with contextlib.suppress(WriteError): checkpoints.wait()   # it may have been quicker
+  with pytest.raises(WriteError): checkpoints.save(4, state(4), wait=True)
+
+
+def test_the_newest_sane_step_is_kept_apart(checkpoints, folder):
+  for step, sane in enumerate((None, 1.5, None, None, None), 3): checkpoints.save(step, state(step), sane_loss=sane)
+  checkpoints.wait()
+  assert checkpoints.steps() == [4, 6, 7] and (checkpoints.sane_step(), checkpoints.sane_loss()) == (4, 1.5)
+  assert same(checkpoints.restore(ABSTRACT, 4), state(4))
+  for step in (8, 9): checkpoints.save(step, state(step), sane_loss=1.0)
+  checkpoints.wait()
+  assert checkpoints.steps() == [8, 9] and checkpoints.sane_step() == 9, 'it is one of the newest again'
+
+
+@pytest.mark.parametrize('text', ['', '{', '[1]', '{"step": "4", "loss": 1.0}', '{"step": 99, "loss": 1.0}'])
+def test_a_note_of_a_sane_step_that_is_damaged_counts_for_nothing(checkpoints, folder, text):
+  (folder / 'sane.json').write_text(text)
+  assert checkpoints.sane_step() is None
+  checkpoints.save(3, state(3), wait=True)
+
+
+def test_a_full_disk_is_one_line_with_path_and_bytes(checkpoints, folder, room, monkeypatch):
+  room(f_bavail=1000, f_frsize=1)
+  with pytest.raises(WriteError, match=r'of 16,516 bytes, cannot be saved in .*: no room .*, 1,000 bytes free') as refusal:
     checkpoints.save(3, state(3))
-  assert str(folder) in str(refusal.value) and '\n' not in str(refusal.value)
+  assert str(folder) in str(refusal.value) and '\n' not in str(refusal.value) and refusal.value.exit_code == 5
   monkeypatch.undo()
   assert checkpoints.latest() == 2
   checkpoints.save(3, state(3), wait=True)
@@ -175,22 +225,22 @@ def test_a_full_disk_is_one_line_with_path_and_bytes(checkpoints, folder, monkey
 def test_a_disk_that_fills_up_while_writing_leaves_earlier_steps_and_no_debris(tmp_path):
   """A limit on file size stands for the full disk; it holds for a whole process, so this runs in one of its own."""
   program = '''
-import resource, signal, sys
+import resource, sys
 import jax.numpy as jnp, jax
 from efficient_lm.runs.checkpoint import Checkpoints
-from efficient_lm.errors import CheckpointError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from efficient_lm.errors import WriteError
 checkpoints = Checkpoints(sys.argv[1])
 checkpoints.save(1, {'w': jnp.arange(9.0)}, wait=True)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try: checkpoints.save(2, {'w': jax.random.normal(jax.random.key(0), (1000, 1000))}, wait=True)
-except CheckpointError as error: print(error)
+except WriteError as error: print(error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 print(checkpoints.latest(), sorted(entry.name for entry in checkpoints.folder.iterdir()))
 '''
   done = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True, text=True, timeout=120)
   first, last = done.stdout.splitlines()
-  assert first.startswith('disk full: no room for step 2') and str(tmp_path) in first, done.stderr
+  said = f'step 2, of 4,000,000 bytes, cannot be saved in {tmp_path}: File too large, the limit is 100,000 bytes a file'
+  assert first.startswith(said) and done.stderr == '', done.stderr
   assert last == "1 ['1']"
 
 

@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -20,9 +21,9 @@ def start(tmp_path_factory):
   compiled = tmp_path_factory.mktemp('compiled')
   environment = {**os.environ, 'XLA_FLAGS': '', 'JAX_COMPILATION_CACHE_DIR': str(compiled),
                  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-  return lambda workdir: subprocess.Popen(
-    [sys.executable, '-m', 'efficient_lm.main', *WORDS, f'--workdir={workdir}'], cwd=ROOT, env=environment,
-    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  return lambda workdir, words=(), stdout=subprocess.DEVNULL, before=None: subprocess.Popen(
+    [sys.executable, '-m', 'efficient_lm.main', *WORDS, f'--workdir={workdir}', *words], cwd=ROOT, env=environment,
+    stdout=stdout, stderr=subprocess.PIPE, text=True, preexec_fn=before)
 
 
 def rows(workdir, torn: bool = False) -> list[dict]:
@@ -80,5 +81,41 @@ def test_sigterm_saves_and_exits_42_and_the_same_command_resumes(start, untouche
   assert 'SIGTERM' in said and 'resumes' in said
   saved = max(int(path.name) for path in (tmp_path / 'checkpoints').iterdir() if path.name.isdecimal())
   assert saved == max(row['step'] for row in rows(tmp_path) if 'loss' in row)
+  assert start(tmp_path).wait(PATIENCE) == 0
+  assert results(tmp_path) == untouched
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_around_an_evaluation_and_a_reader_that_goes_away_change_nothing(start, untouched, tmp_path, number):
+  """Step 12 is measured: before its row, in the midst of it or after it, whenever the signal comes."""
+  program = start(tmp_path)
+  wait_for_step(program, tmp_path, 12)
+  program.send_signal(number)
+  assert program.wait(PATIENCE) == 42
+  line, = program.stderr.read().splitlines()
+  assert line.startswith(f'{number.name} at step 1')
+  again = start(tmp_path, stdout=subprocess.PIPE)
+  again.stdout.readline()
+  again.stdout.close()
+  assert again.wait(PATIENCE) == 0 and again.stderr.read() == ''
+  assert results(tmp_path) == untouched
+
+
+def test_a_diverged_run_says_so_in_one_line_again_and_again(start, tmp_path):
+  words = ['--config.train.optimizer.schedule.peak=1e30', '--config.train.eval_every=4']
+  for _ in range(2):
+    program = start(tmp_path, words=words)
+    assert program.wait(PATIENCE) == 4
+    line, = program.stderr.read().splitlines()
+    assert 'no state was saved whose losses were better than those of a uniform guess' in line
+
+
+def test_a_run_on_a_full_disk_keeps_what_it_has_and_goes_on_when_there_is_room(start, untouched, tmp_path):
+  """A limit on the size of files, which that of TensorBoard reaches, and then each save, stands for the disk."""
+  program = start(tmp_path, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_480, resource.RLIM_INFINITY)))
+  assert program.wait(PATIENCE) == 5
+  lines = [line for line in program.stderr.read().splitlines() if 'compilation cache' not in line and 'warn(' not in line]
+  assert 2 <= len(lines) <= 4 and all('cannot be' in line and 'bytes free' in line for line in lines), lines
+  assert lines[-1].startswith('step 8, of ') and not list((tmp_path / 'checkpoints').glob('*tmp*'))
   assert start(tmp_path).wait(PATIENCE) == 0
   assert results(tmp_path) == untouched

@@ -7,6 +7,7 @@ import math
 import pytest
 import rich.console
 
+from efficient_lm.errors import WriteError
 from efficient_lm.runs import ledger
 from efficient_lm.runs.ledger import Effort, Origin, Quality, Row, Size, Speed
 
@@ -33,7 +34,8 @@ def test_reading_is_the_inverse_of_writing(tmp_path):
 def test_a_failed_write_leaves_the_old_ledger(tmp_path, monkeypatch):
   ledger.write(tmp_path, [FULL])
   monkeypatch.setattr('os.replace', lambda *paths: (_ for _ in ()).throw(OSError('killed')))
-  with pytest.raises(OSError): ledger.write(tmp_path, [Row(stage='prune')])
+  with pytest.raises(WriteError, match=r'ledger\.json cannot be written: .* bytes free'):
+    ledger.write(tmp_path, [Row(stage='prune')])
   assert ledger.read(tmp_path / 'ledger.json') == [FULL]
 
 

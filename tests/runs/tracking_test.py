@@ -1,11 +1,14 @@
 """Logs stay JSON, monotone and whole, whatever killed the run; the picture of the expert load shows what it says."""
+import errno
 import json
+import time
 
 import jax
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from efficient_lm.runs import writing
 from efficient_lm.runs.tracking import Tracker, load_heatmap, read
 
 
@@ -214,3 +217,66 @@ def test_one_load_has_one_colour_whatever_else_is_in_the_picture():
   calm, wild = load_heatmap([[2.0, 1.0, 0.5, 0.5]]), load_heatmap([[2.0, 1.0, 0.25, 0.75 * 8]])
   row, column = calm.shape[0] // 2, calm.shape[1] // 6   # in the first expert's cell
   assert (calm[row, column] == wild[row, column]).all() and calm[row, column, 0] > calm[row, column, 2]
+
+
+class Disk:
+  """A file without buffer that takes `room` bytes."""
+  def __init__(self, file, room): self.file, self.room = file, room
+
+  def write(self, data):
+    if not self.room: raise OSError(errno.ENOSPC, 'No space left on device')
+    taken = data[:self.room]
+    self.room -= len(taken)
+    return self.file.write(taken)
+
+  def __getattr__(self, name): return getattr(self.file, name)
+
+
+@pytest.mark.parametrize('room', [0, 1, 40, 100])
+def test_a_full_disk_leaves_out_whole_rows_and_is_said_once(tmp_path, caplog, monkeypatch, room):
+  monkeypatch.setattr(writing, '_said', set())
+  tracker = track(tmp_path, [1])
+  tracker.file = disk = Disk(tracker.file, room)
+  for step in (2, 3, 4): tracker.scalars(step, {'loss': 1.0})
+  disk.room = 10 ** 6
+  tracker.scalars(5, {'loss': 1.0})
+  tracker.close()
+  lines = [json.loads(line)['step'] for line in (tmp_path / 'metrics.jsonl').open()]
+  assert lines[0] == 1 and lines[-1] == 5 and lines == sorted(set(lines)) and len(lines) < 5
+  said, = [record.getMessage() for record in caplog.records]
+  assert said.startswith(f'{tmp_path}/metrics.jsonl cannot be written: No space left on device') and 'bytes free' in said
+
+
+def test_a_full_disk_neither_ends_nor_blocks_tensorboard(tmp_path, monkeypatch):
+  """Its queue holds ten events: whoever adds more waits for a writer that must not have ended."""
+  from efficient_lm.runs import tracking
+  opened = []
+  monkeypatch.setattr(tracking.Lasting, 'open', classmethod(lambda cls, path: opened.append(cls(path)) or opened[-1]))
+  tracker = track(tmp_path, range(1, 4))
+  while opened[0].file.tell() < 100: time.sleep(0.01)   # it writes in a thread
+  opened[0].file = disk = Disk(opened[0].file, 10)
+  for step in range(4, 60): tracker.scalars(step, {'loss': 1.0})
+  while disk.room: time.sleep(0.01)
+  time.sleep(0.2)
+  disk.room = 10 ** 6
+  for step in range(60, 80): tracker.scalars(step, {'loss': 1.0})
+  tracker.close()
+  steps = [event.step for event in board(tmp_path).Scalars('loss')]
+  assert steps[0] == 1 and steps[-1] == 79 and len(steps) < 79, 'what follows a gap is read'
+
+
+@pytest.mark.parametrize('values', [[np.nan], [np.inf, -np.inf], [np.nan, 1.0], [3e38, -3e38], [1e25], [0.0], [1e-45], []])
+def test_no_numbers_keep_tensorboard_from_logging(tmp_path, values):
+  tracker = track(tmp_path, [1])
+  tracker.histogram(1, 'weights', values)
+  tracker.image(1, 'load', load_heatmap([values or [0.0]]))
+  tracker.hparams({'peak': float('inf')}, {'bits_per_byte': float('nan')})
+  tracker.close()
+  assert board(tmp_path).Tags()['histograms'] == ['weights'] * bool(np.isfinite(values).any())
+
+
+def test_what_has_been_logged_of_a_step_is_known(tmp_path):
+  tracker = track(tmp_path, [1, 2])
+  assert tracker.has(2, 'loss')
+  assert not (tracker.has(3, 'loss') or tracker.has(2, 'eval') or tracker.has(2, 'loss', stage=2))
+  tracker.close()

@@ -13,8 +13,9 @@ import optax
 import pytest
 from flax import nnx
 
+from efficient_lm import interruption
 from efficient_lm.config.mesh import Mesh
-from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted
+from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted, WriteError
 from efficient_lm.models import spec
 from efficient_lm.models.moe import routing
 from efficient_lm.models.moe.layer import MoE
@@ -22,6 +23,7 @@ from efficient_lm.models.transformer import unrolled
 from efficient_lm.parallel.sharding import mesh_in_force, shardings, single_device_mesh
 from efficient_lm.techniques.distillation.distill import Distill
 from efficient_lm.training import trainer as train
+from efficient_lm.training.health import Health, advised
 from efficient_lm.training.learner import assemble, initial_state
 from efficient_lm.training.losses import Distilled, NextToken, outputs_of
 from efficient_lm.training.optimizers import AdamW, WarmupCosine, WarmupStableDecay
@@ -310,7 +312,7 @@ class Recorder:
   monkeypatch: pytest.MonkeyPatch
   events: list = dataclasses.field(default_factory=list)
 
-  def fit(self, first=0, refused=lambda step: 0, during=lambda step: None, **training):
+  def fit(self, first=0, refused=lambda step: 0, during=lambda step: None, signalled=None, health=None, **training):
     def step_function(state, loss, batch):
       step = state.step + 1
       self.events.append(('batch', batch))
@@ -319,10 +321,14 @@ class Recorder:
       return types.SimpleNamespace(step=step, model='model'), metrics
     self.monkeypatch.setattr(train, 'compiled_step', lambda learner, accumulate: step_function)
     note = lambda name: lambda step, *more: self.events.append((name, step, more[-1] is True))
-    callbacks = train.Callbacks(note('log'), note('evaluate'), note('save'), lambda step, numbers: None)
+    def cut_off(step, model):
+      os.kill(os.getpid(), signalled)
+      interruption.check()
+    evaluate = cut_off if signalled else note('evaluate')
+    callbacks = train.Callbacks(note('log'), evaluate, note('save'), lambda step, numbers: None)
     settings = dict(steps=10, accumulate=1, log_every=4, eval_every=5, checkpoint_every=3) | training
     return train.fit(types.SimpleNamespace(step=first), types.SimpleNamespace(loss=None), lambda step: step,
-                     types.SimpleNamespace(**settings), callbacks)
+                     types.SimpleNamespace(**settings), callbacks, health)
 
   def at(self, name):
     return [event[1] for event in self.events if event[0] == name]
@@ -371,8 +377,34 @@ def test_a_signal_ends_the_run_after_its_step_with_its_state_saved(recorder, num
   assert signal.getsignal(number) is before
 
 
-def test_a_signal_at_the_last_step_is_too_late_to_matter(recorder):
-  assert recorder.fit(during=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 10 else None).step == 10
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_in_an_evaluation_ends_the_run_there_with_its_state_saved(recorder, number):
+  """Nothing is lost, and the evaluation is made good when the run is taken up (below)."""
+  with pytest.raises(Preempted, match=f'{number.name} at step 5: saved'): recorder.fit(signalled=number)
+  assert recorder.events[-1] == ('save', 5, True) and recorder.at('evaluate') == []
+
+
+def test_an_evaluation_that_was_cut_off_is_made_good_when_the_run_is_taken_up():
+  _, first = straight()
+  for before in (True, False):
+    context = Context(Memory({4: first.checkpoints.kept[4]}))
+    context.measured_before = before
+    trained(context, shapes())
+    assert context.evaluated == ([] if before else [4]), 'and no other is due'
+
+
+def test_a_signal_at_the_last_step_is_heard_once_its_state_is_saved(recorder):
+  """Whatever would follow can be done by the same command."""
+  with pytest.raises(Preempted, match='SIGTERM: stopped'):
+    recorder.fit(during=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 10 else None)
+  assert recorder.events[-1] == ('save', 10, True)
+
+
+def test_a_signal_in_the_first_step_has_nothing_to_save(recorder):
+  """That is the one which compiles."""
+  with pytest.raises(Preempted, match='SIGTERM: stopped'):
+    recorder.fit(during=lambda step: os.kill(os.getpid(), signal.SIGTERM))
+  assert recorder.at('save') == []
 
 
 @pytest.fixture
@@ -385,19 +417,75 @@ def interruptible():
 
 def test_a_second_signal_ends_at_once(recorder, interruptible):
   def twice(step):
-    for _ in range(2): os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(2 * (step == 3)): os.kill(os.getpid(), signal.SIGINT)
   with pytest.raises(KeyboardInterrupt): recorder.fit(during=twice)
   assert recorder.at('save') == []
+
+
+def failing(*outcomes):
+  """A Saver of checkpoints each of whose saves fails or succeeds so."""
+  left = list(outcomes)
+  class Disk(Memory):
+    def save(self, step, state, wait, sane_loss=None):
+      if left.pop(0): raise WriteError('disk full')
+  return train.Saver(Disk(), Health())
+
+
+def test_one_save_that_fails_is_said_and_the_next_one_is_tried(caplog):
+  saver = failing(True, False, True)
+  for step in (1, 2): saver(step, None, False)
+  assert [record.getMessage() for record in caplog.records] == ['disk full; training goes on until the next save']
+
+
+def test_a_second_save_that_fails_ends_the_training_and_so_does_one_that_nothing_follows():
+  saver = failing(True, True)
+  saver(1, None, False)
+  with pytest.raises(WriteError): saver(2, None, False)
+  with pytest.raises(WriteError): failing(True)(1, None, True)
+
+
+def test_a_save_that_fails_in_the_background_is_noticed_at_the_next_one(caplog):
+  class Slow(Memory):
+    failing = True
+    def wait(self):
+      if self.kept and self.failing: raise WriteError('disk full')
+  checkpoints = Slow()
+  saver = train.Saver(checkpoints, Health())
+  saver(1, {}, False), saver(2, {}, False)
+  assert checkpoints.steps() == [1, 2] and len(caplog.records) == 1, 'the next one is tried'
+  with pytest.raises(WriteError): saver(3, {}, False)
+  checkpoints.failing = False
+
+
+def test_a_diverged_training_says_from_where_it_may_be_taken_up(recorder):
+  for kept, said in (({}, 'no state was saved'), ({3: 1.5}, 'sane, step 3, is kept in memory')):
+    checkpoints = Memory()
+    checkpoints.sane = kept
+    with pytest.raises(NonFinite, match=f'10 steps in a row .*{said}') as error, advised('memory', checkpoints.sane_step):
+      recorder.fit(steps=99, log_every=1, refused=lambda step: step)
+    assert '\n' not in str(error.value)
+
+
+def test_absurd_losses_end_a_training(recorder):
+  """Of the recorder, each is the number of its step."""
+  with pytest.raises(NonFinite, match='step 21: the loss has been far above that of a uniform guess'):
+    recorder.fit(steps=99, log_every=1, health=Health(uniform=3.0))
 
 
 class Memory:
   """Checkpoints that are kept in memory, and refuse a state of another structure."""
 
-  def __init__(self, kept=()): self.kept = dict(kept)
+  def __init__(self, kept=()): self.kept, self.folder, self.sane = dict(kept), 'memory', {}
 
   def steps(self): return sorted(self.kept)
 
-  def save(self, step, state, wait): self.kept[step] = jax.tree.map(np.array, state)
+  def save(self, step, state, wait, sane_loss=None):
+    self.kept[step] = jax.tree.map(np.array, state)
+    if sane_loss is not None: self.sane = {step: sane_loss}
+
+  def sane_step(self): return next(iter(self.sane), None)
+
+  def sane_loss(self): return next(iter(self.sane.values()), float('inf'))
 
   def wait(self): pass
 
@@ -419,6 +507,7 @@ class Context:
     self.key, self.mesh, self.field, self.tokens_seen = jax.random.key(0), single_device_mesh(), field, tokens_seen
     self.checkpoints, self.damaged = checkpoints or Memory(), damaged
     self.corpus, self.logged, self.taken, self.reported, self.evaluated = self, {}, [], None, []
+    self.measured_before = True
 
   def batches(self, batch_size, sequence_length):
     assert (batch_size, sequence_length) == (B, T)
@@ -432,6 +521,8 @@ class Context:
   def log(self, step, numbers): self.logged[step] = numbers
 
   def evaluate(self, step, model): self.evaluated.append(step)
+
+  def has_evaluated(self, step): return self.measured_before
 
   def report(self, training, notes, state): self.reported = notes, int(state.step)
 
