@@ -113,7 +113,7 @@ def test_every_bit_flip_in_the_array_bytes_is_detected(saved, tmp_path):
 
 
 def test_what_other_threads_still_read_when_an_array_is_damaged_prints_nothing(checkpoints, folder, monkeypatch):
-  """Python hands to this hook what a thread of TensorStore cannot raise anywhere, such as that nobody waits for it any more."""
+  """Python hands to this hook what a thread of TensorStore cannot raise anywhere, say that nobody waits for it."""
   told = []
   monkeypatch.setattr(sys, 'unraisablehook', lambda late: told.append(str(late.exc_value)))
   break_step(folder, 2)
