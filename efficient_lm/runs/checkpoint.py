@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -348,9 +349,25 @@ NOT_OF_READING = ('incompatible devices', 'out of memory', 'sharding', 'RESOURCE
 OF_ANOTHER_TREE = 'tree structures do not match'   # and prints shardings; the manifest has said that it is the same
 
 
+LATE = 'Event loop is closed'
+
+
+def _drop_late_reads():
+  """Keeps a traceback from being printed for each array that TensorStore's threads still read when another one could not be
+  read, and Orbax has closed the loop that waits for them."""
+  before = sys.unraisablehook
+  if getattr(before, 'drops', None) == LATE: return
+
+  def hook(unraisable):
+    if not isinstance(unraisable.exc_value, RuntimeError) or str(unraisable.exc_value) != LATE: before(unraisable)
+  hook.drops = LATE
+  sys.unraisablehook = hook
+
+
 @contextlib.contextmanager
 def _corruption() -> Iterator[None]:
   """Turns what Orbax raises over damaged files into Corrupt, on all processes if it happens on one."""
+  _drop_late_reads()
   reason = None
   try: yield
   except Corrupt as error: reason = str(error)

@@ -113,6 +113,16 @@ def test_every_bit_flip_in_the_array_bytes_is_detected(saved, tmp_path):
   reader.close()
 
 
+def test_what_other_threads_still_read_when_an_array_is_damaged_prints_nothing(checkpoints, folder, monkeypatch):
+  """Python hands to this hook what a thread of TensorStore cannot raise anywhere, say that nobody waits for it."""
+  told = []
+  monkeypatch.setattr(sys, 'unraisablehook', lambda late: told.append(str(late.exc_value)))
+  break_step(folder, 2)
+  assert checkpoints.latest() == 1
+  for text in ('Event loop is closed', 'another'): sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+  assert 'another' in told and 'Event loop is closed' not in told
+
+
 def break_step(folder, step):
   for path in files(folder, step): zero(path)
 
