@@ -77,7 +77,8 @@ def _check(found: Record):
   for planned in found.plan:
     if not all(isinstance(text, str) for text in (planned.folder, planned.name, planned.key)):
       raise ValueError('a stage has no folder, name and key')
-    if not re.fullmatch(r'\d{1,9}_[^/\\\0]*', planned.folder): raise ValueError(f'{planned.folder!r} names no stage')
+    if not re.fullmatch(r'\d{1,9}_[^/\\\0]*', planned.folder) or not re.match(r'\d{1,9} ', planned.name):
+      raise ValueError(f'{planned.folder!r}, {planned.name!r} names no stage')
 
 
 def write(workdir, record: Record):

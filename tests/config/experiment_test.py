@@ -14,7 +14,7 @@ from efficient_lm.errors import ConfigError
 from efficient_lm.formats import Int
 from efficient_lm.models import spec, zoo
 from efficient_lm.runs import FromRun
-from efficient_lm.techniques import Distill, QuantAware, Upcycle
+from efficient_lm.techniques import Distill, Prune, QuantAware, Upcycle
 
 
 def tiny(mlp=None, **more):
@@ -136,6 +136,13 @@ def test_a_broken_config_json_is_one_line(tmp_path, content):
   (tmp_path / 'config.json').write_text(content)
   with pytest.raises(ConfigError) as caught: experiments.read(str(tmp_path))
   assert '\n' not in str(caught.value)
+
+
+def test_a_run_that_an_earlier_version_let_train_for_too_few_steps_is_read(tmp_path):
+  late = tiny(techniques=(Prune(sparsity=0.5, end=10 ** 6),))
+  assert field_refused(late).startswith('config.techniques[0]')
+  save(tmp_path, late)
+  assert experiments.read(str(tmp_path)) == late
 
 
 def test_reading_a_run_executes_no_python(tmp_path):

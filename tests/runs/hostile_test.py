@@ -147,7 +147,7 @@ RECORD = {'text': {'hash': 'h'}, 'tokenizer': 'symbols abcdefgh', 'start': None,
   (('start',), {'key': 3}), (('sources',), None), (('sources',), {'a': 3}), (('plan',), []), (('plan',), None),
   (('plan',), [3]), (('plan', 0, 'key'), 3),
   (('plan', 0, 'folder'), '../../1_x'), (('plan', 0, 'folder'), '1_/x'), (('plan', 0, 'folder'), 'x'),
-  (('plan', 0, 'folder'), '1_\0')])
+  (('plan', 0, 'folder'), '1_\0'), (('plan', 0, 'name'), 'train')])
 @pytest.mark.parametrize('command', ['generate', 'report'], indirect=True)
 def test_an_odd_record_of_a_run_is_one_line(command, folder, path, value):
   data = json.loads(json.dumps(RECORD))
