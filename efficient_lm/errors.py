@@ -64,6 +64,7 @@ class OtherProcess(Exception):
 class Preempted(Exception):
   """The machine was taken away; the state was saved and the same command resumes."""
   exit_code = 42
+  in_all = False   # whether all processes of a run raise it, at the same place
 
 
 def at_least(config: Any, **least: float) -> Iterator[Problem]:

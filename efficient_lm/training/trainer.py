@@ -210,5 +210,7 @@ def fit(state: TrainState, learner, batch_at: Callable[[int], Any], training, ca
       if agreed(interrupts.received is not None) and not final:
         callbacks.save(step, state, True)
         what = signal.Signals(interrupts.received).name if interrupts.received else 'another process was interrupted'
-        raise Preempted(f'{what} at step {step}: saved; the same command resumes')
+        stopped = Preempted(f'{what} at step {step}: saved; the same command resumes')
+        stopped.in_all = True
+        raise stopped
   return state
