@@ -70,6 +70,7 @@ class Preempted(BaseException):
   """The machine was taken away, or somebody asked for the end; what there was to save is saved and the same command resumes.
   No Exception, as KeyboardInterrupt is none: it may be raised anywhere, also where whatever goes wrong is the user's."""
   exit_code = 42
+  in_all = False   # whether all processes of a run raise it, at the same place
 
 
 def at_least(config: Any, **least: float) -> Iterator[Problem]:

@@ -14,7 +14,10 @@ if [ -n "$dry_run" ]; then
   exit 0
 fi
 # What train.sh has left on the first worker: a code, or nothing while it goes on, or where the worker does not answer.
-ended() { on 0 'cat efficient_lm/train.exit 2> /dev/null || pgrep -f tpu_scripts/[t]rain.sh > /dev/null || echo gone' 2> /dev/null || true; }
+ended() {
+  # shellcheck disable=SC2016   # the worker expands it
+  on 0 'cd efficient_lm && { cat train.exit || kill -0 "$(cat train.pid)" || cat train.exit || echo gone; } 2> /dev/null' 2> /dev/null || true
+}
 
 begun=''
 while :; do

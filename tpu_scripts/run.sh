@@ -21,4 +21,4 @@ if [ "$hosts" -gt 1 ]; then
   esac
 fi
 line="BUCKET=$(printf '%q' "$BUCKET") WORKDIR=$(printf '%q' "$workdir") nohup tpu_scripts/train.sh $(printf '%q ' "$@")"
-on all "cd efficient_lm && { $line> train.log 2>&1 < /dev/null & }"
+on all "cd efficient_lm && rm -f train.exit && { $line> train.log 2>&1 < /dev/null & echo \$! > train.pid; }"

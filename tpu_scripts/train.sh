@@ -13,7 +13,6 @@ up() {
   [ -z "$copy" ] || [ ! -d "$WORKDIR" ] || gcloud storage rsync --recursive --exclude '.*orbax-checkpoint-tmp.*|.*\.partial$|(.*/)?lock$' "$WORKDIR" "$copy"
 }
 
-rm -f train.exit
 if [ -n "$copy" ] && [ ! -f "$WORKDIR/config.json" ] && gcloud storage ls "$copy/" > /dev/null 2>&1; then
   mkdir -p "$WORKDIR"
   gcloud storage rsync --recursive "$copy" "$WORKDIR" || { echo 2 > train.exit; exit 2; }

@@ -201,18 +201,20 @@ def refuse_unlike(**texts: str):
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
   """Of several processes, one that fails in a way of its own ends at once, and so do those that wait for it. An error that
-  has an `exit_code` is one that all of them raise, and goes on; otherwise JAX would wait at the end for those that never
-  come, and abort all of them. Where another process has gone, this one says so in one line and ends as for
-  `OtherProcess`."""
+  has an `exit_code` is one that all of them raise, and goes on, but for an interruption that is not `in_all`; otherwise JAX
+  would wait at the end for those that never come, and abort all of them. Where another process has gone, this one says so
+  in one line and ends as for `OtherProcess`."""
   try: yield
   except BaseException as error:
-    if not several() or hasattr(error, 'exit_code') or isinstance(error, SystemExit): raise
-    is_gone = any(sign in str(error).lower() for sign in GONE)
+    own = getattr(error, 'exit_code', None)
+    if not several() or isinstance(error, SystemExit) or (own is not None and getattr(error, 'in_all', True)): raise
+    is_gone = own is None and any(sign in str(error).lower() for sign in GONE)
     if is_gone: print(f'another process has gone ({" ".join(str(error).split())[:160]}); its log says why, and the same '
                       'command resumes', file=sys.stderr)
+    elif own is not None: print(' '.join(str(error).split()), file=sys.stderr)
     else: traceback.print_exception(error)
     for stream in (sys.stdout, sys.stderr): stream.flush()
-    os._exit(OtherProcess.exit_code if is_gone else 1)
+    os._exit(OtherProcess.exit_code if is_gone else own or 1)
 
 
 class Agreement:

@@ -17,7 +17,7 @@ from flax import nnx
 from efficient_lm import interruption
 from efficient_lm.axes import BATCH
 from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted, WriteError
-from efficient_lm.parallel.processes import Agreement, fetched
+from efficient_lm.parallel.processes import Agreement, fetched, several
 from efficient_lm.parallel.sharding import place, placed, wait_on_cpu
 from efficient_lm.training.health import Health, advised
 from efficient_lm.training.learner import TrainState, assemble, finished, initial_state, starting_state
@@ -209,9 +209,11 @@ def fit(state: TrainState, learner, batch_at: Callable[[int], Any], training, ca
   first, last_logged, clock = int(state.step), int(state.step), time.perf_counter()
   agreed = Agreement()
   with interruption.noticed(), contextlib.ExitStack() as ours:
+    if several(): ours.enter_context(interruption.holding())
     for step in range(first + 1, training.steps + 1):
       state, metrics = wait_on_cpu(step_function(state, learner.loss, batch_at(step - 1)))
-      if step == first + 1: ours.enter_context(interruption.holding())   # from here on, a stop would lose a step
+      # From the first step on a stop would lose one; of several processes none may stop alone.
+      if step == first + 1 and not several(): ours.enter_context(interruption.holding())
       final, numbers = step == training.steps, None
       if step % training.log_every == 0 or final or step == 1:   # the same rows, however often it was interrupted
         numbers = scalars(metrics)
@@ -231,7 +233,9 @@ def fit(state: TrainState, learner, batch_at: Callable[[int], Any], training, ca
       if agreed(interruption.received() is not None) and not final:
         callbacks.save(step, state, True)
         what = interruption.received() or 'another process was interrupted'
-        raise Preempted(f'{what} at step {step}: saved; the same command resumes')
+        interrupted = Preempted(f'{what} at step {step}: saved; the same command resumes')
+        interrupted.in_all = True
+        raise interrupted
   return state
 
 

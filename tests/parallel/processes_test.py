@@ -228,6 +228,11 @@ def test_an_error_of_one_ends_it_at_once_and_one_that_all_have_goes_on(monkeypat
   assert ended == [5] and len(capsys.readouterr().err.splitlines()) == 1
   with processes.ending_together(): raise ValueError('a bug')
   assert ended == [5, 1] and 'Traceback' in capsys.readouterr().err
-  with pytest.raises(ConfigError):
-    with processes.ending_together(): raise ConfigError('a', 1, 'b')
-  assert ended == [5, 1]
+  with processes.ending_together(): raise Preempted('SIGTERM while a stage was computed')
+  assert ended == [5, 1, 42] and capsys.readouterr().err == 'SIGTERM while a stage was computed\n'
+  in_all = Preempted('at step 3')
+  in_all.in_all = True
+  for error in (ConfigError('a', 1, 'b'), in_all):
+    with pytest.raises(type(error)):
+      with processes.ending_together(): raise error
+  assert ended == [5, 1, 42]
