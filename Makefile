@@ -14,6 +14,8 @@
 #                     ten minutes of a core, cmake and a C++ compiler
 #   make check-litert what is exported for LiteRT, in its own interpreter (465 MB of packages)
 #   make check-iree   one decoding step compiled and run by IREE, another reader of StableHLO (578 MB)
+#   make lock         requirements.lock anew, from requirements.txt: every file that pip may take, by its hash
+#   make check-supply pip check in the environments of both Pythons, installing by the hashes of requirements.lock, and licences
 #   make bench        training and decoding against PyTorch, on the device at hand
 #   make bench-ops    every operation against its roofline and its baselines
 #   make smollm2      fetches SmolLM2-135M-Instruct (98 MB, Apache-2.0) into models/smollm2, for --run=models/smollm2
@@ -29,11 +31,12 @@ LITERT := .venv-litert
 LLAMA := .venv-llama
 HF := .venv-hf
 IREE := .venv-iree
+TOOLS := .venv-tools
 PIP := -m pip install --quiet --disable-pip-version-check
 CONFIGS := $(basename $(notdir $(wildcard configs/*.py)))
 
 .PHONY: $(CONFIGS) test test-long test-changed test-next test-faults check-tpu-compile check-gpu-compile check-hf check-gguf check-litert check-iree \
-  lint bench bench-ops notebooks smollm2 clean
+  lock check-supply lint bench bench-ops notebooks smollm2 clean
 
 $(VENV)/.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python >= 3.11 is needed: make PYTHON=python3.11")'
@@ -88,6 +91,11 @@ $(IREE)/.stamp: requirements.txt
 	$(IREE)/bin/python $(PIP) --no-deps iree-base-compiler==3.13.0 iree-base-runtime==3.13.0
 	touch $@
 
+$(TOOLS)/.stamp: Makefile
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python $(PIP) uv==0.13.9 pip-licenses==5.5.5
+	touch $@
+
 $(CONFIGS): %: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.main --config=configs/$*.py --workdir=runs/$* $(ARGS)
 
@@ -126,6 +134,18 @@ check-hf: $(HF)/.stamp
 check-iree: $(IREE)/.stamp
 	JAX_PLATFORMS=cpu $(IREE)/bin/python -m pytest tests/interop/stablehlo/iree_test.py $(ARGS)
 
+lock: $(TOOLS)/.stamp
+	$(TOOLS)/bin/uv pip compile requirements.txt --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	  --no-emit-index-url --quiet --output-file requirements.lock
+
+check-supply: $(VENV)/.stamp $(NEXT)/.stamp $(TOOLS)/.stamp
+	$(VENV)/bin/python -m pip check
+	$(NEXT)/bin/python -m pip check
+	$(VENV)/bin/python $(PIP) --dry-run --ignore-installed --require-hashes -r requirements.lock
+	$(NEXT)/bin/python $(PIP) --dry-run --ignore-installed --require-hashes -r requirements.lock
+	$(TOOLS)/bin/pip-licenses --python=$(VENV)/bin/python --format=json | $(PYTHON) -c 'import json, sys; \
+	  [print(one["Name"], one["Version"], one["License"].split("\n")[0].strip() or "see its LICENSE", sep="\t") for one in json.load(sys.stdin)]'
+
 lint: $(VENV)/.stamp
 	$(VENV)/bin/python -m ruff check .
 
@@ -143,4 +163,4 @@ smollm2: $(VENV)/.stamp
 	$(VENV)/bin/python -m efficient_lm.interop.smollm2
 
 clean:
-	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) $(HF) $(LLAMA) $(LITERT) $(IREE) .testmondata* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEXT) $(TPU) $(CUDA) $(HF) $(LLAMA) $(LITERT) $(IREE) $(TOOLS) .testmondata* .pytest_cache .ruff_cache .hypothesis

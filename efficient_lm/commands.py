@@ -120,7 +120,8 @@ def text_stream(tokenizer):
     with open(FLAGS.text, 'rb') as file: content = file.read()
     try: stream = pack(tokenizer, [content])
     except ValueError as error: raise ConfigError('--text', FLAGS.text, str(error)) from error
-  if stream.num_targets < 1: raise ConfigError('--text', FLAGS.text, 'holds nothing to predict')
+  if stream.num_targets < 1 or not stream.bytes_V[stream.tokens].any():
+    raise ConfigError('--text', FLAGS.text, 'holds nothing to predict')
   return stream
 
 

@@ -72,8 +72,9 @@ def windows(source, tokenizer):
   if not FLAGS.end and tokenizer.eod is not None: stream = stream.first(len(stream.tokens) - 2)
   if FLAGS.limit is not None: stream = stream.first(FLAGS.limit)
   if stream.num_targets < 1: raise ConfigError('--text', FLAGS.text, 'holds nothing to predict')
-  window = FLAGS.window or length
-  return Rows(stream, window, FLAGS.stride), max(1, rows * length // window)
+  window = min(FLAGS.window or length, len(stream.tokens))   # a longer one would hold nothing more
+  stride = FLAGS.stride and min(FLAGS.stride, window)
+  return Rows(stream, window, stride), max(1, rows * length // window)
 
 
 def main(overrides: list[str]):

@@ -10,9 +10,16 @@ import sys
 from efficient_lm.errors import ConfigError, WriteError
 
 
+class Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line, as all commands do."""
+
+  def error(self, message):
+    self.exit(2, f'{message}: {" ".join(self.format_usage().split())}\n')
+
+
 def main(arguments: list[str] | None = None) -> int:
   """Returns the exit code."""
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     prog='python -m efficient_lm.report',
     description='Shows the ledger of one or more runs and writes report.html and report.png.')
   parser.add_argument('run', nargs='+', help='workdir of a run')

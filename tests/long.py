@@ -31,6 +31,7 @@ THINNED = re.compile(r'''
 | weights/quantized_test\.py::test_(an_embedding_is_read_by_rows|experts_multiply_their_own)
 | training/trainer_test\.py::test_(every_mesh_trains|a_student_is_taught|a_step_is_the_same_in_however_many_parts)
 | weights/layout_test\.py::test_a_matrix_that_is_cut
+| words_test\.py::test_a_flag_takes_any_value
 ''', re.VERBOSE)
 
 

@@ -17,6 +17,7 @@ from efficient_lm import tree
 from efficient_lm.compression.coupling import couplings
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.models import transformer
+from efficient_lm.parallel.memory import available
 from efficient_lm.parallel.sharding import wait_on_cpu
 from efficient_lm.weights import observed
 from efficient_lm.weights.rotated import innermost, within
@@ -26,9 +27,14 @@ EMPTY = 'calibration has no data: the iterator of batches is empty'
 
 
 def first_batches(batches, sequences: int) -> list[dict]:
-  """As many batches as hold `sequences` rows, the last one whole. Raises IncompatibleError if there are none or too few."""
+  """As many batches as hold `sequences` rows, the last one whole. Raises IncompatibleError if there are none or too few, and
+  for more than memory holds."""
   kept, count = [], 0
   for batch in batches:
+    needed = tree.num_bytes(batch) // len(batch['inputs_BT']) * sequences
+    if needed > available(jax.devices()):
+      raise IncompatibleError(f'calibration asks for {sequences} sequences, whose {needed:.2g} bytes no device here holds: '
+                              f'lower `sequences`')
     kept.append(batch)
     count += batch['inputs_BT'].shape[0]
     if count >= sequences: return kept

@@ -38,7 +38,7 @@ class Experiment:
   The run starts either from `model`, freshly drawn, or from `start`, a source such as an earlier run. With a start and no
   steps to train, `stages` are all there is.
   """
-  seed: int = 0
+  seed: int = dataclasses.field(default=0, metadata=fields.WIDE)
   model: Any = None
   data: Any
   train: Training

@@ -18,6 +18,10 @@ from efficient_lm.models.added import stored
 
 PLAIN = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a text', types.NoneType: 'None'}
 Problem = tuple[str, Any, str]   # path, value, what would be right
+# What a field may say in its metadata: that a whole number may need 64 bits (bytes, tokens, seeds), that a number may be
+# infinite. Programs count in 32 bits and compute in float32, in which larger numbers are infinite.
+WIDE, INFINITE = {'wide': True}, {'infinite': True}
+LARGEST_FLOAT = 3.4028234663852886e38
 
 
 def is_config(value) -> bool:
@@ -77,7 +81,20 @@ def _type_problems_of_fields(config, path: str) -> Iterator[Problem]:
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     if value is None and field.default is None and hints[field.name] is Any: continue
-    yield from type_problems(value, hints[field.name], join(path, field.name))
+    where, kind = join(path, field.name), hints[field.name]
+    problems = list(type_problems(value, kind, where))
+    yield from problems
+    if problems or not isinstance(value, int | float): continue
+    for fix in _size_problems(value, float in (kind, *typing.get_args(kind)), field.metadata): yield where, value, fix
+
+
+def _size_problems(value: int | float, real: bool, metadata) -> Iterator[str]:
+  """What would be right for a number that no program here can hold; real: whether it stands for a float."""
+  bits = 63 if metadata.get('wide') else 31
+  if not real: found = abs(value) >= 2 ** bits and f'must be below 2^{bits} in size'
+  elif isinstance(value, float) and math.isinf(value): found = not metadata.get('infinite') and 'must be finite'
+  else: found = abs(value) > LARGEST_FLOAT and 'must be at most 3.4e38 in size, the largest number of float32'
+  if found: yield found
 
 
 def _type_problems_of_union(value, kinds, path: str) -> Iterator[Problem]:
@@ -89,7 +106,7 @@ def _type_problems_of_union(value, kinds, path: str) -> Iterator[Problem]:
 
 
 def _is_plain(value, kind: type) -> bool:
-  if kind is float: return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+  if kind is float: return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value   # not NaN
   return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 

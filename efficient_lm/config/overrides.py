@@ -80,6 +80,16 @@ def _check(config, word: str):
   if fields.is_config(present) and text != 'None':
     names = ', '.join(field.name for field in dataclasses.fields(present))
     raise ConfigError(f'{NAME}.{path}', text, f'is a {type(present).__name__}(…): override its fields {names}')
+  if present is None and text != 'None' and (kind := _only_class(config, path)):
+    raise ConfigError(f'{NAME}.{path}', text, f'must be a {kind.__name__}(…), which is set in the config file, or None')
+
+
+def _only_class(config, path: str) -> type | None:
+  """The dataclass that the field at `path` may hold, where it holds nothing else but None."""
+  parent, _, name = path.rpartition('.')
+  holder = fields.lookup(config, parent, '', NAME) if parent else config
+  kinds = set(typing.get_args(typing.get_type_hints(type(holder))[name])) - {type(None)}
+  return next(iter(kinds)) if len(kinds) == 1 and all(map(dataclasses.is_dataclass, kinds)) else None
 
 
 def _resolve_annotations(cls: type):

@@ -25,7 +25,7 @@ class Corpus:
   """
   source: Any = dataclasses.field(default_factory=StandardLibrary)
   tokenizer: Any = None
-  eval_tokens: int = 131_072
+  eval_tokens: int = dataclasses.field(default=131_072, metadata={'wide': True})
 
   def check(self) -> Iterator[Problem]:
     """Problems as (field, value, fix), fields relative to this object. Reads no text: takes no time."""

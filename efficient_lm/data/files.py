@@ -119,7 +119,9 @@ def read(files: dict[str, str], max_bytes: int, left_out: list[str] | None = Non
   for name in in_order(files):
     if left <= 0: break
     try:
-      with open(files[name], 'rb') as file: content, more = file.read(left), file.read(1)
+      with open(files[name], 'rb') as file:
+        size = os.fstat(file.fileno()).st_size   # a buffer of `left` bytes would be made at once
+        content, more = file.read(min(left, size)), file.read(1)
     except OSError as error:
       error.filename = files[name]  # an error while reading has none
       if left_out is None: raise

@@ -44,7 +44,7 @@ class Markov:
   document_length: int = 256
   train_documents: int = 16384
   heldout_documents: int = 1024
-  seed: int = 0
+  seed: int = dataclasses.field(default=0, metadata={'wide': True})
 
   def check(self) -> Iterator[Problem]:
     bad = list(at_least(self, alphabet=2, order=0, concentration=1e-3, document_length=2, train_documents=1,

@@ -37,7 +37,7 @@ class StandardLibrary:
 
   It differs between versions of Python: a figure from it belongs with the corpus hash. Tests are left out.
   """
-  max_bytes: int = 64_000_000
+  max_bytes: int = dataclasses.field(default=64_000_000, metadata={'wide': True})
   heldout_fraction: float = 0.05  # of the files
 
   def check(self) -> Iterator[Problem]:
@@ -62,7 +62,7 @@ class PythonPackages:
     heldout_fraction: of the files.
   """
   names: tuple[str, ...] = ()
-  max_bytes: int = 256_000_000
+  max_bytes: int = dataclasses.field(default=256_000_000, metadata={'wide': True})
   heldout_fraction: float = 0.05
 
   def check(self) -> Iterator[Problem]:
@@ -107,7 +107,7 @@ class TextFiles:
   """
   train: tuple[str, ...] = ()
   heldout: tuple[str, ...] = ()
-  max_bytes: int = 1_000_000_000
+  max_bytes: int = dataclasses.field(default=1_000_000_000, metadata={'wide': True})
   heldout_fraction: float = 0.05
 
   def check(self) -> Iterator[Problem]:
@@ -156,7 +156,7 @@ class HuggingFaceDataset:
   column: str = 'text'
   train: str = 'train'
   heldout: str = ''
-  max_bytes: int = 256_000_000
+  max_bytes: int = dataclasses.field(default=256_000_000, metadata={'wide': True})
   heldout_fraction: float = 0.05
 
   def check(self) -> Iterator[Problem]:

@@ -138,6 +138,7 @@ class SymbolTokenizer(_Codec):
 # What is encoded on its own: the words of GPT-2, in pieces of 64 characters at most. The time to learn from a piece grows
 # with the square of its length, as any two neighbours in it may merge.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}|\s{1,64}(?!\S)|\s{1,64}"
+MOST_IDS = 2 ** 24   # of a vocabulary; the largest there are have 2^18
 _PROBE = 'A é\te\u0301\r\n  ﬁ 漢字 \U0001f600 the'  # what tokenizers that are not plain byte pairs change
 
 
@@ -153,7 +154,7 @@ class BPE:
     train_bytes: of the training text are learned from.
   """
   vocab_size: int = 4096
-  train_bytes: int = 32_000_000
+  train_bytes: int = dataclasses.field(default=32_000_000, metadata={'wide': True})
 
   def check(self) -> Iterator[Problem]:
     yield from at_least(self, vocab_size=257, train_bytes=1)
@@ -196,6 +197,9 @@ class _Pieces(_Codec):
   def __init__(self, model: str, vocab_size: int, *, bos: int | None, eod: int | None, stops: Sequence[int] | None,
                template: str | None):
     """As BytePairs."""
+    if not (type(vocab_size) is int and 0 < vocab_size <= MOST_IDS): raise ValueError(f'{vocab_size} ids')
+    # The package ends in a panic, which no one catches by accident, if the prefix is longer than a piece. Bytes have none.
+    if json.loads(model)['model'].get('continuing_subword_prefix'): raise ValueError('pieces with a prefix change the text')
     self.model = json.dumps(json.loads(model))
     self.vocab_size, self.bos, self.eod, self.template = vocab_size, bos, eod, template
     self._stops = super().stops if stops is None else tuple(stops)
@@ -259,7 +263,7 @@ class BytePairs(_Pieces):
     bpe = {name: value for name, value in model['model'].items() if value not in (None, False)}
     bpe['merges'] = [merge.split(' ') if isinstance(merge, str) else merge for merge in bpe['merges']]
     parts = [bpe, model.get('pre_tokenizer'), self.bos, self.eod]
-    if self.foreign: parts += [model.get('normalizer'), [t['content'] for t in model['added_tokens'] if not t['special']]]
+    if self.foreign: parts += [model.get('normalizer'), [t['content'] for t in model.get('added_tokens', ()) if not t['special']]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
   def encode_all(self, documents: Sequence[str | bytes]) -> list[np.ndarray]:
@@ -334,8 +338,9 @@ def from_json(text: str) -> ByteTokenizer | SymbolTokenizer | BytePairs | Senten
       case 'sentencepiece':
         return SentencePieces(json.dumps(saved['model']), saved['vocab_size'], bos=saved['bos'], eod=saved['eod'],
                               stops=saved['stops'], template=saved['template'])
-  except ImportError: raise
-  except Exception as error:  # the package raises bare Exceptions for a bad model
+  except (ImportError, KeyboardInterrupt, SystemExit): raise
+  except BaseException as error:  # the package raises bare Exceptions for a bad model, and panics, which are none
+    if not isinstance(error, Exception) and type(error).__name__ != 'PanicException': raise
     raise ConfigError('tokenizer', text[:40], f'is no saved tokenizer ({type(error).__name__})') from error
   raise ConfigError('tokenizer', saved['kind'], 'bytes, symbols, bpe and sentencepiece are the kinds there are')
 

@@ -52,8 +52,11 @@ def export(target, model, tokenizer, out: str, *, source: str, length: int, toke
   if os.path.exists(out) and not replace: raise ConfigError('--out', out, 'is there already: name another folder')
   out = os.path.abspath(out)
   part = f'{out}.part'
-  shutil.rmtree(part, ignore_errors=True)
-  os.makedirs(part)
+  try:
+    shutil.rmtree(part, ignore_errors=True)
+    os.makedirs(part)
+  except (OSError, ValueError) as error:   # ValueError: of a name with a NUL
+    raise ConfigError('--out', out, f'cannot be made: {getattr(error, "strerror", None) or error}') from error
   try:
     notes = target.write(model, tokenizer, part, length)
     figures, why = parity.measured(target, model, part, tokens_BT)

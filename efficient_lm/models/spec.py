@@ -218,6 +218,8 @@ class MoE:
     if isinstance(self.shared, MoE): yield 'shared', self.shared, 'must be a feed-forward layer that every token sees'
     if self.capacity is not None and self.capacity <= 0:
       yield 'capacity', self.capacity, 'must be positive, or None for dropless'
+    if self.capacity is not None and self.capacity > self.num_experts:
+      yield 'capacity', self.capacity, f'must be at most num_experts = {self.num_experts}, or None for dropless'
     for field, value, fix in self.router.check_experts(self.num_experts): yield f'router.{field}', value, fix
     yield from self._check_together()
 

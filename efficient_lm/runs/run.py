@@ -22,7 +22,7 @@ from efficient_lm.config.sources import is_source
 from efficient_lm.data.baselines import baselines
 from efficient_lm.errors import ConfigError, in_field
 from efficient_lm.parallel.sharding import placed
-from efficient_lm.runs import commits, console, derived, invariants, record, report_page, writing
+from efficient_lm.runs import commits, console, derived, invariants, memory, record, report_page, writing
 from efficient_lm.runs.checkpoint import lock, sane_step
 from efficient_lm.runs.context import Context
 from efficient_lm.runs.monitor import Monitor
@@ -117,10 +117,15 @@ class Run:
     return self.known.sources[source.label]
 
   def _check_stages(self):
-    """Refuses what would only be found after hours of training."""
-    model = derived.start_shapes(self.experiment, self.workdir)
+    """Refuses what would only be found after hours of training, and what no memory holds."""
+    model, devices = derived.start_shapes(self.experiment, self.workdir), list(self.mesh.devices.flat)
+    start, name = self.experiment.start, 'model' if self.experiment.start is None else 'start'
+    memory.check_model(model, self.experiment.model if start is None else start, devices, f'config.{name}')
+    width = getattr(experiments.model_of(self.experiment, self.workdir), 'dim', 1)
     for step in self.steps:
       if step.number == 0: continue
+      field = f'{step.field}.{"train" if step.field == "config" else "training"}'
+      if isinstance(step.stage, Train): memory.check_batch(step.training, width, devices, field)
       with in_field(step.field, step.stage): model = jax.eval_shape(step.stage.abstract, model)
 
   # ---------------------------------------------------------------- the loop

@@ -76,7 +76,7 @@ class AdamW:
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8
-  clip: float = 1.0
+  clip: float = dataclasses.field(default=1.0, metadata={'infinite': True})
   decay_until: float = 1.0
   state_bits: int = 32
 
@@ -108,7 +108,7 @@ class Muon:
   beta: float = 0.95
   b1: float = 0.9
   b2: float = 0.95
-  clip: float = 1.0
+  clip: float = dataclasses.field(default=1.0, metadata={'infinite': True})
 
   def check(self): yield from _check_optimizer(self, 'beta', 'b1', 'b2')
 

@@ -35,9 +35,10 @@ class Nested:
 
 
 names.remember([Leaves, Nested])   # as those of a config file are
-numbers = st.floats(allow_nan=False)
-leaves = st.builds(Leaves, whole=st.integers(min_value=0), real=numbers, text=st.text(max_size=5), flag=st.booleans(),
-                   maybe=st.none() | st.integers(), names=st.lists(st.text(max_size=3), max_size=3).map(tuple))
+numbers = st.floats(allow_nan=False, allow_infinity=False, width=32)
+leaves = st.builds(Leaves, whole=st.integers(0, 2 ** 31 - 1), real=numbers, text=st.text(max_size=5), flag=st.booleans(),
+                   maybe=st.none() | st.integers(-2 ** 31 + 1, 2 ** 31 - 1),
+                   names=st.lists(st.text(max_size=3), max_size=3).map(tuple))
 nested = st.builds(Nested, part=leaves, parts=st.lists(leaves, max_size=2).map(tuple), anything=leaves,
                    optional=st.none() | leaves)
 few = settings(max_examples=30, deadline=None)
@@ -67,6 +68,10 @@ def test_difference_names_the_smallest_parts():
   (dict(part=Leaves(whole=True)), 'config.part.whole'),
   (dict(part=Leaves(whole=1.0)), 'config.part.whole'),
   (dict(part=Leaves(real=math.nan)), 'config.part.real'),
+  (dict(part=Leaves(real=math.inf)), 'config.part.real'),
+  (dict(part=Leaves(real=1e39)), 'config.part.real'),
+  (dict(part=Leaves(whole=2 ** 31)), 'config.part.whole'),
+  (dict(part=Leaves(maybe=-2 ** 31)), 'config.part.maybe'),
   (dict(part=Leaves(flag=1)), 'config.part.flag'),
   (dict(part=Leaves(text=None)), 'config.part.text'),
   (dict(part=Leaves(maybe='x')), 'config.part.maybe'),
@@ -92,7 +97,21 @@ def test_check_accepts_what_fits(config):
 
 
 def test_a_whole_number_fits_where_a_number_is_asked_for():
-  fields.check(Nested(part=Leaves(real=1)))
+  for number in (1, 10 ** 12): fields.check(Nested(part=Leaves(real=number)))
+  with pytest.raises(ConfigError, match='float32'): fields.check(Nested(part=Leaves(real=10 ** 400)))
+
+
+def test_infinity_is_read_back():
+  assert fields.from_json(json.loads(json.dumps(fields.to_json(Leaves(real=-math.inf)), allow_nan=False))).real == -math.inf
+
+
+def test_a_field_may_ask_for_more():
+  @dataclasses.dataclass(kw_only=True)
+  class Large:
+    count: int = dataclasses.field(default=2 ** 62, metadata=fields.WIDE)
+    limit: float = dataclasses.field(default=math.inf, metadata=fields.INFINITE)
+  fields.check(Large())
+  with pytest.raises(ConfigError, match=r'2\^63'): fields.check(Large(count=2 ** 63))
 
 
 @few

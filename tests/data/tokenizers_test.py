@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pathlib
+import random
 import subprocess
 import sys
 
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from efficient_lm.data import BPE, ByteTokenizer, SymbolTokenizer, packing
 from efficient_lm.data.tokenizers import BytePairs, from_json
 from efficient_lm.errors import ConfigError
+from efficient_lm.interop import vocabulary
 
 CORPUS = [b'def the_function(argument):\n  return the_function(argument)\n' * 3, 'déjà vu, 漢字\n'.encode() * 5,
           b'<|endoftext|> \xff\xfe broken \x80 bytes']
+FOREIGN = pathlib.Path(__file__).parent.parent / 'interop' / 'fixtures' / 'tokenizers'
 STORED = pathlib.Path(__file__).with_name('stored_bpe.json')  # as it was written before documents began with a mark
 
 
@@ -280,3 +283,56 @@ def test_a_small_vocabulary_is_refused_and_a_small_corpus_is_not():
 def test_what_a_config_names_is_compared_by_value():
   assert ByteTokenizer() == ByteTokenizer(256) != ByteTokenizer(None)
   assert dataclasses.replace(BPE(300), train_bytes=9) != BPE(300)
+
+
+VALUES = (None, True, -1, 0, 2 ** 31, 10 ** 30, 1.5, '', 'x', '\0', 'a' * 1000, [], {}, [[]], '\ud800', '(', '(a+)+$', 'BPE')
+
+
+def places(value, path=()):
+  """Of everything in JSON that is below its top; of long lists and tables the beginning."""
+  if path: yield path
+  inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+  for name, each in list(inner)[:40]: yield from places(each, (*path, name))
+
+
+def damaged(saved, rng):
+  """With one to three entries left out, or something else in their places."""
+  saved = json.loads(json.dumps(saved))
+  for path in rng.choices(list(places(saved)), k=rng.choice((1, 1, 2, 3))):
+    holder = saved
+    for name in path[:-1]:
+      holder = holder[name] if isinstance(holder, (dict, list)) and (
+        name in holder if isinstance(holder, dict) else name < len(holder)) else {}
+    if not isinstance(holder, (dict, list)) or (isinstance(holder, list) and path[-1] >= len(holder)): continue
+    if rng.random() < 0.3 and (isinstance(holder, list) or path[-1] in holder): del holder[path[-1]]
+    else: holder[path[-1]] = rng.choice(VALUES)
+  return saved
+
+
+def test_a_damaged_tokenizer_is_refused_in_a_line_or_gives_ids_that_it_has(bpe):
+  rng, ends = random.Random(0), set()
+  foreign = [vocabulary.read(str(FOREIGN / name)) for name in ('bytes', 'pieces', 'bytes_bos')]
+  saved = [json.loads(one.to_json()) for one in (bpe, ByteTokenizer(), SymbolTokenizer(), *foreign)]
+  for _ in range(400):
+    text = json.dumps(damaged(rng.choice(saved), rng))
+    try: made = from_json(text)
+    except ConfigError as error:
+      assert '\n' not in str(error) and len(str(error)) < 400
+      ends.add('refused')
+      continue
+    for given in ('Hello wörld 漢字 \0', b'\xff\xfe', b'', b'ab' * 500):
+      try: ids = made.encode(given)
+      except ValueError: continue   # of symbols there are few
+      assert not len(ids) or 0 <= ids.min() <= ids.max() < made.vocab_size
+      made.decode_bytes(ids)
+    assert from_json(made.to_json()).key == made.key
+    ends.add('read')
+  assert ends == {'refused', 'read'}
+
+
+@pytest.mark.parametrize('entry', [{'vocab_size': 2 ** 31}, {'vocab_size': True}, {'prefix': 'a' * 1000}])
+def test_what_the_package_could_not_bear_is_refused_before(bpe, entry):
+  saved = json.loads(bpe.to_json())
+  if 'prefix' in entry: saved['model']['model']['continuing_subword_prefix'] = entry['prefix']
+  else: saved |= entry
+  with pytest.raises(ConfigError): from_json(json.dumps(saved))
