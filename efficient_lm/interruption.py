@@ -42,7 +42,8 @@ class _Noticed:
 
   def restore(self):
     """The handlers that there were before."""
-    for number, handler in self.previous.items(): signal.signal(number, handler)
+    for number, handler in self.previous.items():
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)   # None: of another language, out of reach
 
   def line(self) -> str:
     """What is said where nothing had to be saved."""

@@ -40,7 +40,7 @@ def busy(seconds):
   threading.Thread(target=interrupted_in_its_place, daemon=True).start()
   ctypes.CDLL(None).usleep(int(seconds * 1e6))
 '''
-QUICK = 2.0   # seconds that any of these takes to end on a busy machine, beside the patience
+QUICK = 10.0   # seconds that any of these takes to end on a busy machine, beside the patience; all would go on for a minute
 
 
 def start(body: str) -> subprocess.Popen:

@@ -154,3 +154,14 @@ def test_help_loads_nothing_heavy():
   assert subprocess.run([sys.executable, '-c', program], capture_output=True, text=True).stdout == '[]\n'
   done, seconds = command('--help')
   assert done.returncode == 0 and 'report.html' in done.stdout and seconds < 3   # 0.1 s on an idle machine
+
+
+@pytest.mark.filterwarnings('ignore:.*:RuntimeWarning')   # of matplotlib, about a plot without a finite point
+@pytest.mark.parametrize('values', [[np.inf, -np.inf], [np.nan], [1e300, -1e308], [3e38, 1.0], [10 ** 30, 0.0]])
+def test_numbers_of_a_run_that_diverged_make_a_page(tmp_path, values):
+  tracker = Tracker(tmp_path)
+  for step, value in enumerate(values, 1):
+    tracker.scalars(step, {'loss': value, 'load': [[value, value]]})
+    tracker.scalars(step, {'eval/bits_per_byte': value})
+  tracker.close()
+  assert 'training loss' in report_page.write_report(tmp_path).read_text()

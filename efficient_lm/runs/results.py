@@ -26,10 +26,12 @@ class Result:
   weights: dict[str, list[dict]] = dataclasses.field(default_factory=dict)
 
   def curve(self, name: str):
-    """Steps and values of the rows that have `name`."""
+    """Steps and values of the rows that have `name`; those beyond float32, which nothing here computes with and no plot can
+    show, as infinities."""
     found = [(row['step'], row[name]) for row in self.metrics if isinstance(row.get(name), (int, float))]
     steps, values = zip(*found) if found else ((), ())
-    return np.asarray(steps), np.asarray(values, float)
+    values = np.asarray(values, float)
+    return np.asarray(steps), np.where(np.abs(values) > np.finfo(np.float32).max, np.copysign(np.inf, values), values)
 
   @property
   def baselines(self) -> dict[str, float]:

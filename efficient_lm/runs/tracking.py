@@ -72,7 +72,8 @@ class Tracker:
     for name, value in values.items():
       array = np.asarray(value)
       if array.size > CURVES: continue
-      for index, element in np.ndenumerate(array): self.board.add_scalar('/'.join([name, *map(str, index)]), element, step)
+      for index, element in np.ndenumerate(array):
+        self.board.add_scalar('/'.join([name, *map(str, index)]), float(element), step)
 
   def has(self, step: int, name: str, stage: int = 1) -> bool:
     """Whether a number of this name has been written of a step."""

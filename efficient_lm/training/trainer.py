@@ -164,14 +164,18 @@ class Saver:
   next one; if that fails as well, or nothing comes after it, it raises WriteError."""
 
   def __init__(self, checkpoints, health: Health):
-    self.checkpoints, self.health, self.failed = checkpoints, health, False
+    self.checkpoints, self.health = checkpoints, health
+    self.failed, self.under_way = False, False
 
   def __call__(self, step: int, state, wait: bool):
     sane_loss = self.health.sane_loss()
-    with self._tolerated(False): self.checkpoints.wait()   # for the one before
+    with self._tolerated(False):
+      self.checkpoints.wait()   # for the one before
+      self.failed &= not self.under_way
+    self.under_way = False
     with self._tolerated(wait):
       self.checkpoints.save(step, state, wait, sane_loss=sane_loss)
-      if wait: self.failed = False
+      self.under_way = True
 
   @contextlib.contextmanager
   def _tolerated(self, last: bool):

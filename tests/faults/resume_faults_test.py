@@ -85,15 +85,14 @@ def test_sigterm_saves_and_exits_42_and_the_same_command_resumes(start, untouche
   assert results(tmp_path) == untouched
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGHUP])
-def test_a_signal_around_an_evaluation_and_a_reader_that_goes_away_change_nothing(start, untouched, tmp_path, number):
-  """Step 12 is measured: before its row, in the midst of it or after it, whenever the signal comes."""
+def test_a_signal_around_an_evaluation_and_a_reader_that_goes_away_change_nothing(start, untouched, tmp_path):
+  """Step 12 is measured: the signal may come before, in the midst of it or after."""
   program = start(tmp_path)
   wait_for_step(program, tmp_path, 12)
-  program.send_signal(number)
+  program.send_signal(signal.SIGHUP)
   assert program.wait(PATIENCE) == 42
   line, = program.stderr.read().splitlines()
-  assert line.startswith(f'{number.name} at step 1')
+  assert line.startswith('SIGHUP at step 1')
   again = start(tmp_path, stdout=subprocess.PIPE)
   again.stdout.readline()
   again.stdout.close()
