@@ -43,7 +43,7 @@ def run(folder, *words):
   ([MOE, '--coordinator=10.0.0.2:8476'], ['--num_processes', 'missing', 'given together']),
   ([MOE, '--process_id=2', '--num_processes=2', '--coordinator=10.0.0.2:8476'], ['--process_id = 2', 'from 0 to 1']),
   ([MOE, '--process_id=0', '--num_processes=2', '--coordinator=here'], ['--coordinator', 'here', 'host:port']),
-  ([MOE, '--workdir=gs://bucket/moe'], ['--workdir', 'gs://bucket/moe', 'no folder', 'gcloud storage rsync']),
+  ([MOE, '--workdir=gs://bucket/moe'], ['--workdir', 'gs://bucket/moe', 'is an address', 'gcloud storage rsync']),
   ([MOE, '--workdir=/dev/null/here'], ['--workdir', '/dev/null', 'is a file']),
   ([MOE, f'--workdir={"x" * 300}'], ['--workdir', 'a name of 300 bytes', '255']),
   ([MOE, f'--workdir={"/".join(["x" * 200] * 25)}'], ['--workdir', 'is a path of']),

@@ -9,7 +9,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 PATIENCE = 240   # seconds until a program that logs nothing counts as stuck, on a busy machine
-TIMINGS = ('steps_per_second', 'tokens_per_second')
+TIMINGS = ('steps_per_second', 'tokens_per_second', 'crc32')   # and the checksum of rows that have them
 
 
 def free_port() -> int:

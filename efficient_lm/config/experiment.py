@@ -292,9 +292,6 @@ def _updated(data):
 def refuse_other(workdir: str, experiment: Experiment) -> None:
   """Raises ConfigError if `workdir` cannot be written, in all parts that it has, or holds a run that `experiment` would not
   resume: one that differs in more than a larger train.steps, its stages, how often it reports and saves, and its mesh."""
-  if '://' in workdir:
-    raise ConfigError('--workdir', workdir, 'is no folder: train into one, which several hosts must all have mounted, and '
-                      f'copy it: gcloud storage rsync --recursive FOLDER {workdir}')
   paths.check_folder('--workdir', workdir)
   paths.check_parts('--workdir', workdir, FOLDERS, FILES)
   workdirs.check(workdir)

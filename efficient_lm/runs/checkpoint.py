@@ -206,6 +206,7 @@ class Checkpoints:
 
   def _make_room(self, step: int, size: int):
     """Before a save: clears what killed processes left, sets corrupt steps aside, checks the free space."""
+    workdirs.still_held(self.folder)
     with self._explained(step, size):
       if not self.folder.parent.is_dir(): raise FileNotFoundError(f'{self.folder.parent} is gone, and so is the run')
       workdirs.folder(self.folder.parent, self.folder.name)

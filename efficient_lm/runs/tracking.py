@@ -126,8 +126,7 @@ class Lasting:
   def __init__(self, path: str):
     self.path, self.file, self.pieces = Path(path.removeprefix(f'{LASTING}:')), None, []
     with self._dispensable():
-      self.path.parent.mkdir(parents=True, exist_ok=True)
-      self.file = self.path.open('wb', buffering=0)
+      self.file = workdirs.append(self.path.parent, self.path.name)   # no other has its name
 
   @classmethod
   def open(cls, path: str) -> 'Lasting':
