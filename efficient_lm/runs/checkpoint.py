@@ -208,7 +208,7 @@ class Checkpoints:
     """Before a save: clears what killed processes left, sets corrupt steps aside, checks the free space."""
     workdirs.still_held(self.folder)
     with self._explained(step, size):
-      if not self.folder.parent.is_dir(): raise FileNotFoundError(f'{self.folder.parent} is gone, and so is the run')
+      self.folder.parent.stat()   # where that is gone, so is the run
       workdirs.folder(self.folder.parent, self.folder.name)
       found = os.stat(self.folder)
       if self._place not in (None, (found.st_dev, found.st_ino)): raise OSError('another folder has taken its place')
