@@ -244,8 +244,8 @@ def test_the_slope_is_the_derivative(kind, seed, temperature, beta):
   _, *statistics = equations.statistics(measure, student, teacher)
   got = equations.slope(measure, student, teacher, *(x[:, None] for x in statistics), measure.rate)
   slope = jax.grad(lambda student: jnp.sum(equations.statistics(measure, student, teacher)[0]))(student)
-  # Probabilities times logarithms of ratios up to e^30, which have errors of 2**-24 of 30.
-  assert_close(got, slope, 5e-6, least=1.)
+  # Both are probabilities times logarithms of ratios up to e^30, with errors of 2**-24 of 30, divided by the temperature.
+  assert_close(got, slope, 2 * 2. ** -24 * 30 / temperature + 1e-6, least=1.)
 
 
 @pytest.mark.parametrize('kind', KINDS)
