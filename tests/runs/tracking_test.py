@@ -253,7 +253,7 @@ def test_a_full_disk_neither_ends_nor_blocks_tensorboard(tmp_path, monkeypatch):
   opened = []
   monkeypatch.setattr(tracking.Lasting, 'open', classmethod(lambda cls, path: opened.append(cls(path)) or opened[-1]))
   tracker = track(tmp_path, range(1, 4))
-  while opened[0].file.tell() < 100: time.sleep(0.01)   # it writes in a thread
+  while opened[0].file.tell() < 230: time.sleep(0.01)   # it writes three rows, 235 bytes with what is before, in a thread
   opened[0].file = disk = Disk(opened[0].file, 10)
   for step in range(4, 60): tracker.scalars(step, {'loss': 1.0})
   while disk.room: time.sleep(0.01)

@@ -76,7 +76,8 @@ def test_a_key_is_that_of_the_content(path, tmp_path):
 def run(monkeypatch):
   """run(path): the source that --run=path names."""
   def call(path, **words):
-    monkeypatch.setattr(commands, 'FLAGS', type('Words', (), {'run': path, 'stage': None, 'config': None, **words}))
+    given = {'run': path, 'stage': None, 'packed': False, 'config': None, **words}
+    monkeypatch.setattr(commands, 'FLAGS', type('Words', (), given))
     return commands.run_source()
   return call
 
