@@ -1,7 +1,7 @@
 """Files that cannot be written, in one line: which, why, and how much room there is.
 
-Without some of what a run writes it is none (its states, what stages leave, the ledger): that raises WriteError. Without the
-rest (metrics, TensorBoard, samples, reports) it is worth as much: that is said once, and the run goes on.
+A run cannot go on without its states, what its stages leave, and its ledger: where one of these cannot be written,
+WriteError is raised. It can without metrics, TensorBoard, samples and reports: a warning says so once, and the run goes on.
 """
 import contextlib
 import errno

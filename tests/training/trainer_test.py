@@ -444,9 +444,11 @@ def test_a_second_save_that_fails_ends_the_training_and_so_does_one_that_nothing
   with pytest.raises(WriteError): failing(True)(1, None, True)
 
 
-def test_a_save_that_succeeds_in_between_makes_good():
-  saver = failing(True, False, True, False)
-  for step in range(4): saver(step, None, False)
+def test_a_save_that_succeeds_in_between_makes_good(caplog):
+  saver = failing(True, False, True, False, True, True)
+  for step in range(5): saver(step, None, False)
+  assert len(caplog.records) == 3, 'of saves 0, 2 and 4'
+  with pytest.raises(WriteError): saver(5, None, False)
 
 
 def test_a_save_that_fails_in_the_background_is_noticed_at_the_next_one(caplog):
