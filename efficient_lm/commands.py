@@ -12,7 +12,6 @@ from typing import Any
 
 from absl import flags
 
-from efficient_lm import interruption
 from efficient_lm.config import experiment
 from efficient_lm.errors import (
   CheckpointError,
@@ -30,6 +29,7 @@ from efficient_lm.models import spec
 from efficient_lm.parallel import processes
 from efficient_lm.runs import FromRun, writing
 from efficient_lm.runs.allocator import use_huge_pages
+from efficient_lm.system import interruption
 
 FLAGS = flags.FLAGS
 ROWS, LENGTH = 4, 1024   # of a model that no run here has trained

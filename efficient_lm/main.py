@@ -19,7 +19,7 @@ cannot be written, 6 another process does not answer or has failed, 42 preempted
 once what there was to save is saved, and the same command goes on. A second signal ends the program at once, with 128 and
 its number. A reader of the output that goes away does not matter.
 """
-from efficient_lm import interruption, output
+from efficient_lm.system import interruption, output
 
 if __name__ == '__main__':   # before anything that takes time is loaded
   output.outlive()

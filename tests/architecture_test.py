@@ -16,7 +16,7 @@ TECHNIQUES = [name for name in PACKAGE if name.startswith('efficient_lm/techniqu
 
 # A module imports from its own floor and those below. Every room and every module at the root is named here.
 FLOORS = (
-  'axes tree errors lazy workdir sealed interruption output',
+  'axes tree errors lazy system',
   'ops formats',
   'weights parallel',
   'models',

@@ -14,13 +14,13 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from efficient_lm import sealed
-from efficient_lm import workdir as workdirs
 from efficient_lm.config import fields, names, paths
 from efficient_lm.config.fields import difference, from_json, to_json
 from efficient_lm.config.mesh import Mesh
 from efficient_lm.config.sources import is_source
 from efficient_lm.errors import CheckpointError, ConfigError, Problem, at_least
+from efficient_lm.system import sealed
+from efficient_lm.system import workdir as workdirs
 from efficient_lm.training.train import Train, Training
 
 CONFIG_JSON, RUN_JSON = 'config.json', 'run.json'

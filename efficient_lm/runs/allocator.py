@@ -3,7 +3,7 @@ import os
 import sys
 from pathlib import Path
 
-from efficient_lm import interruption
+from efficient_lm.system import interruption
 
 SETTING = 'glibc.malloc.hugetlb=1'
 OLDEST = (2, 35)   # the version of glibc that has this setting

@@ -24,12 +24,12 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from efficient_lm import workdir as workdirs
 from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, WriteError
 from efficient_lm.parallel.processes import fetched, is_first, on_first, several, together
 from efficient_lm.parallel.sharding import wait_on_cpu
 from efficient_lm.runs import writing
 from efficient_lm.runs.record import crc32
+from efficient_lm.system import workdir as workdirs
 from efficient_lm.tree import path_name
 
 log = logging.getLogger(__name__)

@@ -9,13 +9,13 @@ import dataclasses
 import jax
 from flax import nnx
 
-from efficient_lm import workdir as workdirs
 from efficient_lm.compression import rewriting
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.parallel.processes import on_first
 from efficient_lm.parallel.sharding import placed, single_device_mesh
 from efficient_lm.runs import ledger, record, structure, writing
 from efficient_lm.runs.checkpoint import Checkpoints
+from efficient_lm.system import workdir as workdirs
 
 
 def commit(workdir, planned: record.Planned, step: int, model, row: ledger.Row, sample: str | None = None):

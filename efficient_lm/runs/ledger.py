@@ -14,10 +14,10 @@ import types
 import typing
 from pathlib import Path
 
-from efficient_lm import sealed
-from efficient_lm import workdir as workdirs
 from efficient_lm.errors import CheckpointError
 from efficient_lm.runs import record, writing
+from efficient_lm.system import sealed
+from efficient_lm.system import workdir as workdirs
 
 log = logging.getLogger(__name__)
 LEDGER, ASIDE = 'ledger.json', 'ledger.json.damaged'

@@ -5,13 +5,13 @@ import time
 import jax
 import numpy as np
 
-from efficient_lm import interruption
-from efficient_lm import workdir as workdirs
 from efficient_lm.errors import IncompatibleError, NonFinite
 from efficient_lm.models import decode
 from efficient_lm.runs import console, ledger, measure, writing
 from efficient_lm.runs.energy import Energy
 from efficient_lm.runs.tracking import load_heatmap
+from efficient_lm.system import interruption
+from efficient_lm.system import workdir as workdirs
 from efficient_lm.training.evaluation import evaluate
 from efficient_lm.training.train import Train
 

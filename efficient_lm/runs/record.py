@@ -16,7 +16,6 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from efficient_lm import sealed
 from efficient_lm.config import experiment as experiments
 from efficient_lm.config import fields
 from efficient_lm.config.experiment import CONFIG_JSON, RUN_JSON
@@ -24,6 +23,7 @@ from efficient_lm.config.sources import is_source
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.models.added import stored
 from efficient_lm.runs import writing
+from efficient_lm.system import sealed
 
 log = logging.getLogger(__name__)
 BEGUN, TOKENIZER = 'begun.json', 'tokenizer.json'

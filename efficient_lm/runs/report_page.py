@@ -5,9 +5,9 @@ import io
 import json
 from pathlib import Path
 
-from efficient_lm import workdir as workdirs
 from efficient_lm.runs import charts, ledger, tracking
 from efficient_lm.runs.results import Result, labelled, load
+from efficient_lm.system import workdir as workdirs
 
 NAMES = ('report.html', 'report.png')
 COSTS = {

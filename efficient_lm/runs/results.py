@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from efficient_lm import sealed
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.interop.folder import holds_model
 from efficient_lm.runs import ledger, record, tracking
+from efficient_lm.system import sealed
 
 log = logging.getLogger(__name__)
 LONGEST = 1 << 20   # bytes of a sample

@@ -14,8 +14,6 @@ from typing import Any
 
 import jax
 
-from efficient_lm import interruption, sealed
-from efficient_lm import workdir as workdirs
 from efficient_lm.axes import BATCH
 from efficient_lm.config import experiment as experiments
 from efficient_lm.config import fields
@@ -29,6 +27,8 @@ from efficient_lm.runs.checkpoint import lock, sane_step
 from efficient_lm.runs.context import Context
 from efficient_lm.runs.monitor import Monitor
 from efficient_lm.runs.tracking import Tracker
+from efficient_lm.system import interruption, sealed
+from efficient_lm.system import workdir as workdirs
 from efficient_lm.training import health
 from efficient_lm.training.learner import new_model
 from efficient_lm.training.train import Train

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from efficient_lm import sealed
-from efficient_lm import workdir as workdirs
 from efficient_lm.runs import writing
+from efficient_lm.system import sealed
+from efficient_lm.system import workdir as workdirs
 
 log = logging.getLogger(__name__)
 METRICS, ASIDE = 'metrics.jsonl', 'metrics.jsonl.damaged'

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_lm import interruption
 from efficient_lm.parallel.processes import fetched, several
 from efficient_lm.parallel.sharding import place, wait_on_cpu
+from efficient_lm.system import interruption
 from efficient_lm.training.losses import outputs_of
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from efficient_lm import interruption
 from efficient_lm.axes import BATCH
 from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted, WriteError
 from efficient_lm.parallel.processes import Agreement, fetched, several
 from efficient_lm.parallel.sharding import place, placed, wait_on_cpu
+from efficient_lm.system import interruption
 from efficient_lm.training.health import Health, advised
 from efficient_lm.training.learner import TrainState, assemble, finished, initial_state, starting_state
 from efficient_lm.training.losses import Totals, outputs_of

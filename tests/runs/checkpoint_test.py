@@ -95,7 +95,7 @@ def test_an_old_step_is_deleted_only_after_the_new_one_is_committed(tmp_path, mo
     if path.name.isdecimal(): deleted.append((int(path.name), checkpoints.steps()))
     remove(path, **options)
   remove = shutil.rmtree
-  monkeypatch.setattr('efficient_lm.workdir.shutil.rmtree', delete)
+  monkeypatch.setattr('efficient_lm.system.workdir.shutil.rmtree', delete)
   for step in (1, 2, 3): checkpoints.save(step, state(step))
   checkpoints.close()
   assert deleted == [(1, [1, 2]), (2, [2, 3])] and checkpoints.steps() == [3]

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from efficient_lm import commands, evaluate, generate, sealed
+from efficient_lm import commands, evaluate, generate
 from efficient_lm.config import experiment
 from efficient_lm.errors import CheckpointError
 from efficient_lm.runs import FromRun, derived, ledger, loading, record, report_page, results, run
+from efficient_lm.system import sealed
 from efficient_lm.training.losses import outputs_of
 
 STORED = pathlib.Path(__file__).parent / 'stored'

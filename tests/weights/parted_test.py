@@ -141,7 +141,9 @@ def test_memory_of_few_rows_does_not_depend_on_the_number_of_experts():
   few, many = temporary(2), temporary(32)
   # Sizes of groups are summed up, which takes a few integers an expert.
   assert all(b - a <= 32 * 32 for a, b in zip(few, many)), (few, many)
-  assert max(many) < 64 * 256 * 4, 'less than one expert in floats'
+  floats, packed = many
+  expert = 64 * 256 * 4   # bytes in floats, of which XLA from jax 0.12 on makes a copy before it multiplies
+  assert packed < expert / 4 and floats < 1.1 * expert, (floats, packed)
 
 
 def test_products_that_follow_each_other_share_their_memory():

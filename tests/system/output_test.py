@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 PROGRAM = '''
 import os, sys
-from efficient_lm import output
+from efficient_lm.system import output
 output.outlive()
 import rich.console, rich.progress
 shown = rich.progress.Progress(console=rich.console.Console(force_terminal=True), refresh_per_second=50)
@@ -44,7 +44,7 @@ def test_a_program_outlives_its_output(tmp_path, shell):
 
 
 def test_what_can_be_written_is(tmp_path):
-  done = run(tmp_path, '$P', 'from efficient_lm import output\noutput.outlive()\nimport sys\n'
+  done = run(tmp_path, '$P', 'from efficient_lm.system import output\noutput.outlive()\nimport sys\n'
                              'print("a"); print("b", file=sys.stderr); print("ä€")')
   assert (done.stdout, done.stderr) == ('a\nä€\n', 'b\n')
 
@@ -52,7 +52,7 @@ def test_what_can_be_written_is(tmp_path):
 def test_a_file_takes_lines_again_once_there_is_room(tmp_path):
   program = '''
 import resource, sys
-from efficient_lm import output
+from efficient_lm.system import output
 output.outlive()
 for limit in (2, 0, 20):
   resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -64,12 +64,12 @@ open(sys.argv[1], 'w').write('done')
 
 
 def test_characters_that_the_terminal_lacks_are_no_error(tmp_path):
-  done = run(tmp_path, 'PYTHONIOENCODING=ascii $P', 'from efficient_lm import output\noutput.outlive()\nprint("–")')
+  done = run(tmp_path, 'PYTHONIOENCODING=ascii $P', 'from efficient_lm.system import output\noutput.outlive()\nprint("–")')
   assert done.stdout == '\\u2013\n' and done.returncode == 0
 
 
 def test_a_file_that_is_opened_later_is_not_taken_for_standard_output(tmp_path):
-  program = ('import os, sys\nfrom efficient_lm import output\noutput.outlive()\nfile = open(sys.argv[1], "w")\n'
+  program = ('import os, sys\nfrom efficient_lm.system import output\noutput.outlive()\nfile = open(sys.argv[1], "w")\n'
              'print("text", flush=True)\nos.write(1, b"text")')
   run(tmp_path, '$P >&-', program)
   assert (tmp_path / 'done').read_text() == ''

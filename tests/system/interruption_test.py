@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from efficient_lm import interruption
 from efficient_lm.errors import Preempted
+from efficient_lm.system import interruption
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 BEGIN = '''
 import os, signal, sys, time
-from efficient_lm import interruption
+from efficient_lm.system import interruption
 interruption.begin()
 def command(main):
   """What the commands do."""
@@ -148,7 +148,7 @@ def test_a_signal_between_two_programs_of_one_process_reaches_the_second():
 interruption.keep_back()
 ready()
 time.sleep(0.5)
-second = 'from efficient_lm import interruption\\ninterruption.begin()\\nprint("deaf")'
+second = 'from efficient_lm.system import interruption\\ninterruption.begin()\\nprint("deaf")'
 os.execv(sys.executable, [sys.executable, '-c', second])
 '''
   program = start(body)

@@ -10,16 +10,16 @@ import sys
 
 import pytest
 
-from efficient_lm import workdir
 from efficient_lm.commands import exit_code
 from efficient_lm.config import experiment
 from efficient_lm.errors import ConfigError
 from efficient_lm.runs import ledger, report_page, results
 from efficient_lm.runs.checkpoint import Checkpoints
 from efficient_lm.runs.tracking import Tracker
+from efficient_lm.system import workdir
 from tests import minute
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 FILES = ('config.json', 'config.json.partial', 'run.json', 'run.json.partial', 'tokenizer.json', 'tokenizer.json.partial',
          'ledger.json', 'ledger.json.partial', 'ledger.json.tmp', 'ledger.json.damaged', 'metrics.jsonl',
          'metrics.jsonl.tmp', 'metrics.jsonl.partial', 'metrics.jsonl.damaged', 'report.html', 'report.png',
@@ -183,7 +183,7 @@ def test_who_has_lost_the_lock_writes_no_more(tmp_path, lost):
 
 
 def test_of_two_writers_the_second_is_refused_and_once_the_lock_is_deleted_the_first_stops(tmp_path):
-  program = ('import sys\nfrom efficient_lm import workdir\n'
+  program = ('import sys\nfrom efficient_lm.system import workdir\n'
              'with workdir.lock(sys.argv[1]): print(workdir.write(sys.argv[1], "file", "of the second"))')
   second = lambda: subprocess.run([sys.executable, '-c', program, tmp_path], capture_output=True, text=True, check=False)
   with workdir.lock(tmp_path):

@@ -10,8 +10,8 @@ import os
 import stat
 from typing import Any
 
-from efficient_lm import workdir as workdirs
 from efficient_lm.errors import CheckpointError
+from efficient_lm.system import workdir as workdirs
 
 ENTRY = 'sha256'
 LARGEST = 256 << 20   # bytes; the largest tokenizers have 40 MB
