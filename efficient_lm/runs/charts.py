@@ -26,7 +26,7 @@ def svg(draw, width: float, height: float) -> str:
   would take longer than the drawing."""
   with rc_context(STYLE):
     picture, buffer = Figure(figsize=(width, height)), io.StringIO()
-    left, right, bottom, top = (0.65, 0.45, 0.5, 0.3) if width > 4 else (0.45, 0.1, 0.25, 0.3)
+    left, right, bottom, top = (0.65, 0.45, 0.5, 0.3) if width > 4 else (0.55, 0.1, 0.25, 0.3)
     draw(picture.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)))
     picture.savefig(buffer, format='svg', transparent=True, metadata={'Date': None, 'Creator': None})
   text = buffer.getvalue()
@@ -150,6 +150,10 @@ def draw_series(plot, name: str, steps: np.ndarray, values: np.ndarray):
   plot.yaxis.set_major_formatter(EngFormatter(sep=''))
   plot.xaxis.set_major_formatter(EngFormatter(sep=''))
   plot.locator_params(nbins=4)
+  finite = values[np.isfinite(values)]
+  if finite.size and finite.min() == finite.max():   # or the axis would be of thousandths of nothing
+    plot.set_ylim(finite[0] - 1, finite[0] + 1)
+    plot.set_yticks([finite[0]])
   plot.set_title(name)
 
 

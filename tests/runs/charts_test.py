@@ -1,7 +1,7 @@
 """Names in a picture of quality against cost can be read where points lie close together."""
 import numpy as np
 
-from efficient_lm.runs.charts import label_places
+from efficient_lm.runs.charts import draw_series, label_places, svg
 
 
 def boxes(names, fractions):
@@ -30,3 +30,9 @@ def test_a_name_at_the_border_stands_inside():
 
 def test_a_name_on_its_own_stands_right_below_its_point():
   assert label_places(['moe'], [(0.5, 0.5)]) == [(1, -6)]
+
+
+def test_a_number_that_does_not_change_is_the_one_mark_of_its_axis():
+  for value in (0., 8., 1e9):
+    text = svg(lambda plot, value=value: draw_series(plot, 'name', np.arange(3), np.full(3, value)), 2.6, 1.6)
+    assert '>' + {0.: '0', 8.: '8', 1e9: '1G'}[value] + '<' in text and 'm<' not in text
