@@ -29,7 +29,7 @@ for i in "${!hosts[@]}"; do
   started+=($!)
 done
 [ -z "$dry_run" ] || exit 0
-# shellcheck disable=SC2029,SC2329   # called by the trap; the name and the port are those known here
+# shellcheck disable=SC2029,SC2317,SC2329   # called by the trap; the name and the port are those known here
 stop() { ssh "${hosts[0]}" "pkill -TERM -f '[e]fficient_lm.main.*--coordinator=${hosts[0]}:$PORT'"; }
 trap stop TERM INT
 code=0
