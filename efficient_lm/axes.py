@@ -1,7 +1,7 @@
 """One alphabet: the letter that ends a name is the letter of its einsum and the key of its sharding.
 
   B batch, T query tokens, S key tokens, D model, N query heads, K kv heads, G = N/K, H head dim, F hidden, V vocab,
-  E experts, A experts per token, C capacity, M routed rows, L stacked layers, R rank.
+  E experts, A experts per token, C capacity, M routed rows, L stacked layers, R rank, P rank of an adapter.
 
 Matrices inside `ops` and `formats`, whichever dimensions of a model they are, have an alphabet of their own, in which a
 product is y_MO = x_MI @ w_IO, or x_MI @ w_OI^T for a matrix that is stored with its outputs first:

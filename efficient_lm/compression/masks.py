@@ -12,6 +12,7 @@ from efficient_lm.weights.fake_quantized import FakeQuantized
 from efficient_lm.weights.invariants import Pattern
 from efficient_lm.weights.layout import Layout
 from efficient_lm.weights.low_precision import LowPrecision
+from efficient_lm.weights.low_rank import Held
 from efficient_lm.weights.masked import Masked
 from efficient_lm.weights.rotated import Rotated
 from efficient_lm.weights.weight import MASKED_BEFORE, PRUNED_BY, Dense, Weight
@@ -73,6 +74,7 @@ def tagged(weight: Weight, number: int) -> Weight:
   """The weight with its array tagged as pruned by technique `number` of this training. A mask that it has is taken off: its
   zeros are in the array, and stay."""
   if weight.pruned: raise IncompatibleError('is pruned by another technique of the same training')
+  if dict(tree.select(weight, Held)): raise IncompatibleError('is frozen by Lora: prune it before or afterwards')
   for _, quantized in tree.select(weight, FakeQuantized):
     if quantized.weights is not None and not quantized.weights.format.has_zero:
       name = quantized.weights.format.name

@@ -10,6 +10,8 @@ is in `efficient_lm.compression`. Descriptions are light: what computes is impor
 """
 from efficient_lm.compression.method import RoundToNearest
 from efficient_lm.compression.rules import LAYERS, Rule
+from efficient_lm.techniques.adapters.lora import Lora
+from efficient_lm.techniques.adapters.merge import Merge
 from efficient_lm.techniques.distillation.distill import Distill
 from efficient_lm.techniques.giving_up import GivingUp
 from efficient_lm.techniques.moe.upcycle import Upcycle
@@ -28,6 +30,7 @@ from efficient_lm.techniques.skip_spikes import SkipSpikes
 from efficient_lm.techniques.unroll import Unroll
 from efficient_lm.training.train import Train, Training
 
-__all__ = ['LAYERS', 'Awq', 'BitNet', 'Convert', 'Distill', 'GivingUp', 'Gptq', 'LearnedClip', 'LearnedSteps',
-           'LowPrecisionTraining', 'Prune', 'PruneOnce', 'QuantAware', 'Quantize', 'Rotate', 'RoundToNearest', 'Rule',
-           'SkipSpikes', 'SmoothQuant', 'StraightThrough', 'StretchedLevels', 'Train', 'Training', 'Unroll', 'Upcycle']
+__all__ = ['LAYERS', 'Awq', 'BitNet', 'Convert', 'Distill', 'GivingUp', 'Gptq', 'LearnedClip', 'LearnedSteps', 'Lora',
+           'LowPrecisionTraining', 'Merge', 'Prune', 'PruneOnce', 'QuantAware', 'Quantize', 'Rotate', 'RoundToNearest',
+           'Rule', 'SkipSpikes', 'SmoothQuant', 'StraightThrough', 'StretchedLevels', 'Train', 'Training', 'Unroll',
+           'Upcycle']
