@@ -2,6 +2,7 @@
 when JAX starts."""
 import os
 import pathlib
+import signal
 import sys
 
 os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
@@ -24,6 +25,14 @@ def pytest_collection_modifyitems(config, items):
   from tests import long
   items[:], left = long.split(items)
   config.hook.pytest_deselected(items=left)
+
+
+@pytest.fixture
+def hears_hangup():
+  """SIGHUP does what it does to a program, and to those that it starts, also where the tests run under `nohup`."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures('hears_hangup')
 ROOT = pathlib.Path(__file__).parent.parent.parent
 WORDS = ['--config=tests/minute.py:dense', '--config.train.checkpoint_every=4']
 PATIENCE = 240   # seconds until a program that logs nothing counts as stuck, on a busy machine

@@ -12,6 +12,7 @@ import pytest
 from efficient_lm.errors import Preempted
 from efficient_lm.system import interruption
 
+pytestmark = pytest.mark.usefixtures('hears_hangup')
 ROOT = pathlib.Path(__file__).parent.parent.parent
 BEGIN = '''
 import os, signal, sys, time

@@ -13,6 +13,8 @@ from efficient_lm.training import trainer as train
 from efficient_lm.training.health import Health, advised
 from tests.training.tiny import Memory
 
+pytestmark = pytest.mark.usefixtures('hears_hangup')
+
 
 @dataclasses.dataclass
 class Recorder:
