@@ -212,13 +212,15 @@ def test_a_folder_that_goes_while_it_is_written_is_one_line(checkpoints, folder)
 
 
 def test_the_newest_sane_step_is_kept_apart(checkpoints, folder):
-  for step, sane in enumerate((None, 1.5, None, None, None), 3): checkpoints.save(step, state(step), sane_loss=sane)
+  for step, sane in enumerate((None, None, (4, 1.5), None, None), 3): checkpoints.save(step, state(step), sane=sane)
   checkpoints.wait()
   assert checkpoints.steps() == [4, 6, 7] and (checkpoints.sane_step(), checkpoints.sane_loss()) == (4, 1.5)
   assert same(checkpoints.restore(ABSTRACT, 4), state(4))
-  for step in (8, 9): checkpoints.save(step, state(step), sane_loss=1.0)
+  for step in (8, 9): checkpoints.save(step, state(step), sane=(step - 1, 1.0), spared=6)
   checkpoints.wait()
-  assert checkpoints.steps() == [8, 9] and checkpoints.sane_step() == 9, 'it is one of the newest again'
+  assert checkpoints.steps() == [6, 8, 9] and checkpoints.sane_step() == 8, 'it is one of the newest again'
+  checkpoints.save(10, state(10), sane=(7, 0.5), wait=True)
+  assert checkpoints.sane_step() == 8, 'of a step that is gone nothing is noted'
 
 
 @pytest.mark.parametrize('text', ['', '{', '[1]', '{"step": "4", "loss": 1.0}', '{"step": 99, "loss": 1.0}'])
