@@ -13,8 +13,10 @@ def recorded(folder, *rows):
 
 
 def test_records_of_one_fault_are_added_up(tmp_path):
-  found = records.merged(recorded(tmp_path, ('a', 2, {'noticed': 2}), ('b', 1, {}), ('a', 3, {'noticed': 1, 'harmless': 2})))
-  assert found['a'] == {'tries': 5, 'outcomes': {'noticed': 3, 'harmless': 2}, 'tests': ['tests/faults/some_test.py::test_it']}
+  rows = recorded(tmp_path, ('a', 2, {'noticed': 2}), ('b', 1, {}), ('a', 3, {'noticed': 1, 'harmless': 2}))
+  found = records.merged(rows)
+  test = 'tests/faults/some_test.py::test_it'
+  assert found['a'] == {'tries': 5, 'outcomes': {'noticed': 3, 'harmless': 2}, 'tests': [test]}
   assert found['b']['tries'] == 1
 
 
@@ -36,7 +38,8 @@ def test_a_marked_case_counts_once_it_has_passed_and_when_it_fails(when, outcome
 
 def test_the_page_has_a_row_for_each_fault_and_says_what_was_not_tried_or_failed(tmp_path):
   first, second, *missing = table.FAULTS
-  rows = recorded(tmp_path, (first, 1234, {'noticed': 1200, 'harmless': 34}), (second, 1, {records.FAILED: 1}), ('new', 1, {}))
+  rows = recorded(tmp_path, (first, 1234, {'noticed': 1200, 'harmless': 34}), (second, 1, {records.FAILED: 1}),
+                  ('new', 1, {}))
   text, wrong = table.page(rows)
   assert f'| {first} | 1,234 | 1,200 noticed, 34 harmless | `faults/some_test` |' in text and '| new | 1 |' in text
   assert wrong == [f'failed: {second}', *(f'not tried: {fault}' for fault in missing)]
@@ -54,5 +57,6 @@ def test_whole_is_a_page_of_which_nothing_failed(tmp_path, monkeypatch, capsys):
 
 def test_every_fault_of_the_page_is_named_by_a_test():
   """And no test records one that is not a row of it."""
-  source = ''.join(path.read_text() for path in table.README.parent.parent.rglob('*_test.py') if path.name != 'table_test.py')
+  tests = table.README.parent.parent.rglob('*_test.py')
+  source = ''.join(path.read_text() for path in tests if path.name != 'table_test.py')
   for fault in table.FAULTS: assert f"'{fault}'" in source, fault
