@@ -6,8 +6,8 @@
 #                     are not followed: make test has the last word
 #   make test-next    the tests with the newest jax and flax that python3.12 gets
 #   make faults       programs killed and interrupted, disks filled, files damaged, hostile input: the long part of what make
-#                     test tries, a recipe of stages killed 100 times; writes tests/faults/README.md. Without --long, 6 minutes:
-#                     make faults-fast
+#                     test tries, a recipe of stages killed 100 times; writes tests/faults/README.md. make faults-fast
+#                     is the part of it that make test has
 #   make check-tpu-compile, make check-gpu-compile
 #                     every kernel and a train step compiled for TPUs and for NVIDIA GPUs, none of which has to be here
 #   make check-hf     folders that are written here, opened and computed by transformers 5 and 4, and converted by llama.cpp

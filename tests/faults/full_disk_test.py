@@ -1,8 +1,8 @@
 """A disk that fills up at any moment of a run: it ends in one line with what it has, or goes on without what it can do
 without; and once there is room the same command leaves what a run leaves that never saw a full disk, bit for bit.
 
-Full is a small file system of memory, which only root can mount; everywhere a limit on the size of files, at the same
-moments, does without that.
+Full is a small file system of memory, which only root can mount (with `--long`); everywhere a limit on the size of
+files, at the same moments, does without that.
 """
 import collections
 import contextlib
@@ -57,8 +57,9 @@ def untouched(tmp_path_factory):
 
 
 @pytest.fixture
-def disk(tmp_path):
+def disk(tmp_path, request):
   """The folder of a small file system, which is gone afterwards."""
+  if not request.config.getoption('--long'): pytest.skip('needs --long')
   folder = tmp_path / 'disk'
   folder.mkdir()
   words = ['mount', '-t', 'tmpfs', '-o', f'size={SIZE},nr_inodes={INODES}', 'tmpfs', str(folder)]
@@ -152,9 +153,8 @@ def recorded(tried, came: collections.Counter):
 
 
 @pytest.mark.parametrize('fault', ['bytes', 'inodes'])
-def test_a_full_disk_loses_nothing(fault, disk, untouched, caplog, request, tried):
-  moments = list(MOMENTS) if request.config.getoption('--long') else ['logging']
-  recorded(tried, check(fault, moments, disk, untouched, caplog))
+def test_a_full_disk_loses_nothing(fault, disk, untouched, caplog, tried):
+  recorded(tried, check(fault, list(MOMENTS), disk, untouched, caplog))
 
 
 def test_a_limit_on_the_size_of_files_loses_nothing(tmp_path, untouched, caplog, request, tried):

@@ -1,5 +1,5 @@
 """SIGTERM in each phase of a run, to the only process or to one of two: all end within seconds, in a line each, and the same
-command then leaves what a run leaves that nobody touched. Minutes: all but one phase only with `--long`."""
+command then leaves what a run leaves that nobody touched. Minutes: only with `--long`."""
 import signal
 import time
 
@@ -69,7 +69,7 @@ def interrupted(workdir, words, processes: int, phase: str, note) -> str:
 @pytest.mark.parametrize('processes', [1, 2])
 def test_a_signal_in_any_phase_ends_all_and_the_same_command_goes_on(words, untouched, tmp_path, processes, phase, request,
                                                                      tried):
-  if not request.config.getoption('--long') and (processes, phase) != (1, 'compile'): pytest.skip('needs --long')
+  if not request.config.getoption('--long'): pytest.skip('needs --long')
   workdir = tmp_path / 'run'
   came = interrupted(workdir, words(processes), processes, phase, tmp_path / 'note')
   if phase in IN_TRAINING: assert came == 'saved' and starting.saved(workdir)
