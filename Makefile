@@ -5,7 +5,9 @@
 #   make test-changed the tests that the changes since its last run concern; the first time, all. Programs that a test starts
 #                     are not followed: make test has the last word
 #   make test-next    the tests with the newest jax and flax that python3.12 gets
-#   make test-faults  programs killed, disks filled, files damaged: as in make test, and a recipe of stages killed 20 times
+#   make faults       programs killed and interrupted, disks filled, files damaged, hostile input: the long part of what make
+#                     test tries, a recipe of stages killed 100 times; writes tests/faults/README.md. make faults-fast
+#                     is the part of it that make test has
 #   make check-tpu-compile, make check-gpu-compile
 #                     every kernel and a train step compiled for TPUs and for NVIDIA GPUs, none of which has to be here
 #   make check-hf     folders that are written here, opened and computed by transformers 5 and 4, and converted by llama.cpp
@@ -33,9 +35,11 @@ HF := .venv-hf
 IREE := .venv-iree
 TOOLS := .venv-tools
 PIP := -m pip install --quiet --disable-pip-version-check
+FAULTS := tests/faults/recipe_faults_test.py tests/faults tests/random_configs_test.py tests/runs/damage_test.py tests/runs/hostile_test.py \
+  tests/runs/several_test.py tests/config/leaves_test.py tests/words_test.py tests/system/workdir_test.py
 CONFIGS := $(basename $(notdir $(wildcard configs/*.py)))
 
-.PHONY: $(CONFIGS) test test-long test-changed test-next test-faults check-tpu-compile check-gpu-compile check-hf check-gguf check-litert check-iree \
+.PHONY: $(CONFIGS) test test-long test-changed test-next faults faults-fast check-tpu-compile check-gpu-compile check-hf check-gguf check-litert check-iree \
   lock check-supply lint bench bench-ops notebooks smollm2 clean
 
 $(VENV)/.stamp: requirements.txt
@@ -111,8 +115,15 @@ test-changed: $(VENV)/.stamp
 test-next: $(NEXT)/.stamp
 	$(NEXT)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --long $(ARGS)
 
-test-faults: $(VENV)/.stamp
-	$(VENV)/bin/python -m pytest -s tests/faults --kills=20 --long $(ARGS)
+# The page is written also where a test has failed, and says so. What takes longest comes first.
+faults: $(VENV)/.stamp
+	rm -rf build/faults
+	-$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 --long --kills=100 \
+	  --tried=build/faults $(FAULTS) $(ARGS)
+	$(VENV)/bin/python -m tests.faults.table build/faults
+
+faults-fast: $(VENV)/.stamp
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(FAULTS) $(ARGS)
 
 check-tpu-compile: $(TPU)/.stamp
 	JAX_PLATFORMS=cpu $(TPU)/bin/python -m pytest -n 2 tests/compile $(ARGS)

@@ -17,6 +17,11 @@ import pytest
 def pytest_addoption(parser):
   parser.addoption('--kills', type=int, default=2, help='how many times tests/faults kills a recipe of stages')
   parser.addoption('--long', action='store_true', help='all tests, those of tests/long.py too')
+  parser.addoption('--tried', metavar='FOLDER', help='where tests of faults leave a record of what they have tried')
+
+
+def pytest_configure(config):
+  config.addinivalue_line('markers', 'fault(name, outcome): each case is a try of that fault; see tests/tried.py')
 
 
 def pytest_collection_modifyitems(config, items):
@@ -33,6 +38,25 @@ def hears_hangup():
   before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
   yield
   signal.signal(signal.SIGHUP, before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+  """Records the cases of tests with the marker `fault`."""
+  from tests import tried
+  report = yield
+  for fault in tried.of_case(report, item.iter_markers('fault')):
+    tried.Records(item.config.getoption(tried.OPTION)).add(*fault, item.nodeid)
+  return report
+
+
+@pytest.fixture
+def tried(request):
+  """tried(fault, tries, outcome=count …): records what a test has tried, once it has come to its end."""
+  from tests import tried
+  records = tried.Records(request.config.getoption(tried.OPTION))
+  return lambda fault, tries, /, **outcomes: records.add(
+    fault, tries, {name.replace('_', ' '): count for name, count in outcomes.items()}, request.node.nodeid)
 
 
 @pytest.fixture(scope='module', autouse=True)

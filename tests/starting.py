@@ -26,14 +26,16 @@ def environment(devices: int = 1) -> dict[str, str]:
           'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
 
 
-def start(workdir, words, processes: int = 1, devices: int = 1, own: dict[int, list[str]] | None = None) -> list:
-  """The running programs. devices: of each; own: words of one of them."""
+def start(workdir, words, processes: int = 1, devices: int = 1, own: dict[int, list[str]] | None = None,
+          variables: dict[int, dict[str, str]] | None = None, module: str = 'efficient_lm.main') -> list:
+  """The running programs. devices: of each; own, variables: words of one of them, and of its environment."""
   port, started = free_port(), []
   for i in range(processes):
     group = [f'--coordinator=127.0.0.1:{port}', f'--process_id={i}', f'--num_processes={processes}']
-    command = [sys.executable, '-m', 'efficient_lm.main', f'--workdir={workdir}', *words, *(group if processes > 1 else [])]
-    started.append(subprocess.Popen([*command, *(own or {}).get(i, [])], cwd=ROOT, env=environment(devices), text=True,
-                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    command = [sys.executable, '-m', module, f'--workdir={workdir}', *words, *(group if processes > 1 else [])]
+    started.append(subprocess.Popen([*command, *(own or {}).get(i, [])], cwd=ROOT, text=True,
+                                    env=environment(devices) | (variables or {}).get(i, {}), stdout=subprocess.PIPE,
+                                    stderr=subprocess.PIPE))
   return started
 
 

@@ -9,6 +9,7 @@ from efficient_lm.commands import exit_code
 from efficient_lm.runs import run
 from tests import minute
 
+pytestmark = pytest.mark.fault('odd words to every command', 'done, or refused in one line')
 BASE = {'generate': ('--tokens=4',), 'evaluate': (), 'sensitivity': (), 'export': ('--format=hf', '--out=out')}
 VALUES = ('', 'x', '-1', '0', '1', '1e30', 'nan', 'inf', '-inf', str(10 ** 18), str(10 ** 30), 'empty', 'bytes', 'empty.txt',
           'text.txt', '/nowhere/a/b', 'a\0b', 'x' * 300, 'http://x/y', '../..', '(', 'é😀', 'None', 'true', '[1]', '-')

@@ -81,14 +81,17 @@ class Checkpoints:
     folders = [entry for entry in self.folder.iterdir() if entry.name.isdecimal() and entry.is_dir()]
     return sorted(int(entry.name) for entry in folders if entry.name == str(int(entry.name)) and any(entry.iterdir()))
 
-  def save(self, step: int, state, wait: bool = False, record=None, sane_loss: float | None = None):
+  def save(self, step: int, state, wait: bool = False, record=None, sane: tuple[int, float] | None = None,
+           spared: int | None = None):
     """Copies the state to the host, then writes in the background; `wait` returns when the step is committed. `record`: JSON
-    that is committed with it. `sane_loss`: that of a state which is to be kept until another one is as sane.
+    that is committed with it. `sane`: step and loss of a state saved before, which is to be kept until another is as sane;
+    `spared`: a step that is not deleted for this one.
 
     Raises NonFinite, and writes nothing, when a leaf holds NaN or an infinity; WriteError when there is no room, or it
     cannot be written for another reason (also for the save before this one, which may fail while training goes on).
     """
     self.wait()
+    if sane is not None: on_first(self._note_sane, *sane)
     step, leaves = int(step), _named(wait_on_cpu(state))
     manifest = _manifest(leaves)
     if record is not None: manifest |= {'record': record, 'record_crc32': crc32(record)}
@@ -100,7 +103,7 @@ class Checkpoints:
     with self._explained(step, size):
       self._orbax.save(self.folder / str(step), force=True,
                        args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **arguments))
-    self._pending = step, size, self._thread.submit(self._commit, step, sane_loss)
+    self._pending = step, size, self._thread.submit(self._commit, step, spared)
     if wait: self.wait()
 
   def wait(self):
@@ -223,14 +226,17 @@ class Checkpoints:
     for entry in self.folder.glob('*.orbax-checkpoint-tmp*'):
       with contextlib.suppress(OSError): workdirs.remove(self.folder, entry.name)
 
-  def _commit(self, step: int, sane_loss: float | None):
+  def _note_sane(self, step: int, loss: float):
+    if step not in self.steps(): return
+    with writing.dispensable(self.folder / SANE): workdirs.write(self.folder, SANE, json.dumps({'step': step, 'loss': loss}))
+
+  def _commit(self, step: int, spared: int | None):
     """In the background: waits for the step and its manifest, and only then deletes steps that are too many."""
     self._orbax.wait_until_finished()
     if not is_first(): return
-    if sane_loss is not None: workdirs.write(self.folder, SANE, json.dumps({'step': step, 'loss': sane_loss}))
     others = [number for number in self.steps() if number != step]
     for number in others[:max(0, len(others) - self.keep + 1)]:
-      if number != self.sane_step(): workdirs.remove(self.folder, str(number))
+      if number not in (self.sane_step(), spared): workdirs.remove(self.folder, str(number))
 
   def sane_step(self) -> int | None:
     """The newest step that was saved as sane, if it is still there."""

@@ -22,7 +22,7 @@ class Health:
 
   def __init__(self, uniform: float = math.inf, lowest: float = math.inf):
     self.uniform, self.lowest = uniform, lowest
-    self.recent, self.absurd = collections.deque(maxlen=WINDOW), 0
+    self.recent, self.absurd, self.first = collections.deque(maxlen=WINDOW), 0, None
 
   def see(self, numbers: dict[str, Any]):
     """The numbers of a logged step. Of one that was refused there is nothing to learn: it changed nothing."""
@@ -30,15 +30,21 @@ class Health:
     loss = numbers.get('cross_entropy', numbers.get('loss', math.nan))
     self.absurd = 0 if loss <= 2 * self.uniform + 5 else self.absurd + 1
     self.recent.append(loss)
+    if self.first is None: self.first = loss
 
   def sane_loss(self) -> float | None:
     """The loss of the state that is about to be saved, if it is sane. What follows is judged by what follows."""
-    losses, self.recent = list(self.recent), collections.deque(maxlen=WINDOW)
+    losses, self.recent, self.first = list(self.recent), collections.deque(maxlen=WINDOW), None
     if not losses or not all(map(math.isfinite, losses)): return None
     loss = statistics.median(losses)
     self.lowest = min(self.lowest, loss)
     sane = loss < self.uniform - MARGIN and loss <= (self.lowest + self.uniform) / 2
     return loss if sane else None
+
+  def is_borne_out(self) -> bool | None:
+    """Whether the first loss since the last save is below that of a uniform guess; None where none has been seen. The last
+    update of a state shows in no loss before it."""
+    return None if self.first is None else self.first < self.uniform
 
   def is_lost(self) -> bool:
     """Whether it has been absurd for too long to be a spike."""

@@ -160,22 +160,26 @@ def _check_batch(training, context):
 
 
 class Saver:
-  """Saves a training's states, each with whether its losses are sane. A save that fails is said, and training goes on to the
-  next one; if that fails as well, or nothing comes after it, it raises WriteError."""
+  """Saves a training's states, and notes the last that is sane: one whose losses are, and the first that follows it. A save
+  that fails is said, and training goes on to the next one; if that fails as well, or nothing comes after it, it raises
+  WriteError."""
 
   def __init__(self, checkpoints, health: Health):
     self.checkpoints, self.health = checkpoints, health
-    self.failed, self.under_way = False, False
+    self.failed, self.under_way, self.candidate = False, False, None
 
   def __call__(self, step: int, state, wait: bool):
-    sane_loss = self.health.sane_loss()
+    known = None if self.candidate is None else self.health.is_borne_out()
+    sane, spared = self.candidate if known else None, self.candidate if known is None else None
+    loss = self.health.sane_loss()
     with self._tolerated(False):
       self.checkpoints.wait()   # for the one before
       self.failed &= not self.under_way
     self.under_way = False
     with self._tolerated(wait):
-      self.checkpoints.save(step, state, wait, sane_loss=sane_loss)
+      self.checkpoints.save(step, state, wait, sane=sane, spared=spared and spared[0])
       self.under_way = True
+    self.candidate = (step, loss) if spared is None and loss is not None else spared
 
   @contextlib.contextmanager
   def _tolerated(self, last: bool):

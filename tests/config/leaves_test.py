@@ -16,6 +16,9 @@ VALUES = ('-1', '0', '2147483647', str(10 ** 18), str(-10 ** 400), '1e30', '1e30
           "'('", 'None', 'True', '()', '[1]', '{}')
 
 
+FAULT = 'any leaf of a config of a wrong type, negative, zero, huge, infinite, NaN, misspelled'
+
+
 @pytest.fixture
 def opened_once(monkeypatch):
   """A corpus that is the same is not read again."""
@@ -28,12 +31,15 @@ def opened_once(monkeypatch):
 
 
 @pytest.mark.parametrize('name', FILES)
-def test_every_leaf_takes_any_value_or_refuses_it_in_a_line(name, tmp_path, opened_once):
+def test_every_leaf_takes_any_value_or_refuses_it_in_a_line(name, tmp_path, opened_once, tried):
   file, workdir = str(ROOT / 'configs' / f'{name}.py'), tmp_path / 'run'
   whole, _ = experiment.load(file, [], None)
   leaves = [path for path, value in fields.walk(whole, 'config') if not fields.is_config(value)]
   ends = collections.Counter()
   for leaf in leaves:
+    with pytest.raises(ConfigError, match='no such field'):
+      experiment.load(file, [f'--{leaf}x=1'], None)
+    ends['refused'] += 1
     for value in VALUES:
       try: Run(*experiment.load(file, [f'--{leaf}={value}'], None), workdir)
       except ConfigError as error:
@@ -42,3 +48,5 @@ def test_every_leaf_takes_any_value_or_refuses_it_in_a_line(name, tmp_path, open
       else: ends['built'] += 1
   assert not workdir.exists()
   assert ends['refused'] > 10 * len(leaves) and ends['built'] > len(leaves)
+  tried(FAULT, ends.total(), **{'refused in a line, nothing written': ends['refused'],
+                                'values that it may have': ends['built']})

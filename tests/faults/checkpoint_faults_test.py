@@ -18,6 +18,9 @@ from efficient_lm.runs.checkpoint import Checkpoints, lock
 # Orbax drops the tasks that read the other arrays when one is unreadable; only pytest makes something of it.
 pytestmark = pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 
+FAULT, FLIPS = 'a file of a checkpoint truncated, zeroed, deleted; bits flipped', 200   # bits, with --long
+
+
 def state(seed):
   return {'step': jnp.int32(seed), 'model': {'w': jax.random.normal(jax.random.key(seed), (64, 32)),
                                              'codes': jnp.arange(-64, 64, dtype=jnp.int8)},
@@ -72,7 +75,7 @@ DAMAGES = {'truncated': truncate, 'zeroed': zero, 'deleted': os.remove}
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
-def test_no_damaged_file_ever_gives_wrong_bits(saved, tmp_path, damage):
+def test_no_damaged_file_ever_gives_wrong_bits(saved, tmp_path, damage, tried):
   """Some files of a step are never read; damage to those is harmless. Any other makes step 1 the newest."""
   reader, used = Checkpoints(tmp_path / 'now'), []
   for path in files(saved):
@@ -84,11 +87,13 @@ def test_no_damaged_file_ever_gives_wrong_bits(saved, tmp_path, damage):
     assert same(restored, state(used[-1])), path
   reader.close()
   assert 1 in used
+  tried(FAULT, len(used), noticed=used.count(1), harmless=used.count(2))
 
 
-def test_every_bit_flip_in_the_data_is_detected_or_harmless(saved, tmp_path):
+def test_every_bit_flip_in_the_data_is_detected_or_harmless(saved, tmp_path, request, tried):
   rng, reader, caught = np.random.default_rng(0), Checkpoints(tmp_path / 'now'), 0
-  for path in rng.choice(files(saved), 24):
+  flips = FLIPS if request.config.getoption('--long') else 24
+  for path in rng.choice(files(saved), flips):
     shutil.rmtree(reader.folder, ignore_errors=True)
     shutil.copytree(saved, reader.folder)
     path = reader.folder / path.relative_to(saved)
@@ -98,9 +103,10 @@ def test_every_bit_flip_in_the_data_is_detected_or_harmless(saved, tmp_path):
     assert same(restored, state(int(restored['step']))), path
   reader.close()
   assert caught
+  tried(FAULT, flips, noticed=caught, harmless=flips - caught)
 
 
-def test_every_bit_flip_in_the_array_bytes_is_detected(saved, tmp_path):
+def test_every_bit_flip_in_the_array_bytes_is_detected(saved, tmp_path, tried):
   """The largest files hold the arrays themselves, which zstd leaves as they are: nothing but a checksum can tell."""
   largest = max(files(saved), key=lambda path: path.stat().st_size)
   rng, reader = np.random.default_rng(1), Checkpoints(tmp_path / 'now')
@@ -111,6 +117,7 @@ def test_every_bit_flip_in_the_array_bytes_is_detected(saved, tmp_path):
     restored = reader.restore(ABSTRACT)
     assert int(restored['step']) == 1 and same(restored, state(1)), bit
   reader.close()
+  tried(FAULT, 24, noticed=24)
 
 
 def test_what_other_threads_still_read_when_an_array_is_damaged_prints_nothing(checkpoints, folder, monkeypatch):
@@ -205,13 +212,15 @@ def test_a_folder_that_goes_while_it_is_written_is_one_line(checkpoints, folder)
 
 
 def test_the_newest_sane_step_is_kept_apart(checkpoints, folder):
-  for step, sane in enumerate((None, 1.5, None, None, None), 3): checkpoints.save(step, state(step), sane_loss=sane)
+  for step, sane in enumerate((None, None, (4, 1.5), None, None), 3): checkpoints.save(step, state(step), sane=sane)
   checkpoints.wait()
   assert checkpoints.steps() == [4, 6, 7] and (checkpoints.sane_step(), checkpoints.sane_loss()) == (4, 1.5)
   assert same(checkpoints.restore(ABSTRACT, 4), state(4))
-  for step in (8, 9): checkpoints.save(step, state(step), sane_loss=1.0)
+  for step in (8, 9): checkpoints.save(step, state(step), sane=(step - 1, 1.0), spared=6)
   checkpoints.wait()
-  assert checkpoints.steps() == [8, 9] and checkpoints.sane_step() == 9, 'it is one of the newest again'
+  assert checkpoints.steps() == [6, 8, 9] and checkpoints.sane_step() == 8, 'it is one of the newest again'
+  checkpoints.save(10, state(10), sane=(7, 0.5), wait=True)
+  assert checkpoints.sane_step() == 8, 'of a step that is gone nothing is noted'
 
 
 @pytest.mark.parametrize('text', ['', '{', '[1]', '{"step": "4", "loss": 1.0}', '{"step": 99, "loss": 1.0}'])

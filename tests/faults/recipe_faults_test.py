@@ -21,6 +21,7 @@ SMALL = ['--config.data.eval_tokens=2048', '--config.train.batch_size=4', '--con
          '--config.train.checkpoint_every=2']
 RECIPE = [*SMALL, '--config.train.steps=6', *(f'--config.stages[1].training.{word}' for word in (
   'steps=4', 'batch_size=4', 'sequence_length=64', 'checkpoint_every=1'))]
+FAULT = 'kill -9 of a recipe of five stages: anywhere, in saves, between stages'
 PATIENCE = 600   # seconds until a program counts as stuck, on a busy machine
 
 
@@ -94,7 +95,7 @@ def kill_at_any_time(program, workdir, rng, seconds):
 MOMENTS = (kill_inside_a_save, kill_between_stages, kill_at_any_time)
 
 
-def test_a_killed_recipe_leaves_what_an_untouched_one_does(start, untouched, request):
+def test_a_killed_recipe_leaves_what_an_untouched_one_does(start, untouched, request, tried):
   (reference, seconds), rng = untouched, np.random.default_rng(0)
   moments, killed, inside, finished = itertools.cycle(MOMENTS), 0, 0, 0
   workdir = start.folder / 'killed'
@@ -115,6 +116,8 @@ def test_a_killed_recipe_leaves_what_an_untouched_one_does(start, untouched, req
     shutil.rmtree(workdir)
     finished += 1
   print(f'{killed} kills, {inside} of them inside saves; {finished} runs that came to their end')
+  tried(FAULT, killed, **{'inside a save': inside, 'elsewhere': killed - inside,
+                          'runs that came to their end, each bit for bit': finished})
 
 
 def test_two_untouched_runs_leave_the_same(start, untouched):

@@ -1,4 +1,5 @@
 """Whatever happens to a file of a finished run: what reads the run tells of it in a line, or finds what was there before."""
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -133,6 +134,7 @@ def test_a_kill_between_any_two_files_that_a_run_begins_with_leaves_a_run(folder
 
 # ------------------------------------------------------------------ links, and the lock
 
+@pytest.mark.fault('links in the folder of a run, and a canary outside', 'refused, the canary as it was')
 @pytest.mark.parametrize('name', ['samples/00000002.txt', 'checkpoints', 'stages/1_train', 'metrics.jsonl', 'tensorboard'])
 def test_a_finished_run_with_a_link_in_it_is_read_but_not_taken_up(folder, tmp_path, expected, name, caplog):
   """Here what the link leads to is what was there before; the canary is that this stays."""
@@ -193,21 +195,25 @@ LAST = 'stages/2_quantize/2/'   # of whose files `generate` reads most
 
 
 @pytest.mark.parametrize('damage', [truncate, empty, delete, garble])
-def test_every_file_that_is_cut_emptied_gone_or_garbled_is_noticed_or_not_needed(folder, files, expected, caplog, damage):
+def test_every_file_that_is_cut_emptied_gone_or_garbled_is_noticed_or_not_needed(
+    folder, files, expected, caplog, damage, tried):
+  counts = collections.Counter()
   for name, file in files.items():
     before = file.read_bytes()
     damage(file)
     came = check(folder, file, expected, caplog)
+    counts['noticed' if 'noticed' in came.values() else 'harmless'] += 1
     file.write_bytes(before)
     if name in NOTICED:
       for reader, wanted in NOTICED[name].items():
         if damage is delete and (name, reader) in MADE_AGAIN: wanted = 'equal'
         assert came[reader.__name__] == wanted, (name, damage.__name__, came)
     elif not name.startswith(LAST): assert set(came.values()) == {'equal'}, (name, came)
+  tried('a file of a finished run truncated, emptied, deleted, garbled', len(files), **counts)
 
 
-def test_every_bit_that_flips_is_noticed_or_harmless(folder, files, expected, caplog, request):
-  rng, noticed, long = np.random.default_rng(0), 0, request.config.getoption('--long')
+def test_every_bit_that_flips_is_noticed_or_harmless(folder, files, expected, caplog, request, tried):
+  rng, noticed, flips, long = np.random.default_rng(0), 0, 0, request.config.getoption('--long')
   for name, file in files.items():
     before = file.read_bytes()
     read = name in NOTICED or (long and name.startswith(LAST))
@@ -216,6 +222,7 @@ def test_every_bit_that_flips_is_noticed_or_harmless(folder, files, expected, ca
       content = bytearray(before)
       content[bit // 8] ^= 1 << bit % 8
       file.write_bytes(content)
-      noticed += 'noticed' in check(folder, file, expected, caplog).values()
+      noticed, flips = noticed + ('noticed' in check(folder, file, expected, caplog).values()), flips + 1
     file.write_bytes(before)
   assert noticed > 40, 'most of those in the files that are read'
+  tried('bits of the files of a finished run flipped', flips, noticed=noticed, harmless=flips - noticed)

@@ -14,6 +14,8 @@ from efficient_lm.config import experiment
 from efficient_lm.runs import record, results, tracking
 from tests import minute
 
+pytestmark = pytest.mark.fault('a run of others: config, record, manifest, tokenizer, log, ledger',
+                               'refused in one line, or read as it is')
 STORED = pathlib.Path(__file__).parent / 'stored'
 
 

@@ -40,6 +40,18 @@ def test_a_window_is_judged_by_itself():
   assert made.sane_loss() == 1.25, 'of the task, whatever else is minimised'
 
 
+def test_what_is_saved_is_borne_out_by_the_first_loss_that_follows():
+  made = Health(UNIFORM)
+  made.see({'loss': 1.0})
+  for losses, borne_out in (([], None), ([1.1, 9.0], True), ([9.0, 1.1], False), ([math.nan], False)):
+    made.sane_loss()
+    for loss in losses: made.see({'loss': loss})
+    assert made.is_borne_out() is borne_out, losses
+  made.sane_loss()
+  made.see({'loss': 9.0, 'skipped_in_a_row': 1})
+  assert made.is_borne_out() is None, 'a refused step says nothing'
+
+
 def test_refused_steps_tell_nothing():
   made = Health(UNIFORM)
   for loss in [1.0] + [1e9] * 50: made.see({'cross_entropy': loss, 'skipped_in_a_row': int(loss > 1)})

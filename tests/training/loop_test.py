@@ -127,7 +127,7 @@ def failing(*outcomes):
   """A Saver of checkpoints each of whose saves fails or succeeds so."""
   left = list(outcomes)
   class Disk(Memory):
-    def save(self, step, state, wait, sane_loss=None):
+    def save(self, step, state, wait, sane=None, spared=None):
       if left.pop(0): raise WriteError('disk full')
   return train.Saver(Disk(), Health())
 
@@ -163,6 +163,28 @@ def test_a_save_that_fails_in_the_background_is_noticed_at_the_next_one(caplog):
   assert checkpoints.steps() == [1, 2] and len(caplog.records) == 1, 'the next one is tried'
   with pytest.raises(WriteError): saver(3, {}, False)
   checkpoints.failing = False
+
+
+def noted(*windows) -> list[int | None]:
+  """Steps that are noted as sane after each save, one after each of these windows of losses; None stands for refused."""
+  checkpoints, health = Memory(), Health(uniform=2.0)
+  saver, found = train.Saver(checkpoints, health), []
+  for step, losses in enumerate(windows, 1):
+    for loss in losses: health.see({'loss': loss} if loss is not None else {'loss': 9.0, 'skipped_in_a_row': 1})
+    saver(step, {}, False)
+    found.append(checkpoints.sane_step())
+  return found
+
+
+@pytest.mark.parametrize('windows, steps', [
+  ([[1.0], [1.0], [1.0]], [None, 1, 2]),
+  ([[1.0], [1.0, 99.0], [99.0]], [None, 1, 1]),            # the second update is the one that broke it
+  ([[1.0], [1.0], [99.0], [99.0]], [None, 1, 1, 1]),       # the loss of step 2 is from before its own update
+  ([[1.0], [None], [None], [1.0]], [None, None, None, 1]), # nothing is known, and nothing has changed, until the last
+  ([[1.0], [None], [None], [99.0]], [None] * 4),
+  ([[9.0], [1.0], [1.0]], [None, None, 2])])
+def test_a_state_is_noted_as_sane_once_a_loss_of_its_own_is(windows, steps):
+  assert noted(*windows) == steps
 
 
 def test_a_diverged_training_says_from_where_it_may_be_taken_up(recorder):

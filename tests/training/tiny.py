@@ -51,9 +51,9 @@ class Memory:
 
   def steps(self): return sorted(self.kept)
 
-  def save(self, step, state, wait, sane_loss=None):
+  def save(self, step, state, wait, sane=None, spared=None):
     self.kept[step] = jax.tree.map(np.array, state)
-    if sane_loss is not None: self.sane = {step: sane_loss}
+    if sane is not None: self.sane = dict([sane])
 
   def sane_step(self): return next(iter(self.sane), None)
 
