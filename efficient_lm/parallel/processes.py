@@ -139,8 +139,9 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
-def _gathered(array):
+def gathered(array):
   """This process's numpy array and those of the others, stacked in their order."""
+  if not several(): return array[None]
   from jax.experimental import multihost_utils
   return multihost_utils.process_allgather(array)
 
@@ -148,7 +149,7 @@ def _gathered(array):
 def told(text: str) -> str:
   """The first process's `text`, of as many bytes in all of them."""
   import numpy as np
-  return bytes(_gathered(np.frombuffer(text.encode(), np.uint8))[0]).decode() if several() else text
+  return bytes(gathered(np.frombuffer(text.encode(), np.uint8))[0]).decode() if several() else text
 
 
 @contextlib.contextmanager
@@ -166,14 +167,15 @@ def together() -> Iterator[None]:
   own = np.zeros(SAID + 2, np.uint8)
   own[0], own[1] = raised is not None, getattr(raised, 'exit_code', 1)
   own[2:2 + len(text)] = np.frombuffer(text, np.uint8)
-  found = _gathered(own)
+  found = gathered(own)
   if raised: raise raised
   for number, (failed, code, *said) in enumerate(found):
     if failed: raise _error_of(number, int(code), bytes(map(int, said)).rstrip(b'\0').decode(errors='replace'))
 
 
 def _error_of(number: int, code: int, text: str) -> Exception:
-  known = (errors.IncompatibleError, errors.CheckpointError, errors.NonFinite, errors.WriteError, errors.Preempted)
+  known = (errors.IncompatibleError, errors.CheckpointError, errors.NonFinite, errors.WriteError, errors.DeviceFault,
+           errors.Preempted)
   kinds = {kind.exit_code: kind for kind in known}
   return kinds.get(code, OtherProcess)(f'process {number}: {text}')
 
@@ -191,7 +193,7 @@ def refuse_unlike(**texts: str):
   if not several(): return
   import numpy as np
   digests = np.stack([np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in texts.values()])
-  found = _gathered(digests)
+  found = gathered(digests)
   for i, name in enumerate(texts):
     unlike = [number for number, one in enumerate(found) if (one[i] != found[0][i]).any()]
     if unlike: raise ConfigError(name, f'process {unlike[0]}', 'has another one than process 0: give all processes the same '

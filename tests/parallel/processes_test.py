@@ -127,7 +127,7 @@ def others(monkeypatch):
       other = next(answers)
       other = other if other is not None else own
       return np.stack([own, other] if number == 0 else [other, own])
-    monkeypatch.setattr(processes, '_gathered', gathered)
+    monkeypatch.setattr(processes, 'gathered', gathered)
     return answers
   return say
 
