@@ -19,6 +19,7 @@ from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempt
 from efficient_lm.parallel.processes import Agreement, fetched, several
 from efficient_lm.parallel.sharding import place, placed, wait_on_cpu
 from efficient_lm.system import interruption
+from efficient_lm.training import replay
 from efficient_lm.training.health import Health, advised
 from efficient_lm.training.learner import TrainState, assemble, finished, initial_state, starting_state
 from efficient_lm.training.losses import Totals, outputs_of
@@ -202,19 +203,22 @@ def fit(state: TrainState, learner, batch_at: Callable[[int], Any], training, ca
 
   Args:
     batch_at: step -> batch on the mesh; a pure function, so that a resumed run sees what it would have seen.
-    training: steps, accumulate, log_every, eval_every, checkpoint_every.
+    training: steps, accumulate, log_every, eval_every, checkpoint_every, replay_every.
 
   Raises:
+    DeviceFault: a step that is computed twice differs, see `replay`, or copies of an array do, see `parallel.replicas`.
     NonFinite: after MAX_REFUSED refused steps in a row, with the state saved, or after too many absurd losses.
     Preempted: on a signal (see `interruption`), once the state has been saved; of several processes on that of any, in all
       at one step.
   """
-  step_function, health = compiled_step(learner, training.accumulate), health or Health()
+  once, health = compiled_step(learner, training.accumulate), health or Health()
+  twice = functools.partial(replay.twice, once, callbacks.save)
   first, last_logged, clock = int(state.step), int(state.step), time.perf_counter()
   agreed = Agreement()
   with interruption.noticed(), contextlib.ExitStack() as ours:
     if several(): ours.enter_context(interruption.holding())
     for step in range(first + 1, training.steps + 1):
+      step_function = twice if training.replay_every and step % training.replay_every == 0 else once
       state, metrics = wait_on_cpu(step_function(state, learner.loss, batch_at(step - 1)))
       # From the first step on a stop would lose one; of several processes none may stop alone.
       if step == first + 1 and not several(): ours.enter_context(interruption.holding())
