@@ -8,10 +8,10 @@ import numpy as np
 from efficient_lm.errors import IncompatibleError, NonFinite
 from efficient_lm.models import decode
 from efficient_lm.parallel import replicas
+from efficient_lm.parallel.processes import checking
 from efficient_lm.runs import console, ledger, measure, record, writing
 from efficient_lm.runs.energy import Energy
 from efficient_lm.runs.tracking import load_heatmap
-from efficient_lm.system import interruption
 from efficient_lm.system import workdir as workdirs
 from efficient_lm.training.evaluation import evaluate
 from efficient_lm.training.train import Train
@@ -94,11 +94,11 @@ class Monitor:
     latency of a single reader."""
     corpus, shards = self.run.corpus, self.run.batch_shards
     batch = next(iter(self._heldout(corpus.undivided)))   # all processes read the prompts of all
-    prompt_BT, drawn, clock = batch['inputs_BT'][:shards, :32], [], None
+    prompt_BT, drawn, clock, check = batch['inputs_BT'][:shards, :32], [], None, checking()
     try:
       for ids in decode.stream(model, prompt_BT, SAMPLE_TOKENS, sampling=decode.Sampling(0.8), seed=at,
                                vocab_size=corpus.tokenizer.vocab_size):
-        interruption.check()
+        check()
         drawn.append(ids)
         clock = clock or time.perf_counter()   # the first burst compiles
     except IncompatibleError: return   # a model that cannot be decoded, as its caveats say
