@@ -25,9 +25,9 @@ def fitted(kind, mesh_name, replay_every):
   """Bits of the state after four steps, what was logged of them, and how many steps were computed."""
   computed, logged, compiled = [], [], trainer.compiled_step
   mesh, memory = MESHES[mesh_name](), Memory()
+  # A step takes what it is given; and what is made under a mesh lies on that.
+  learner = assemble(jax.tree.map(jnp.copy, model_of(kind)), AdamW().build(4), (), jax.random.key(0))
   with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
-    model = jax.tree.map(jnp.copy, model_of(kind))   # a step takes what it is given
-    learner = assemble(model, AdamW().build(4), (), jax.random.key(0))
     def counting(*arguments):
       step_function = compiled(*arguments)
       return lambda state, *more: computed.append(int(state.step)) or step_function(state, *more)
