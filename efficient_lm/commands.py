@@ -16,6 +16,7 @@ from efficient_lm.config import experiment
 from efficient_lm.errors import (
   CheckpointError,
   ConfigError,
+  DeviceFault,
   IncompatibleError,
   NonFinite,
   OtherProcess,
@@ -33,6 +34,7 @@ from efficient_lm.system import interruption
 
 FLAGS = flags.FLAGS
 ROWS, LENGTH = 4, 1024   # of a model that no run here has trained
+TOLD = (ConfigError, IncompatibleError, CheckpointError, NonFinite, OtherProcess, WriteError, DeviceFault, Preempted)
 INTERRUPTED = 130   # what a shell reports of a program that SIGINT ended
 
 
@@ -196,7 +198,7 @@ def exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
     with interruption.caught(): main(_parse(argv))
     if sys.stdout is not None: sys.stdout.flush()
     return 0
-  except (ConfigError, IncompatibleError, CheckpointError, NonFinite, OtherProcess, WriteError, Preempted) as error:
+  except TOLD as error:
     print(' '.join(str(error).split()), file=sys.stderr)
     return error.exit_code
   except BrokenPipeError:   # who was reading has seen enough, as `head` does

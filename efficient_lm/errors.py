@@ -66,6 +66,12 @@ class OtherProcess(Exception):
   exit_code = 6
 
 
+class DeviceFault(Exception):
+  """A device does not compute, or does not keep, what it should, in ONE line: copies that must be equal are not. Nothing
+  that is known to be wrong is saved; on another machine the same command goes on."""
+  exit_code = 7
+
+
 class Preempted(BaseException):
   """The machine was taken away, or somebody asked for the end; what there was to save is saved and the same command resumes.
   No Exception, as KeyboardInterrupt is none: it may be raised anywhere, also where whatever goes wrong is the user's."""

@@ -15,9 +15,10 @@ under Slurm's srun, elsewhere with
 The workdir must be one folder that all of them see.
 
 Exit codes: 0 done, 2 wrong config or arguments, 3 no usable checkpoint, 4 training went non-finite, 5 what has to be kept
-cannot be written, 6 another process does not answer or has failed, 42 preempted: by SIGTERM, SIGINT (Ctrl-C) or SIGHUP,
-once what there was to save is saved, and the same command goes on. A second signal ends the program at once, with 128 and
-its number. A reader of the output that goes away does not matter.
+cannot be written, 6 another process does not answer or has failed, 7 a device is faulty: copies of an array that must be
+equal, or results of a step that was computed twice, are not, 42 preempted: by SIGTERM, SIGINT (Ctrl-C) or SIGHUP, once what
+there was to save is saved, and the same command goes on. A second signal ends the program at once, with 128 and its number.
+A reader of the output that goes away does not matter.
 """
 from efficient_lm.system import interruption, output
 

@@ -5,7 +5,7 @@ import pytest
 from absl import flags
 
 from efficient_lm import commands
-from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted
+from efficient_lm.errors import CheckpointError, ConfigError, DeviceFault, NonFinite, Preempted
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +19,8 @@ def words(monkeypatch):
 
 
 @pytest.mark.parametrize('error, code', [
-  (ConfigError('field', 1, 'fix'), 2), (CheckpointError('none'), 3), (NonFinite('nan'), 4), (Preempted('saved'), 42),
-  (KeyboardInterrupt(), 130),
+  (ConfigError('field', 1, 'fix'), 2), (CheckpointError('none'), 3), (NonFinite('nan'), 4), (DeviceFault('bit'), 7),
+  (Preempted('saved'), 42), (KeyboardInterrupt(), 130),
 ])
 def test_each_end_has_its_exit_code_and_one_line(error, code, capsys):
   def main(overrides): raise error

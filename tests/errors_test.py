@@ -2,7 +2,17 @@ import math
 
 import pytest
 
-from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted, at_least, fraction
+from efficient_lm.errors import (
+  CheckpointError,
+  ConfigError,
+  DeviceFault,
+  NonFinite,
+  OtherProcess,
+  Preempted,
+  WriteError,
+  at_least,
+  fraction,
+)
 
 
 def test_a_config_error_is_one_line_whatever_it_quotes():
@@ -12,8 +22,8 @@ def test_a_config_error_is_one_line_whatever_it_quotes():
 
 
 def test_exit_codes_differ():
-  codes = [error.exit_code for error in (ConfigError, CheckpointError, NonFinite, Preempted)]
-  assert codes == [2, 3, 4, 42]
+  kinds = (ConfigError, CheckpointError, NonFinite, WriteError, OtherProcess, DeviceFault, Preempted)
+  assert [error.exit_code for error in kinds] == [2, 3, 4, 5, 6, 7, 42]
 
 
 class Config:

@@ -28,6 +28,7 @@ while :; do
       case $code in
         0) exit 0 ;;
         2|3|4) refuse "the run has ended with exit code $code: tpu_scripts/tail.sh says why" ;;
+        7) "$here/delete.sh" ;;   # a device is faulty: another slice goes on
         '') if [ -z "$begun" ]; then "$here/run.sh" "$@"; fi ;;
         *) "$here/run.sh" "$@" ;;   # interrupted, or one of the workers had gone: all begin again
       esac

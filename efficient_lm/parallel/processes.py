@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 from efficient_lm import errors
 from efficient_lm.errors import ConfigError, OtherProcess
-from efficient_lm.parallel import tpu
+from efficient_lm.parallel import stopping, tpu
+from efficient_lm.system import interruption
 
 SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')   # of what srun starts
 WORDS = {'coordinator': 'JAX_COORDINATOR_ADDRESS', 'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
@@ -108,6 +109,7 @@ def join(group: Group | None, patience: int = PATIENCE):
     raise ConfigError('--coordinator', known, 'cannot be listened on by process 0: take an address of its host and a free '
                       'port') from error
   finally: giving_up.cancel()
+  stopping.share()
 
 
 def _has_node_to_itself(environ) -> bool:
@@ -139,8 +141,9 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
-def _gathered(array):
+def gathered(array):
   """This process's numpy array and those of the others, stacked in their order."""
+  if not several(): return array[None]
   from jax.experimental import multihost_utils
   return multihost_utils.process_allgather(array)
 
@@ -148,7 +151,7 @@ def _gathered(array):
 def told(text: str) -> str:
   """The first process's `text`, of as many bytes in all of them."""
   import numpy as np
-  return bytes(_gathered(np.frombuffer(text.encode(), np.uint8))[0]).decode() if several() else text
+  return bytes(gathered(np.frombuffer(text.encode(), np.uint8))[0]).decode() if several() else text
 
 
 @contextlib.contextmanager
@@ -166,14 +169,15 @@ def together() -> Iterator[None]:
   own = np.zeros(SAID + 2, np.uint8)
   own[0], own[1] = raised is not None, getattr(raised, 'exit_code', 1)
   own[2:2 + len(text)] = np.frombuffer(text, np.uint8)
-  found = _gathered(own)
+  found = gathered(own)
   if raised: raise raised
   for number, (failed, code, *said) in enumerate(found):
     if failed: raise _error_of(number, int(code), bytes(map(int, said)).rstrip(b'\0').decode(errors='replace'))
 
 
 def _error_of(number: int, code: int, text: str) -> Exception:
-  known = (errors.IncompatibleError, errors.CheckpointError, errors.NonFinite, errors.WriteError, errors.Preempted)
+  known = (errors.IncompatibleError, errors.CheckpointError, errors.NonFinite, errors.WriteError, errors.DeviceFault,
+           errors.Preempted)
   kinds = {kind.exit_code: kind for kind in known}
   return kinds.get(code, OtherProcess)(f'process {number}: {text}')
 
@@ -191,7 +195,7 @@ def refuse_unlike(**texts: str):
   if not several(): return
   import numpy as np
   digests = np.stack([np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8) for text in texts.values()])
-  found = _gathered(digests)
+  found = gathered(digests)
   for i, name in enumerate(texts):
     unlike = [number for number, one in enumerate(found) if (one[i] != found[0][i]).any()]
     if unlike: raise ConfigError(name, f'process {unlike[0]}', 'has another one than process 0: give all processes the same '
@@ -208,13 +212,16 @@ def ending_together() -> Iterator[None]:
   except BaseException as error:
     own = getattr(error, 'exit_code', None)
     if not several() or isinstance(error, SystemExit) or (own is not None and getattr(error, 'in_all', True)): raise
+    interruption.wait_if_leaving()
     is_gone = own is None and any(sign in str(error).lower() for sign in GONE)
+    if is_gone and interruption.received():   # by the signal that this one has heard, too
+      is_gone, own, error = False, errors.Preempted.exit_code, interruption.said()
     if is_gone: print(f'another process has gone ({" ".join(str(error).split())[:160]}); its log says why, and the same '
                       'command resumes', file=sys.stderr)
     elif own is not None: print(' '.join(str(error).split()), file=sys.stderr)
     else: traceback.print_exception(error)
     for stream in (sys.stdout, sys.stderr): stream.flush()
-    os._exit(OtherProcess.exit_code if is_gone else own or 1)
+    interruption.leave(OtherProcess.exit_code if is_gone else own or 1)
 
 
 class Agreement:
@@ -228,6 +235,20 @@ class Agreement:
     if not several(): return flag
     self._pending.append(_any(flag))
     return len(self._pending) > BEHIND and bool(self._pending.popleft())
+
+
+def checking() -> Callable[[], None]:
+  """`check()`, for work in parts that all processes do alike, to be called between two of them. It raises Preempted where a
+  signal has come; of several processes in all of them at the same call."""
+  agreed = Agreement()
+  def check():
+    if not agreed(interruption.received() is not None): return
+    if not several(): interruption.check()
+    heard = 'another process was interrupted: stopped where there was nothing to save; the same command goes on from there'
+    interrupted = errors.Preempted(interruption.said() or heard)
+    interrupted.in_all = True
+    raise interrupted
+  return check
 
 
 def _any(flag: bool):

@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, WriteError
-from efficient_lm.parallel.processes import fetched, is_first, on_first, several, together
+from efficient_lm.parallel.processes import is_first, on_first, several, together
+from efficient_lm.parallel.replicas import digests
 from efficient_lm.parallel.sharding import wait_on_cpu
 from efficient_lm.runs import writing
 from efficient_lm.runs.record import crc32
@@ -87,8 +87,9 @@ class Checkpoints:
     that is committed with it. `sane`: step and loss of a state saved before, which is to be kept until another is as sane;
     `spared`: a step that is not deleted for this one.
 
-    Raises NonFinite, and writes nothing, when a leaf holds NaN or an infinity; WriteError when there is no room, or it
-    cannot be written for another reason (also for the save before this one, which may fail while training goes on).
+    Raises NonFinite, and writes nothing, when a leaf holds NaN or an infinity, DeviceFault when copies of one differ;
+    WriteError when there is no room, or it cannot be written for another reason (also for the save before this one, which
+    may fail while training goes on).
     """
     self.wait()
     if sane is not None: on_first(self._note_sane, *sane)
@@ -187,8 +188,8 @@ class Checkpoints:
       restored = self._orbax.restore(self.folder / str(step), args=ocp.args.Composite(**arguments))
     found = {name: leaf for item in arguments for name, leaf in restored[item].items()}
     loaded = {name: found[stored[name]] for name in wanted}
-    digests = _digests(loaded)   # outside: what goes wrong in computing them is no fault of the files
-    bad = [name for name in wanted if digests[name][0] != saved[stored[name]][2]]
+    of_loaded = digests(loaded)   # outside: what goes wrong in computing them is no fault of the files
+    bad = [name for name in wanted if of_loaded[name][0] != saved[stored[name]][2]]
     if bad: raise Corrupt(f'{bad[0]} is not what was saved')
     return loaded
 
@@ -268,27 +269,6 @@ def _sane(folder: Path) -> dict:
   return found if isinstance(found, dict) and {'step': int, 'loss': float} == {k: type(v) for k, v in found.items()} else {}
 
 
-@jax.jit
-def digest(leaf):
-  """uint32 (2,): a hash of the array's bits, and whether all its numbers are finite.
-
-  The hash is the sum modulo 2**32 of a bijection of each word and its place. A change within one word of at most 32 bits
-  always changes it, any other with probability 1 - 2**-32. The sum is the same however the array is cut into shards.
-  """
-  finite = jnp.isfinite(leaf).all() if jnp.issubdtype(leaf.dtype, jnp.inexact) else jnp.bool_(True)
-  if leaf.dtype.itemsize > 4: words = lax.bitcast_convert_type(leaf, jnp.uint32)
-  elif jnp.issubdtype(leaf.dtype, jnp.floating):
-    words = lax.bitcast_convert_type(leaf, f'uint{jnp.finfo(leaf.dtype).bits}').astype(jnp.uint32)
-  else: words = leaf.astype(jnp.uint32)
-  place = jnp.uint32(1)
-  for dim, size in enumerate(words.shape):
-    place = place * jnp.uint32(size % 2 ** 32) + lax.broadcasted_iota(jnp.uint32, words.shape, dim)
-  bits = words ^ (place * jnp.uint32(0x9E3779B1))
-  bits = (bits ^ (bits >> 16)) * jnp.uint32(0x85EBCA6B)   # the finaliser of MurmurHash3 (Appleby)
-  bits = (bits ^ (bits >> 13)) * jnp.uint32(0xC2B2AE35)
-  return jnp.stack([jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32), finite.astype(jnp.uint32)])
-
-
 def _named(tree, prefix: str = '') -> dict:
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {prefix + path_name(path): leaf if hasattr(leaf, 'dtype') else np.asarray(leaf) for path, leaf in leaves}
@@ -317,17 +297,12 @@ def _placed(leaf) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _digests(leaves: dict) -> dict[str, list[int]]:
-  found = {name: wait_on_cpu(digest(leaf)) for name, leaf in leaves.items()}   # under way together, where that is safe
-  return {name: value.tolist() for name, value in fetched(found).items()}
-
-
 def _manifest(leaves: dict) -> dict:
-  """{'leaves': {path: [dtype, shape, digest]}, 'crc32': of that}; raises NonFinite."""
-  digests = _digests(leaves)
-  bad = [name for name, (_, finite) in digests.items() if not finite]
+  """{'leaves': {path: [dtype, shape, digest]}, 'crc32': of that}; raises NonFinite, DeviceFault."""
+  found = digests(leaves)
+  bad = [name for name, (_, finite) in found.items() if not finite]
   if bad: raise NonFinite(f'state not saved: NaN or infinity in {", ".join(bad[:5])}{" …" if len(bad) > 5 else ""}')
-  entries = {name: [str(leaf.dtype), list(leaf.shape), digests[name][0]] for name, leaf in leaves.items()}
+  entries = {name: [str(leaf.dtype), list(leaf.shape), found[name][0]] for name, leaf in leaves.items()}
   return {'leaves': entries, 'crc32': crc32(entries)}
 
 

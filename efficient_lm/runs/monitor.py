@@ -7,13 +7,15 @@ import numpy as np
 
 from efficient_lm.errors import IncompatibleError, NonFinite
 from efficient_lm.models import decode
-from efficient_lm.runs import console, ledger, measure, writing
+from efficient_lm.parallel import replicas
+from efficient_lm.parallel.processes import checking
+from efficient_lm.runs import console, ledger, measure, record, writing
 from efficient_lm.runs.energy import Energy
 from efficient_lm.runs.tracking import load_heatmap
-from efficient_lm.system import interruption
 from efficient_lm.system import workdir as workdirs
 from efficient_lm.training.evaluation import evaluate
 from efficient_lm.training.train import Train
+from efficient_lm.tree import path_name
 
 SAMPLE_TOKENS = 256
 
@@ -55,11 +57,14 @@ class Monitor:
     if 'load' in numbers: self.load = np.array(numbers['load'])
 
   def evaluate(self, step: int, model, end: bool = False):
-    """Quality on held-out text, and a sample; `end`: of what the stage leaves."""
+    """Quality on held-out text, a hash of the model, and a sample; `end`: of what the stage leaves. Raises DeviceFault where
+    copies of a parameter on several devices are not equal, and NonFinite."""
     tracker, at = self.run.tracker, self.offset + step
     prefix = 'eval' if self.trains else f'stage/{self.number}'
+    found = {'parameters_hash': self._hash(model)}
     self.result = evaluate(model, self._heldout(), self.run.mesh)
-    tracker.scalars(at, {f'{prefix}/{name}': value for name, value in self.result.items()}, self.number, end)
+    numbers = {f'{prefix}/{name}': value for name, value in (self.result | found).items()}
+    tracker.scalars(at, numbers, self.number, end)
     if self.trains and not math.isfinite(self.result['nats_per_token']):
       raise NonFinite(f'step {step}: the loss on held-out text is {self.result["nats_per_token"]}')
     self._sample(at, model)
@@ -67,6 +72,12 @@ class Monitor:
     if self.load is not None: tracker.image(at, 'expert_load', load_heatmap(self.load))
     for name, array in measure.histogram_arrays(model): tracker.histogram(at, name, array)
     if not end: self.bar.note(step, self.result)
+
+  @staticmethod
+  def _hash(model) -> str:
+    """Of all arrays of the model, bit for bit: two runs that have the same have the same model."""
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+    return record.key_of({name: value for name, (value, _) in replicas.digests(leaves).items()})[:16]
 
   def has_evaluated(self, step: int) -> bool:
     """Whether `evaluate` has left its row of this step of a training."""
@@ -83,11 +94,11 @@ class Monitor:
     latency of a single reader."""
     corpus, shards = self.run.corpus, self.run.batch_shards
     batch = next(iter(self._heldout(corpus.undivided)))   # all processes read the prompts of all
-    prompt_BT, drawn, clock = batch['inputs_BT'][:shards, :32], [], None
+    prompt_BT, drawn, clock, check = batch['inputs_BT'][:shards, :32], [], None, checking()
     try:
       for ids in decode.stream(model, prompt_BT, SAMPLE_TOKENS, sampling=decode.Sampling(0.8), seed=at,
                                vocab_size=corpus.tokenizer.vocab_size):
-        interruption.check()
+        check()
         drawn.append(ids)
         clock = clock or time.perf_counter()   # the first burst compiles
     except IncompatibleError: return   # a model that cannot be decoded, as its caveats say

@@ -59,7 +59,7 @@ class Tracker:
     """One row of metrics.jsonl: {'step': …, 'stage': …, name: number …}. NaN and infinities, which JSON cannot hold, are
     null there, and the row's `not_finite` says what they were. An array (the expert load, say) becomes nested lists there,
     and in TensorBoard a curve an element, 'load/2/5' for expert 5 of layer 2; beyond CURVES elements the picture alone has
-    to do. `end`: this is what the stage has left."""
+    to do. A text, such as a hash, is in metrics.jsonl only. `end`: this is what the stage has left."""
     if self.file is None: return
     values = {name: np.asarray(value).tolist() for name, value in values.items()}
     plain = {name: _json(value) for name, value in values.items()}
@@ -71,7 +71,7 @@ class Tracker:
     with writing.dispensable(self.path): _append(self.file, line + b'\n')
     for name, value in values.items():
       array = np.asarray(value)
-      if array.size > CURVES: continue
+      if array.size > CURVES or isinstance(value, str): continue
       for index, element in np.ndenumerate(array):
         self.board.add_scalar('/'.join([name, *map(str, index)]), float(element), step)
 
@@ -158,6 +158,7 @@ class Lasting:
 def _json(value, other=lambda number: None):
   """The value with what JSON cannot hold as `other` has it."""
   if isinstance(value, list): return [_json(item, other) for item in value]
+  if isinstance(value, str): return value
   return value if math.isfinite(value) else other(value)
 
 

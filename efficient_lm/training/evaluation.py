@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_lm.parallel.processes import fetched, several
+from efficient_lm.parallel.processes import checking, fetched
 from efficient_lm.parallel.sharding import place, wait_on_cpu
-from efficient_lm.system import interruption
 from efficient_lm.training.losses import outputs_of
 
 
@@ -26,9 +25,9 @@ def evaluate(model, batches: Iterable[dict[str, np.ndarray]], mesh, sums_of: Cal
   sums_of: (model, batch) -> the three sums of `evaluation_sums`, for a model that is to read a batch in another way. Those
   of batches are added up in float64. Raises Preempted where a signal is waiting to be heard.
   """
-  sums = []
+  sums, check = [], checking()
   for batch in batches:
-    if not several(): interruption.check()   # of several processes one alone must not leave
+    check()
     sums.append(wait_on_cpu(sums_of(model, place(batch, mesh))))
   return quality(*np.sum(np.array(fetched(sums), np.float64), 0))
 

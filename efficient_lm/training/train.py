@@ -3,13 +3,15 @@ import dataclasses
 from typing import Any
 
 from efficient_lm.errors import at_least
+from efficient_lm.models.added import added
 from efficient_lm.training.optimizers import AdamW
 
 
 @dataclasses.dataclass(kw_only=True)
 class Training:
   """How long, on how much at once, and how. `batch_size` counts sequences of a step over all devices, in `accumulate`
-  equal parts one after the other; the `every`s count steps."""
+  equal parts one after the other; the `every`s count steps. Every `replay_every` steps one is computed twice, to see whether
+  both give the same (see `training.replay`); 0: never."""
   steps: int
   batch_size: int
   sequence_length: int
@@ -18,10 +20,11 @@ class Training:
   log_every: int = 10
   eval_every: int = 100
   checkpoint_every: int = 100
+  replay_every: int = added(0)
 
   def check(self):
     yield from at_least(self, steps=0, batch_size=1, sequence_length=2, accumulate=1, log_every=1, eval_every=1,
-                         checkpoint_every=1)
+                         checkpoint_every=1, replay_every=0)
     if self.accumulate > 0 and self.batch_size % self.accumulate:
       yield 'batch_size', self.batch_size, f'must be divisible by accumulate = {self.accumulate}'
 
@@ -41,7 +44,7 @@ class Train:
   resumes = True
   across_processes = True   # several processes may perform it together
   # Settings that do not change what comes out, and `steps`, of which there may be more: the run goes on from where it is.
-  cosmetic = ('log_every', 'eval_every', 'checkpoint_every')
+  cosmetic = ('log_every', 'eval_every', 'checkpoint_every', 'replay_every')
   extends = ('steps',)
 
   def check(self):

@@ -16,9 +16,10 @@ from flax import nnx
 
 from efficient_lm.axes import BATCH
 from efficient_lm.errors import CheckpointError, ConfigError, NonFinite, Preempted, WriteError
-from efficient_lm.parallel.processes import Agreement, fetched, several
+from efficient_lm.parallel.processes import Agreement, fetched
 from efficient_lm.parallel.sharding import place, placed, wait_on_cpu
 from efficient_lm.system import interruption
+from efficient_lm.training import replay
 from efficient_lm.training.health import Health, advised
 from efficient_lm.training.learner import TrainState, assemble, finished, initial_state, starting_state
 from efficient_lm.training.losses import Totals, outputs_of
@@ -206,22 +207,23 @@ def fit(state: TrainState, learner, batch_at: Callable[[int], Any], training, ca
 
   Args:
     batch_at: step -> batch on the mesh; a pure function, so that a resumed run sees what it would have seen.
-    training: steps, accumulate, log_every, eval_every, checkpoint_every.
+    training: steps, accumulate, log_every, eval_every, checkpoint_every, replay_every.
 
   Raises:
+    DeviceFault: a step that is computed twice differs, see `replay`, or copies of an array do, see `parallel.replicas`.
     NonFinite: after MAX_REFUSED refused steps in a row, with the state saved, or after too many absurd losses.
     Preempted: on a signal (see `interruption`), once the state has been saved; of several processes on that of any, in all
       at one step.
   """
-  step_function, health = compiled_step(learner, training.accumulate), health or Health()
+  once, health = compiled_step(learner, training.accumulate), health or Health()
+  twice = functools.partial(replay.twice, once, callbacks.save)
   first, last_logged, clock = int(state.step), int(state.step), time.perf_counter()
-  agreed = Agreement()
+  agreed, was_cut = Agreement(), False
   with interruption.noticed(), contextlib.ExitStack() as ours:
-    if several(): ours.enter_context(interruption.holding())
     for step in range(first + 1, training.steps + 1):
+      step_function = twice if training.replay_every and step % training.replay_every == 0 else once
       state, metrics = wait_on_cpu(step_function(state, learner.loss, batch_at(step - 1)))
-      # From the first step on a stop would lose one; of several processes none may stop alone.
-      if step == first + 1 and not several(): ours.enter_context(interruption.holding())
+      if step == first + 1: ours.enter_context(interruption.holding())   # from here on a stop would lose a step
       final, numbers = step == training.steps, None
       if step % training.log_every == 0 or final or step == 1:   # the same rows, however often it was interrupted
         numbers = scalars(metrics)
@@ -231,14 +233,15 @@ def fit(state: TrainState, learner, batch_at: Callable[[int], Any], training, ca
         health.see(numbers)
       callbacks.progress(step, numbers)
       if step % training.eval_every == 0 and not final:
-        with contextlib.suppress(Preempted): callbacks.evaluate(step, state.model)   # as received, below
+        try: callbacks.evaluate(step, state.model)
+        except Preempted: was_cut = True   # of several processes in all
       stopped = _diverged(step, numbers or {}, health)
       if step % training.checkpoint_every == 0 or final: callbacks.save(step, state, final)
       if numbers: last_logged, clock = step, time.perf_counter()
       if stopped:
         callbacks.save(step, state, True)
         raise NonFinite(stopped)
-      if agreed(interruption.received() is not None) and not final:
+      if (was_cut or agreed(interruption.received() is not None)) and not final:
         callbacks.save(step, state, True)
         what = interruption.received() or 'another process was interrupted'
         interrupted = Preempted(f'{what} at step {step}: saved; the same command resumes')

@@ -108,6 +108,27 @@ def test_stages_over_two_processes_leave_what_one_leaves(tmp_path):
     assert (left.size.nonzero_parameters, left.notes) == (right.size.nonzero_parameters, right.notes)
 
 
+def test_a_signal_at_any_moment_ends_both_with_42_and_the_same_command_goes_on(tmp_path):
+  """In trainings, evaluations, other stages, compilations and commits, once they have met; to one, then to the other."""
+  (tmp_path / 'stages.py').write_text(CONFIG)
+  words = [f'--config={tmp_path}/stages.py', '--config.train.eval_every=2']
+  starting.finish(starting.start(tmp_path / 'one', words, processes=2))
+  codes, attempt, workdir = [42, 42], 0, tmp_path / 'two'
+  while codes == [42, 42]:
+    programs = starting.start(workdir, words, processes=2)
+    assert any('devices' in line for line in programs[0].stdout), starting.ends(programs)   # they have met
+    time.sleep(1 + 1.5 * attempt)
+    programs[attempt % 2].send_signal(signal.SIGTERM)
+    codes, _, said = starting.ends(programs)
+    assert codes in ([42, 42], [0, 0]), (attempt, codes, said)
+    if codes[0]: assert all(len(text.splitlines()) == 1 and 'SIGTERM' in said[attempt % 2] for text in said), said
+    attempt += 1
+  assert attempt > 3
+  one, two = (ledger.read(tmp_path / name / 'ledger.json') for name in ('one', 'two'))
+  assert [row.quality for row in one] == [row.quality for row in two]
+  assert starting.logged(tmp_path / 'one') == starting.logged(workdir)
+
+
 def test_a_stage_for_one_process_is_refused_before_anything_is_written_and_done_by_one(tmp_path):
   (tmp_path / 'stages.py').write_text(CONFIG)
   words, workdir = [f'--config={tmp_path}/stages.py:quantize'], tmp_path / 'run'

@@ -2,7 +2,6 @@
 import itertools
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from efficient_lm.errors import CheckpointError, ConfigError, IncompatibleError, NonFinite, OtherProcess, Preempted
 from efficient_lm.parallel import processes
 from efficient_lm.parallel.processes import Group, group_of
+from efficient_lm.system import interruption
 from tests.starting import free_port
 
 SLURM = {'SLURM_JOB_ID': '77', 'SLURM_STEP_NODELIST': 'node[1-2]', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '1',
@@ -127,7 +127,7 @@ def others(monkeypatch):
       other = next(answers)
       other = other if other is not None else own
       return np.stack([own, other] if number == 0 else [other, own])
-    monkeypatch.setattr(processes, '_gathered', gathered)
+    monkeypatch.setattr(processes, 'gathered', gathered)
     return answers
   return say
 
@@ -137,7 +137,7 @@ def outcome(error=None):
   said = []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(processes, 'several', lambda: True)
-    patch.setattr(processes, '_gathered', lambda own: said.append(own) or own[None] * 0)
+    patch.setattr(processes, 'gathered', lambda own: said.append(own) or own[None] * 0)
     try:
       with processes.together():
         if error: raise error
@@ -177,7 +177,7 @@ def test_a_process_with_another_command_is_named(others):
   said = []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(processes, 'several', lambda: True)
-    patch.setattr(processes, '_gathered', lambda own: said.append(own) or own[None])
+    patch.setattr(processes, 'gathered', lambda own: said.append(own) or own[None])
     processes.refuse_unlike(config='a', text='c')
   others(said[0])
   with pytest.raises(ConfigError, match=r'text = .process 1.'): processes.refuse_unlike(**same)
@@ -223,7 +223,7 @@ def test_what_all_devices_hold_a_part_of_is_fetched_whole(mesh):
 def test_an_error_of_one_ends_it_at_once_and_one_that_all_have_goes_on(monkeypatch, capsys):
   ended = []
   monkeypatch.setattr(processes, 'several', lambda: True)
-  monkeypatch.setattr(processes, 'os', types.SimpleNamespace(_exit=ended.append))
+  monkeypatch.setattr(interruption, 'leave', ended.append)
   with processes.ending_together(): raise ValueError('UNKNOWN: Gloo all-reduce failed: Connection reset by peer')
   assert ended == [6] and len(capsys.readouterr().err.splitlines()) == 1
   with processes.ending_together(): raise ValueError('a bug')

@@ -27,7 +27,7 @@ def test_a_key_changes_with_every_setting_and_with_what_is_given_but_not_with_ho
             dataclasses.replace(train(), techniques=(Prune(sparsity=0.5),)), Prune(sparsity=0.5)]
   found = [keys(stage, given)[0] for stage in stages for given in ('above', 'other')]
   assert len(set(found)) == len(found)
-  assert keys(train()) == keys(train(log_every=3, eval_every=7, checkpoint_every=9))
+  assert keys(train()) == keys(train(log_every=3, eval_every=7, checkpoint_every=9, replay_every=2))
 
 
 def test_a_training_with_more_steps_is_of_the_same_course_and_has_another_key():

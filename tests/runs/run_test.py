@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,10 +13,11 @@ from efficient_lm.config import experiment
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.formats import MXFP4, MXFP8, Int
 from efficient_lm.models import decode
+from efficient_lm.parallel.replicas import digest
 from efficient_lm.runs import FromRun, ledger, loading, record, run
 from efficient_lm.techniques import QuantAware, Quantize, Rule
-from efficient_lm.training import evaluation
-from efficient_lm.tree import select
+from efficient_lm.training import evaluation, trainer
+from efficient_lm.tree import path_name, select
 from efficient_lm.weights.quantized import Quantized
 
 STORED = Quantize(rules=(Rule(weights=Int()),))
@@ -53,6 +55,53 @@ def test_every_step_is_logged_once_with_what_the_experts_did(workdir):
     np.testing.assert_allclose(np.mean(load, -1), 1, atol=1e-3)   # rounded to four digits in the file
   for name in ('moe/max_violation', 'moe/router_entropy', 'moe/dropped_share', 'grad_norm', 'skipped'):
     assert len(rows(workdir, name)) == 24
+
+
+def test_an_evaluation_has_the_hash_of_the_model_whatever_mesh_it_is_on(workdir):
+  found = rows(workdir, 'eval/parameters_hash')
+  model = FromRun(path=str(workdir)).load()
+  leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+  assert {leaf.sharding.num_devices for leaf in leaves.values()} == {1}
+  assert found[24] == record.key_of({name: digest(leaf).tolist()[0] for name, leaf in leaves.items()})[:16]
+  assert list(found) == [12, 24] and len(set(found.values())) == 2
+
+
+def flipping(compiled_step, at: int):
+  """The train step, after which, at one step, one bit of one device's copy of a parameter is another."""
+  def compiled(*arguments):
+    step_function = compiled_step(*arguments)
+    def step(state, *more):
+      state, metrics = step_function(state, *more)
+      if int(state.step) != at: return state, metrics
+      leaves, structure = jax.tree.flatten(state)
+      name, place = next((path_name(path), i) for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(state))
+                         if path_name(path).startswith('model/') and leaf.sharding.is_fully_replicated)
+      pieces = [np.array(shard.data) for shard in leaves[place].addressable_shards]
+      pieces[5].reshape(-1).view(np.uint32)[0] ^= 1
+      pieces = [jax.device_put(piece, shard.device) for piece, shard in zip(pieces, leaves[place].addressable_shards)]
+      leaves[place] = jax.make_array_from_single_device_arrays(leaves[place].shape, leaves[place].sharding, pieces)
+      flipped.append(name.removeprefix('model/'))
+      return jax.tree.unflatten(structure, leaves), metrics
+    return step
+  flipped = []
+  return compiled, flipped
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason='needs eight devices: run the tests on CPU')
+@pytest.mark.parametrize('eval_every', [6, 100])
+def test_a_copy_of_a_parameter_that_differs_ends_the_run_and_is_not_saved(tmp_path, monkeypatch, capsys, eval_every):
+  """Seen by the evaluation, or by the save of the same step."""
+  compiled, flipped = flipping(trainer.compiled_step, at=5)
+  monkeypatch.setattr(trainer, 'compiled_step', compiled)
+  words = [f'--config.train.{name}' for name in ('steps=12', f'eval_every={eval_every}', 'checkpoint_every=3')]
+  config, default = experiment.load('tests/minute.py:quick', words)
+  assert exit_code(lambda overrides: run.run(config, default, tmp_path), ['main']) == 7
+  line, = capsys.readouterr().err.splitlines()[-1:]
+  assert f'{flipped[0]} on several devices are not equal' in line and ': device 5 (process 0) differs from device 0' in line
+  assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir() if path.name.isdecimal()) == ['3']
+  monkeypatch.undo()
+  run.run(config, default, tmp_path)   # where no bit flips
+  assert list(rows(tmp_path)) == list(range(1, 13))
 
 
 def test_no_loss_on_held_out_text_is_below_its_entropy(workdir):

@@ -26,14 +26,16 @@ def board(folder):
 def test_every_line_is_json_even_when_numbers_are_not(tmp_path):
   tracker = Tracker(tmp_path)
   tracker.scalars(1, {'loss': float('nan'), 'norm': np.float32('inf'), 'low': -np.inf, 'tokens': np.int64(7)})
-  tracker.scalars(2, {'loss': jax.numpy.float32(0.5), 'load': np.array([[1.0, np.nan]])})
+  tracker.scalars(2, {'loss': jax.numpy.float32(0.5), 'load': np.array([[1.0, np.nan]]), 'hash': 'inf0'})
   tracker.close()
   strict = lambda constant: pytest.fail(f'{constant} is not JSON')
   first, second = [json.loads(line, parse_constant=strict) for line in (tmp_path / 'metrics.jsonl').open()]
   for row in (first, second): assert isinstance(row.pop('crc32'), int)
   assert first == {'step': 1, 'stage': 1, 'loss': None, 'norm': None, 'low': None, 'tokens': 7,
                    'not_finite': {'loss': 'nan', 'norm': 'inf', 'low': '-inf'}}
-  assert second == {'step': 2, 'stage': 1, 'loss': 0.5, 'load': [[1.0, None]], 'not_finite': {'load': [[1.0, 'nan']]}}
+  assert second == {'step': 2, 'stage': 1, 'loss': 0.5, 'load': [[1.0, None]], 'hash': 'inf0',
+                    'not_finite': {'load': [[1.0, 'nan']]}}
+  assert 'hash' not in board(tmp_path).Tags()['scalars'], 'a text is no curve'
   rows = read(tmp_path / 'metrics.jsonl')
   assert np.isnan(rows[0]['loss']) and rows[0]['norm'] == np.inf and np.isnan(rows[1]['load'][0][1])
 

@@ -36,7 +36,7 @@ class Recorder:
       interruption.check()
     evaluate = cut_off if signalled else note('evaluate')
     callbacks = train.Callbacks(note('log'), evaluate, note('save'), lambda step, numbers: None)
-    settings = dict(steps=10, accumulate=1, log_every=4, eval_every=5, checkpoint_every=3) | training
+    settings = dict(steps=10, accumulate=1, log_every=4, eval_every=5, checkpoint_every=3, replay_every=0) | training
     return train.fit(types.SimpleNamespace(step=first), types.SimpleNamespace(loss=None), lambda step: step,
                      types.SimpleNamespace(**settings), callbacks, health)
 

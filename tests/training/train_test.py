@@ -5,6 +5,7 @@ import jax
 import pytest
 from flax import nnx
 
+from efficient_lm.config.fields import to_json
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.models import spec
 from efficient_lm.training.learner import abstract_result
@@ -35,9 +36,14 @@ class Picky:
 
 @pytest.mark.parametrize('field, value', [
   ('steps', -1), ('batch_size', 0), ('sequence_length', 1), ('accumulate', 0), ('log_every', 0), ('eval_every', 0),
-  ('checkpoint_every', 0), ('batch_size', 7.5)])
+  ('checkpoint_every', 0), ('replay_every', -1), ('batch_size', 7.5)])
 def test_a_wrong_field_is_named(field, value):
   assert (field, value) in [(name, found) for name, found, _ in Training(**GOOD | {field: value}).check()]
+
+
+def test_what_came_later_is_stored_only_where_it_is_set():
+  """So that runs of earlier versions keep their keys."""
+  assert 'replay_every' not in to_json(Training(**GOOD)) and to_json(Training(**GOOD, replay_every=5))['replay_every'] == 5
 
 
 def test_a_batch_divides_into_equal_parts():
