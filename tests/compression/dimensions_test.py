@@ -131,7 +131,7 @@ def masked(model, space, index):
     writes = lambda path, axes: path.startswith(space.owner) and axes.endswith('D') and 'norm' not in path
     return of_variables(model, writes, change)
   if space.kind == 'width':
-    writes = lambda path, axes: axes.endswith('D') and 'norm' not in path
+    writes = lambda path, axes: axes.endswith('D') and not path.endswith('norm/scale')   # norms may add to a channel
     return of_variables(model, writes, lambda path, array, axes: zeroed(array, array.ndim - 1, gone))
   names = {'hidden': ('down',), 'expert_hidden': ('down',), 'heads': ('query', 'output', 'query_nope'), 'kv_heads': ('key',)}
   inside = lambda path, axes: (path.startswith(f'{space.owner}/') and space.letter in axes and 'norm' not in path
