@@ -144,6 +144,7 @@ def check_size(name: str, value: float | None) -> list[Problem]:
 def router_of(router, num_experts: int, left: int):
   """A router of as many experts of `num_experts` as are left. Raises IncompatibleError for fewer than a token visits, and
   for groups that would be unequal."""
+  if hasattr(router, 'inner'): return dataclasses.replace(router, inner=router_of(router.inner, num_experts, left))
   groups = getattr(router, 'num_groups', 1)
   if groups > 1 and left % groups:
     each = num_experts // groups
