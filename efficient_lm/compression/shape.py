@@ -54,9 +54,8 @@ class Shape:
     unused = set(self.asked) - _present(model)
     if unused: raise IncompatibleError(f'{sorted(unused)[0]}: the model has none')
     dim = self.size('width', model.dim)
-    layers = dict(zip(map(id, model.stacks), self.of_stacks([stack.num_layers for stack in model.stacks],
-                                                            [_pattern(stack) for stack in model.stacks])))
-    stacks = tuple(self._stack(stack, layers[id(stack)]) for stack in model.stacks if layers[id(stack)])
+    layers = self.of_stacks([stack.num_layers for stack in model.stacks], [_pattern(stack) for stack in model.stacks])
+    stacks = tuple(self._stack(stack, count) for stack, count in zip(model.stacks, layers) if count)
     ends = model.ends
     if ends.embed_scale == math.sqrt(model.dim): ends = dataclasses.replace(ends, embed_scale=math.sqrt(dim))
     return dataclasses.replace(model, dim=dim, stacks=stacks, ends=ends)

@@ -1,6 +1,8 @@
 """Dynamic expert skipping: tokens whose first expert is sure of itself do without the others, from here on."""
 import dataclasses
 
+from efficient_lm.compression.rules import check_pattern
+
 
 @dataclasses.dataclass(kw_only=True)
 class SkipExperts:
@@ -13,7 +15,6 @@ class SkipExperts:
   where: str = r'mlp$'
 
   def check(self):
-    from efficient_lm.compression.rules import check_pattern
     yield from check_pattern(self, 'where')
     if self.beta is not None and not 0 <= self.beta <= 1:
       yield 'beta', self.beta, 'must be from 0, which skips nothing, to 1, or None: it is found'
@@ -23,7 +24,9 @@ class SkipExperts:
     """The model, and the share of choices that are skipped."""
     from efficient_lm.compression import calibration, importance
     batches = calibration.first_batches(context.batches(self.sequences), self.sequences)
-    found = {path: ratios for path, ratios in importance.gate_ratios(model, batches).items() if path in self._paths(model)}
+    paths = self._paths(model)
+    whole = self._skipping(model, dict.fromkeys(paths, 0.0))   # of one that skips already, the gates of all
+    found = {path: ratios for path, ratios in importance.gate_ratios(whole, batches).items() if path in paths}
     betas = {path: importance.median(ratios) if self.beta is None else self.beta for path, ratios in found.items()}
     notes = [f'{path}: choices below {betas[path]:.3f} of the largest gate are skipped, '
              f'{importance.share_below(ratios, betas[path]):.1%} of them on {calibration.num_tokens(batches)} tokens'

@@ -34,6 +34,7 @@ class Shrink:
     shapes = self.to.resolve(model)
     left = [dimensions.counts(model, shape) for shape in shapes]
     if not any(left): return model, ('Shrink: nothing is to be removed',)
+    for one in left: dimensions.Removal(model, selection.chosen(model, one, selection.unscored(one)))   # or it refuses
     ranked, batches = self._ranked(left), []
     if len(shapes) > 1 or self.merge or any(score.calibrated for score, _ in ranked):
       batches = calibration.first_batches(context.batches(self.sequences), self.sequences)

@@ -21,7 +21,7 @@ from efficient_lm.formats import Group, Int
 from efficient_lm.interop.huggingface import HuggingFace
 from efficient_lm.interop.targets import HuggingFaceFolder
 from efficient_lm.models import spec, zoo
-from efficient_lm.parallel.sharding import place, shardings
+from efficient_lm.parallel.sharding import shardings
 from efficient_lm.runs import context, loading, run
 from efficient_lm.techniques.giving_up import GivingUp
 from efficient_lm.techniques.pruning.prune_once import PruneOnce
@@ -32,6 +32,7 @@ from efficient_lm.training import learner, trainer
 from efficient_lm.training.optimizers import AdamW
 from efficient_lm.weights.masked import Masked
 from efficient_lm.weights.quantized import Quantized
+from efficient_lm.weights.weight import Weight
 from tests import minute
 from tests.compressing import (
   B,
@@ -73,10 +74,9 @@ def test_what_scores_most_stays():
   def change(path, weight):
     if not path.endswith('mlp/down'): return weight
     return weight.replaced(jnp.where(empty[:, None], 0, weight.materialize()))
-  model = tree.rewrite(model, learner.Weight, change)
-  for score in (scores.Taylor(),):
-    smaller, _ = Shrink(to=Shape(hidden=.5), scores=(score,), sequences=8)(model, Context())
-    assert_the_same(model, smaller)
+  model = tree.rewrite(model, Weight, change)
+  smaller, _ = Shrink(to=Shape(hidden=.5), scores=(scores.Taylor(),), sequences=8)(model, Context())
+  assert_the_same(model, smaller)
 
 
 def test_a_neutral_shape_changes_nothing():
@@ -145,7 +145,7 @@ def test_it_stands_before_quantization_and_not_behind():
   assert len(dict(tree.select(stored, Quantized))) == 7 and np.isfinite(logits_of(stored)).all()
   whole, _ = Quantize(rules=INT4)(model_of(), Context())
   for refuse in (lambda: abstractly(stage(hidden=.5), whole), lambda: stage(hidden=.5)(whole, Context())):
-    with pytest.raises(IncompatibleError, match='mlp/down is stored as int4 in groups of 4 already') as caught: refuse()
+    with pytest.raises(IncompatibleError, match=r'mlp/down is stored as int4 .*already') as caught: refuse()
     assert '\n' not in str(caught.value)
   fewer, _ = stage(layers=1)(whole, Context())   # layers are whole, whatever their weights are stored as
   assert fewer.stacks[0].num_layers == 1 and np.isfinite(logits_of(fewer)).all()
@@ -190,7 +190,6 @@ def test_eight_devices_leave_what_one_does(mlp, mesh):
   assert all(leaf.sharding.mesh.size == 8 for leaf in jax.tree.leaves(smaller))
   for a, b in zip(jax.tree.leaves(smaller), jax.tree.leaves(made(model, Context())[0]), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-6)   # scales of norms are multiplied
-  assert place(batch_of(), devices)
 
 
 # ------------------------------------------------------------------ out of the project, and through a run
@@ -205,7 +204,7 @@ def exported(described: spec.Transformer):
 def test_what_is_left_is_written_for_others_and_read_again(name, made, tmp_path):
   mlp = None if name == 'dense' else zoo.experts(4, 2, 16, balance=())
   described = zoo.tiny(mlp)
-  described = dataclasses.replace(described, vocab_size=48, dim=32, tied=True, stacks=(dataclasses.replace(
+  described = dataclasses.replace(described, vocab_size=264, dim=32, tied=True, stacks=(dataclasses.replace(
     described.stacks[0], num_layers=3, attention=spec.GroupedQuery(num_heads=4, num_kv_heads=2, head_dim=8),
     mlp=mlp or spec.SwiGLU(hidden=40)),))
   smaller, _ = made(exported(described), Context())
