@@ -29,6 +29,9 @@ FLOORS = (
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 # Tested through others, because they only hold, draw or combine: a reason each.
 WITHOUT_OWN_TEST = {
+  'efficient_lm/compression/counting.py': 'runs/measure_test',
+  'efficient_lm/compression/importance.py': 'scores_test',
+  'efficient_lm/compression/merged_experts.py': 'merging_test',
   'efficient_lm/runs/console.py': 'prints; seen in run_test',
   'efficient_lm/runs/monitor.py': 'what a run shows while it trains; run_test and resume_test',
   'efficient_lm/runs/report_page.py': 'draws; report_test',

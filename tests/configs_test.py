@@ -37,11 +37,12 @@ every_variant = pytest.mark.parametrize('file, variant', ALL, ids=[f'{file.stem}
 def trained_baselines(tmp_path, monkeypatch):
   """A folder in which the runs that others start from are there, as far as a config can see."""
   monkeypatch.chdir(tmp_path)
-  baseline = ROOT / 'configs' / 'baseline.py'
-  for variant in variants(baseline):
-    workdir = tmp_path / 'runs' / ('baseline' if variant == 'tiny' else f'baseline-{variant}')
-    workdir.mkdir(parents=True)
-    (workdir / 'config.json').write_text(json.dumps(experiments.to_json(module(baseline).get_config(variant))))
+  for name in ('baseline', 'moe'):
+    file = ROOT / 'configs' / f'{name}.py'
+    for variant in variants(file):
+      workdir = tmp_path / 'runs' / (name if variant == 'tiny' else f'{name}-{variant}')
+      workdir.mkdir(parents=True)
+      (workdir / 'config.json').write_text(json.dumps(experiments.to_json(module(file).get_config(variant))))
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)

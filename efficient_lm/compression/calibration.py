@@ -152,7 +152,7 @@ def layer_by_layer(model, batches, change):
   if not hidden: raise IncompatibleError(EMPTY)
   for i, stack in enumerate(model.stacks):
     changed = []
-    for path, layer in _layers(i, stack):
+    for path, layer in layers_of(i, stack):
       layer, hidden = change(path, layer, hidden)
       changed.append(layer)
     stacks.append(_rebuilt(stack, changed))
@@ -167,7 +167,7 @@ def statistics(model, batches, wanted: dict[str, tuple[str, ...]]) -> dict[str, 
   hidden, found = [embedded(model, batch) for batch in batches], {}
   if not hidden: raise IncompatibleError(EMPTY)
   for i, stack in enumerate(model.stacks):
-    for prefix, layer in _layers(i, stack):
+    for prefix, layer in layers_of(i, stack):
       own = {path.removeprefix(f'{prefix}/'): names for path, names in wanted.items() if path.startswith(f'{prefix}/')}
       for path, named in (layer_statistics(layer, hidden, own) if own else {}).items():
         found.setdefault(f'{prefix}/{path}', []).append(named)
@@ -177,8 +177,8 @@ def statistics(model, batches, wanted: dict[str, tuple[str, ...]]) -> dict[str, 
   return {path: stacked(path, layers) for path, layers in found.items()}
 
 
-def _layers(i: int, stack):
-  """(path, layer) of each layer of stack number i."""
+def layers_of(i: int, stack):
+  """(path, layer) of each layer of stack number i, in their order."""
   if isinstance(stack, transformer.Stack):
     for j in range(stack.num_layers): yield f'stacks/{i}/blocks', _at(stack.blocks, j)
   elif isinstance(stack, transformer.Repeated):

@@ -111,12 +111,15 @@ class MoE(nnx.Module):
 
   def oracle(self, x_BTD):
     """y_BTD computed densely, every expert on every token: what `__call__` must equal if no buffer overflows."""
-    logits_BTE = self.router.contract('BTD,DE->BTE', x_BTD.astype(jnp.float32))
-    chosen = self._chosen(logits_BTE, None)
+    chosen = self.routing(x_BTD)
     kept = chosen if self.capacity is None else self._capped(chosen, None)
     gate_BTE = kept.dense_gates(self.num_experts)
     y_BTD = jnp.einsum('BTED,BTE->BTD', self.experts.all(x_BTD), gate_BTE.astype(x_BTD.dtype))
     return y_BTD if self.shared is None else y_BTD + self.shared(x_BTD)[0]
+
+  def routing(self, x_BTD, real_BT=None):
+    """Which expert sees which token, and with which gate, before any capacity (see `rows.py`)."""
+    return self._chosen(self.router.contract('BTD,DE->BTE', x_BTD.astype(jnp.float32)), real_BT)
 
   def _chosen(self, logits_BTE, real_BT):
     bias_E = None if self.load_bias is None else jax.lax.stop_gradient(self.load_bias.get_value())

@@ -20,6 +20,7 @@ that are 1) go to the larger logit: so gates are finite, and a load bias that is
 """
 import dataclasses
 import math
+from typing import Any
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.lazy import lazy
@@ -184,6 +185,45 @@ class ExpertChoice:
       empty_B1C = jnp.arange(accepted[length]) >= accepted_B[:, None, None]
       token_BEC, gate_BEC = jnp.where(empty_B1C, length, token_BEC), jnp.where(empty_B1C, 0, gate_BEC)
     return rows.ExpertsChoice(token_BEC, gate_BEC, length)
+
+
+@config
+class Skipping:
+  """The choices of `inner` without those whose gate is below `beta` times the token's largest: dynamic skipping (Lu et al.
+  2024, arXiv 2402.14800, section 3.3, with two experts a token). The gates that stay are multiplied to the sum that all had.
+  A token visits `active` experts at most."""
+  inner: Any
+  beta: float
+
+  causal = True
+
+  def check(self):
+    if not 0 <= self.beta <= 1: yield 'beta', self.beta, 'must be from 0, which skips nothing, to 1'
+    if not getattr(self.inner, 'causal', False): yield 'inner', self.inner, 'must be a router in which tokens choose'
+
+  def check_experts(self, num_experts: int):
+    yield from self.inner.check_experts(num_experts)
+
+  @property
+  def active(self) -> int:
+    """The most experts that a token visits."""
+    return self.inner.active
+
+  @property
+  def num_groups(self) -> int:
+    """Of experts, that the choice is limited to some of."""
+    return getattr(self.inner, 'num_groups', 1)
+
+  def probs(self, logits_BTE):
+    return self.inner.probs(logits_BTE)
+
+  def __call__(self, logits_BTE, bias_E=None, real_BT=None):
+    found, num_experts = self.inner(logits_BTE, bias_E, real_BT), logits_BTE.shape[-1]
+    gate_BTA = found.gate_BTA
+    skip_BTA = gate_BTA < self.beta * jnp.max(gate_BTA, -1, keepdims=True)
+    left_BTA = jnp.where(skip_BTA, 0, gate_BTA)
+    left_BTA *= jnp.sum(gate_BTA, -1, keepdims=True) / jnp.sum(left_BTA, -1, keepdims=True)
+    return dataclasses.replace(found, expert_BTA=jnp.where(skip_BTA, num_experts, found.expert_BTA), gate_BTA=left_BTA)
 
 
 @config

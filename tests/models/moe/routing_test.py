@@ -271,3 +271,17 @@ def test_a_transport_that_the_platform_lacks_is_refused(shards):
 def test_a_config_is_read_without_jax():
   code = 'import sys, efficient_lm.models.moe.routing, efficient_lm.config.mesh; assert "jax" not in sys.modules'
   subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.mark.parametrize('router', ROUTERS, ids=str)
+def test_skipping_leaves_out_gates_below_a_part_of_the_largest_and_keeps_their_sum(router):
+  logits = 3 * random_logits()
+  plain, skipping = router(logits), routing.Skipping(inner=router, beta=0.4)(logits)
+  gates, left = np.asarray(plain.gate_BTA), np.asarray(skipping.gate_BTA)
+  skipped = gates < 0.4 * gates.max(-1, keepdims=True)
+  assert skipped.any() and not skipped.all()
+  np.testing.assert_array_equal(skipping.expert_BTA, np.where(skipped, 8, plain.expert_BTA))
+  assert (left[skipped] == 0).all()
+  np.testing.assert_allclose(left.sum(-1), gates.sum(-1), rtol=1e-5)
+  np.testing.assert_allclose(left / left.max(-1, keepdims=True), np.where(skipped, 0, gates) / gates.max(-1, keepdims=True),
+                             rtol=1e-5)
