@@ -14,6 +14,7 @@ from efficient_lm.techniques.distillation.distill import Distill
 from efficient_lm.techniques.giving_up import GivingUp
 from efficient_lm.techniques.moe.upcycle import Upcycle
 from efficient_lm.techniques.pruning.prune import Prune
+from efficient_lm.techniques.pruning.prune_blocks import PruneBlocks, StoreBlocks
 from efficient_lm.techniques.pruning.prune_once import PruneOnce
 from efficient_lm.techniques.quantization.awq import Awq
 from efficient_lm.techniques.quantization.bitnet import BitNet
@@ -29,5 +30,6 @@ from efficient_lm.techniques.unroll import Unroll
 from efficient_lm.training.train import Train, Training
 
 __all__ = ['LAYERS', 'Awq', 'BitNet', 'Convert', 'Distill', 'GivingUp', 'Gptq', 'LearnedClip', 'LearnedSteps',
-           'LowPrecisionTraining', 'Prune', 'PruneOnce', 'QuantAware', 'Quantize', 'Rotate', 'RoundToNearest', 'Rule',
-           'SkipSpikes', 'SmoothQuant', 'StraightThrough', 'StretchedLevels', 'Train', 'Training', 'Unroll', 'Upcycle']
+           'LowPrecisionTraining', 'Prune', 'PruneBlocks', 'PruneOnce', 'QuantAware', 'Quantize', 'Rotate',
+           'RoundToNearest', 'Rule', 'SkipSpikes', 'SmoothQuant', 'StoreBlocks', 'StraightThrough', 'StretchedLevels',
+           'Train', 'Training', 'Unroll', 'Upcycle']
