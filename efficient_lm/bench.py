@@ -74,6 +74,12 @@ def prefill_int8(quick: bool) -> result.Case:
   return models.prefill(models.wide(quick), 64 if quick else 512, target=1.3)
 
 
+def prefill_blocks(quick: bool, sparsity: float, target: float) -> result.Case:
+  """Reading a prompt with block-sparse weights against the same numbers in whole matrices."""
+  from efficient_lm.benches import blocks
+  return blocks.prefill(quick, sparsity, target)
+
+
 def decode_few_bits(quick: bool, name: str, batch: int, num_experts: int | None = None) -> result.Case:
   """Decoding with weights in few bits against the same model in floats."""
   from efficient_lm.benches import few_bits
@@ -94,6 +100,8 @@ CASES = {
   'moe_train': moe_train,
   'decode': decoding,
   'prefill_int8': prefill_int8,
+  'prefill_blocks_75': functools.partial(prefill_blocks, sparsity=0.75, target=1.8),
+  'prefill_blocks_90': functools.partial(prefill_blocks, sparsity=0.9, target=5.0),
   **{f'decode_{name}_{batch}': functools.partial(decode_few_bits, name=name, batch=batch)
      for name in ('int8', 'int4') for batch in (1, 8)},
   **{f'decode_int4_{count}_experts': functools.partial(decode_few_bits, name='int4', batch=1, num_experts=count)

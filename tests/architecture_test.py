@@ -43,6 +43,7 @@ WITHOUT_OWN_TEST = {
   'efficient_lm/interop/harness.py': 'lm_eval_test, beside the command that is all it is for',
   **{f'efficient_lm/interop/families/{name}.py': 'families_test, against transformers' for name in (
     '__init__', 'configs', 'deepseek', 'gemma', 'gpt', 'keys', 'llama', 'mixtures', 'places', 'rotary')},
+  'efficient_lm/benches/blocks.py': 'bench_test',
   'efficient_lm/benches/ceilings.py': 'op_bench_test',
   'efficient_lm/benches/few_bits.py': 'bench_test',
   'efficient_lm/benches/loading.py': 'bench_test',

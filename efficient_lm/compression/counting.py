@@ -70,12 +70,14 @@ def flops_per_token(model, sequence_length: int) -> Flops:
   """Analytic FLOPs of one token in sequences of that length. Works on shapes as on arrays.
 
   Two a multiply-add; of experts only the active ones; causal attention counted once (a query meets the keys up to itself,
-  not the whole square); the head counts, looking up an embedding does not, nor do norms, softmax, rotation and gates. So
-  training takes close to 6 N of Kaplan et al. 2020, eq. 2.2, plus attention. Recomputation is not counted.
+  not the whole square); the head counts, looking up an embedding does not, nor do norms, softmax, rotation and gates. Zeros
+  count, masked ones too: they are multiplied; blocks that are not stored (`BlockSparse`) do not, since they are not; adapters
+  beside a weight do. So training takes close to 6 N of Kaplan et al. 2020, eq. 2.2, plus attention. Recomputation is not
+  counted.
   """
   tied = getattr(model, 'own_head', True) is None
   forward = 0.0
   for path, weight in select(model, Weight):
-    if is_multiplied(weight, tied): forward += 2 * math.prod(weight.shape) * active_share(model, path)
+    if is_multiplied(weight, tied): forward += 2 * weight.num_multiplied * active_share(model, path)
   forward += sum(attention_flops(block.attention, sequence_length) for _, block in select(model, Block))
   return Flops(forward, 3 * forward)

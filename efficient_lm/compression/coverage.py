@@ -47,7 +47,7 @@ def coverage(model, where: str) -> Coverage:
   # A weight counts as the matrix that it stands for, however it is stored.
   counts = {path: math.prod(weight.shape) for path, weight in select(model, Weight)}
   tied = getattr(model, 'own_head', True) is None
-  cost = {path: counts[path] * active_share(model, path) * is_multiplied(weight, tied)
+  cost = {path: weight.num_multiplied * active_share(model, path) * is_multiplied(weight, tied)
           for path, weight in select(model, Weight)}
   total = sum(counts.values()) + size(model) - sum(size(weight) for _, weight in select(model, Weight)) + num_biases(model)
   left = tuple(path for path, count in counts.items() if path not in chosen and count >= LARGE * total)

@@ -8,6 +8,7 @@ from efficient_lm.compression.coverage import coverage
 from efficient_lm.compression.rules import Rule
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.weights.biased import beneath
+from efficient_lm.weights.block_sparse import BlockSparse
 from efficient_lm.weights.fake_quantized import FakeQuantized, Normalized
 from efficient_lm.weights.layout import matrix_shape
 from efficient_lm.weights.low_precision import LowPrecision
@@ -73,12 +74,13 @@ def named(path: str, function, *arguments):
 
 def is_float(weight: Weight) -> bool:
   """Whether it may have another matrix. A weight in low precision may: that is how gradients were computed."""
-  return not dict(tree.select(weight, (Quantized, FakeQuantized, Normalized)))
+  return not dict(tree.select(weight, (Quantized, FakeQuantized, Normalized, BlockSparse)))
 
 
 def require_float(weight: Weight):
-  """Raises IncompatibleError, with what it is, for a weight that has been quantized, where only a float one will do."""
-  if dict(tree.select(weight, Quantized)): raise IncompatibleError(f'is stored as {weight.kind} already')
+  """Raises IncompatibleError, with what it is, for a weight that has been quantized, or is stored in blocks, where only a
+  float matrix will do."""
+  if dict(tree.select(weight, (Quantized, BlockSparse))): raise IncompatibleError(f'is stored as {weight.kind} already')
   if is_float(weight): return
   in_few_bits = any(one.weights is not None for _, one in tree.select(weight, FakeQuantized))
   fix = 'the stage Convert() stores it so' if in_few_bits else 'what it does to its input would be lost'
@@ -86,8 +88,10 @@ def require_float(weight: Weight):
 
 
 def require_trainable(weight: Weight):
-  """Raises IncompatibleError for a weight that is stored in few bits: it is frozen, so no training can change it."""
+  """Raises IncompatibleError for a weight that is stored in few bits, which is frozen, so no training can change it, and for
+  one that is stored in blocks, which are trained as they are."""
   if dict(tree.select(weight, Quantized)): raise IncompatibleError(f'is stored as {weight.kind}: training cannot change it')
+  if dict(tree.select(weight, BlockSparse)): raise IncompatibleError(f'is stored as {weight.kind}: train it without')
 
 
 def without_low_precision(model):

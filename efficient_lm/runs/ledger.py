@@ -38,7 +38,7 @@ class Quality:
 class Size:
   """Of the row's own model: numbers of parameters, of those that are not zero, and of those that a token meets; bits that a
   parameter takes, scales and masks included; bytes of its files and of its arrays; forward FLOPs a token (see measure.Flops:
-  zeros are multiplied as all other numbers)."""
+  zeros are multiplied as all other numbers, but for blocks that are not stored)."""
   parameters: int | None = None
   nonzero_parameters: int | None = None
   active_parameters: int | None = None

@@ -30,6 +30,7 @@ from efficient_lm.techniques.giving_up import GivingUp
 from efficient_lm.techniques.moe.skip_experts import SkipExperts
 from efficient_lm.techniques.moe.upcycle import Upcycle
 from efficient_lm.techniques.pruning.prune import Prune
+from efficient_lm.techniques.pruning.prune_blocks import PruneBlocks, StoreBlocks
 from efficient_lm.techniques.pruning.prune_once import PruneOnce
 from efficient_lm.techniques.pruning.shrink import Shrink
 from efficient_lm.techniques.quantization.awq import Awq
@@ -47,6 +48,6 @@ from efficient_lm.training.train import Train, Training
 
 __all__ = ['LAYERS', 'Activations', 'Awq', 'BitNet', 'BlockInfluence', 'Budget', 'Convert', 'Distill', 'Frequency',
            'GivingUp', 'Gptq', 'Grid', 'LearnedClip', 'LearnedSteps', 'Lora', 'LowPrecisionTraining', 'Magnitude', 'Merge',
-           'MergeExperts', 'Prune', 'PruneOnce', 'QuantAware', 'Quantize', 'Random', 'Reap', 'Reconstruction', 'Rotate',
-           'RoundToNearest', 'Rule', 'Shape', 'Shrink', 'SkipExperts', 'SkipSpikes', 'SmoothQuant', 'StraightThrough',
-           'StretchedLevels', 'Taylor', 'Train', 'Training', 'Unroll', 'Upcycle']
+           'MergeExperts', 'Prune', 'PruneBlocks', 'PruneOnce', 'QuantAware', 'Quantize', 'Random', 'Reap', 'Reconstruction',
+           'Rotate', 'RoundToNearest', 'Rule', 'Shape', 'Shrink', 'SkipExperts', 'SkipSpikes', 'SmoothQuant', 'StoreBlocks',
+           'StraightThrough', 'StretchedLevels', 'Taylor', 'Train', 'Training', 'Unroll', 'Upcycle']

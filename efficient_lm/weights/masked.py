@@ -22,6 +22,9 @@ class Masked(Wrapper):
   @property
   def kind(self): return f'{self.inner.kind}, masked{f" {self.pattern}" if self.pattern else ""}'
 
+  @property
+  def product(self): return f'{self.inner.product}, zeros too'
+
   def materialize(self):
     array = self.inner.materialize()
     return jnp.where(self.keep.get_value(), array, jnp.zeros((), array.dtype))

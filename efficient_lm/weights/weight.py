@@ -3,6 +3,8 @@
 Every Weight has `axes`, the letters of its last dimensions ('DNH', 'EDF'), and `inputs`, those of them that a forward
 product sums over ('D'). Stacks of layers add dimensions in front (`stack`), which no product here looks at.
 """
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -49,6 +51,11 @@ class Weight(nnx.Module):
   def stack(self) -> tuple[int, ...]:
     """The dimensions in front of `axes`: of the stack of layers that the weight is part of."""
     return self.shape[:len(self.shape) - len(self.axes)]
+
+  @property
+  def num_multiplied(self) -> int:
+    """How many numbers of it a product multiplies: all, zeros too, but for what its product leaves out."""
+    return math.prod(self.shape)
 
   @property
   def pruned(self) -> bool:
@@ -123,6 +130,9 @@ class Wrapper(Weight):
 
   @property
   def shape(self): return self.inner.shape
+
+  @property
+  def num_multiplied(self): return self.inner.num_multiplied
 
   @property
   def pruned(self): return self.inner.pruned

@@ -1,4 +1,5 @@
 """The block-sparse product is the dense one with a masked matrix, in value and in gradient, by every implementation."""
+import dataclasses
 import importlib
 
 import jax
@@ -8,7 +9,14 @@ import pytest
 from hypothesis import given, settings, strategies
 
 from efficient_lm.ops import dispatch
-from efficient_lm.ops.block_sparse_matmul import IMPLEMENTATIONS, block_sparse_matmul, from_dense, pattern_of, to_dense
+from efficient_lm.ops.block_sparse_matmul import (
+  IMPLEMENTATIONS,
+  balanced,
+  block_sparse_matmul,
+  from_dense,
+  pattern_of,
+  to_dense,
+)
 from efficient_lm.ops.block_sparse_matmul.cases import CASES, Case, bench
 from efficient_lm.ops.block_sparse_matmul.tiles import (
   PASSES,
@@ -21,6 +29,7 @@ from efficient_lm.ops.block_sparse_matmul.tiles import (
   tpu_candidates,
   tpu_tiles_for,
 )
+from efficient_lm.ops.block_sparse_matmul.xla import FEW
 
 
 def assert_close(got, wanted, tolerance):
@@ -53,6 +62,24 @@ def test_equals_the_dense_product_with_a_masked_matrix(name):
   dw = to_dense(dblocks, pattern_of(case.mask))
   assert_close(dw, jnp.where(kept, dw_dense, 0), case.tolerance)
   assert not np.asarray(dw)[~kept].any()
+
+
+@pytest.mark.parametrize('rows', [FEW, FEW + 7])
+@pytest.mark.parametrize('name', [name for name in CASES if CASES[name].balanced and CASES[name].density])
+def test_of_equal_columns_it_is_the_same_in_value_and_gradient(name, rows):
+  """Of few rows and of more, by a pattern that is told by the rows of each column alone."""
+  case = dataclasses.replace(CASES[name], M=rows)
+  x, blocks, pattern, g, w_IO = arguments = case.arguments()
+  told = balanced(pattern.rows_Z.reshape(case.grid[1], -1), case.grid[0])
+  jax.tree.map(np.testing.assert_array_equal, told, pattern)
+  run = lambda x, blocks: block_sparse_matmul(x, blocks, told, equal_columns=True, implementation='xla')
+  assert_close(jax.jit(lambda *a: case._passes(run, *a))(x, blocks, g), case.call('reference')(*arguments), case.tolerance)
+
+
+def test_unequal_columns_cannot_be_promised_to_be_equal():
+  blocks, pattern = from_dense(np.ones((4, 6), np.float32), np.array([[1, 1, 0], [1, 0, 0]], bool)[:, :2])
+  with pytest.raises(ValueError, match='3 blocks in 2 columns: they cannot keep equally many'):
+    block_sparse_matmul(jnp.ones((2, 4)), jnp.asarray(blocks), pattern, equal_columns=True)
 
 
 @given(strategies.data())

@@ -1,18 +1,18 @@
 """The product with a matrix of which whole blocks are zero: zero blocks are neither stored nor multiplied.
 
-No model or command uses this operation.
+`weights.block_sparse` multiplies by it.
 """
 import jax.numpy as jnp
 
 from efficient_lm.ops import dispatch, mosaic
 from efficient_lm.ops.block_sparse_matmul import reference, xla
-from efficient_lm.ops.block_sparse_matmul.pattern import Pattern, from_dense, pattern_of, to_dense
+from efficient_lm.ops.block_sparse_matmul.pattern import Pattern, balanced, from_dense, pattern_of, to_dense
 
-__all__ = ['IMPLEMENTATIONS', 'Pattern', 'block_sparse_matmul', 'from_dense', 'pattern_of', 'to_dense']
+__all__ = ['IMPLEMENTATIONS', 'Pattern', 'balanced', 'block_sparse_matmul', 'from_dense', 'pattern_of', 'to_dense']
 
 
-def block_sparse_matmul(x_MI, blocks_ZUV, pattern: Pattern, *, implementation: str = 'auto'):
-  """y_MO = x_MI @ to_dense(blocks_ZUV, pattern). Differentiable in x and in the blocks. No model or command uses it.
+def block_sparse_matmul(x_MI, blocks_ZUV, pattern: Pattern, *, equal_columns: bool = False, implementation: str = 'auto'):
+  """y_MO = x_MI @ to_dense(blocks_ZUV, pattern). Differentiable in x and in the blocks.
 
   The gradient of x reads the same blocks, and the gradient of the matrix is computed for the kept blocks alone.
 
@@ -20,6 +20,8 @@ def block_sparse_matmul(x_MI, blocks_ZUV, pattern: Pattern, *, implementation: s
     x_MI: rows of I = R * U inputs.
     blocks_ZUV: the Z kept blocks, U x V each, in the pattern's order and in the dtype of x. There may be none.
     pattern: where they lie among R x C blocks: `pattern_of(mask)`, or the second result of `from_dense`.
+    equal_columns: promises that all columns keep equally many blocks, which arrays of a pattern cannot say to a compiler:
+      'xla' is then faster.
     implementation: 'auto', 'pallas_gpu' (Hopper), 'pallas_tpu', 'xla', 'dense' or 'reference'.
 
   Returns:
@@ -35,7 +37,9 @@ def block_sparse_matmul(x_MI, blocks_ZUV, pattern: Pattern, *, implementation: s
   if x_MI.dtype != blocks_ZUV.dtype:
     raise ValueError(f'rows are {x_MI.dtype}, blocks {blocks_ZUV.dtype}: cast one of them')
   if not Z: return jnp.zeros((x_MI.shape[0], C * V), x_MI.dtype)
-  return dispatch.run('block_sparse_matmul', IMPLEMENTATIONS, implementation, x_MI, blocks_ZUV, pattern)
+  if equal_columns and Z % C: raise ValueError(f'{Z} blocks in {C} columns: they cannot keep equally many')
+  known = EQUAL_COLUMNS if equal_columns else IMPLEMENTATIONS
+  return dispatch.run('block_sparse_matmul', known, implementation, x_MI, blocks_ZUV, pattern)
 
 
 def _pallas_gpu():
@@ -56,3 +60,4 @@ IMPLEMENTATIONS = {
   'dense': dispatch.Implementation(xla.dense),
   'reference': dispatch.Implementation(reference.block_sparse_matmul),
 }
+EQUAL_COLUMNS = IMPLEMENTATIONS | {'xla': dispatch.Implementation(xla.balanced, auto=('cpu',))}

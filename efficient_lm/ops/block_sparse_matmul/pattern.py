@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+# In a balanced matrix each of the C columns keeps K blocks (Z = C * K), and the pattern is told by rows_CK alone.
+
 
 class Sweep(NamedTuple):
   """The kept blocks in the order of one product, all int32: output block o sums over starts[o] <= z < starts[o + 1].
@@ -59,6 +61,16 @@ def pattern_of(mask_RC) -> Pattern:
   by_row_Z = np.lexsort((columns_Z, rows_Z))
   return Pattern(rows_Z.astype(np.int32), columns_Z.astype(np.int32), starts(mask_RC.sum(0)),
                  by_row_Z.astype(np.int32), starts(mask_RC.sum(1)))
+
+
+def balanced(rows_CK, num_rows: int) -> Pattern:
+  """The pattern of K blocks in each column, in rows_CK, ascending in each column, of R = num_rows: of traced arrays, too."""
+  C, K = rows_CK.shape
+  rows_Z, columns_Z = jnp.reshape(rows_CK, -1), jnp.repeat(jnp.arange(C, dtype=jnp.int32), K)
+  counts_R = jnp.zeros(num_rows, jnp.int32).at[rows_Z].add(1)
+  row_starts = jnp.pad(jnp.cumsum(counts_R, dtype=jnp.int32), (1, 0))
+  by_row_Z = jnp.argsort(rows_Z, stable=True).astype(jnp.int32)
+  return Pattern(rows_Z, columns_Z, jnp.arange(C + 1, dtype=jnp.int32) * K, by_row_Z, row_starts)
 
 
 def from_dense(w_IO, mask_RC):

@@ -16,6 +16,7 @@ from jax import lax
 
 from efficient_lm.ops.block_sparse_matmul.pattern import Pattern, to_dense
 
+FEW = 16         # rows up to which all columns are one batch of products: a loop costs more than copies of so few
 MAX_CHUNK = 64   # copies in the body of the loop; more of them would only make compilation longer
 
 
@@ -25,8 +26,31 @@ def block_sparse_matmul(x_MI, blocks_ZUV, pattern: Pattern):
   return _rows(x_MI, blocks_ZUV, pattern.column_starts, pattern.rows_Z)
 
 
+@jax.custom_vjp
+def balanced(x_MI, blocks_ZUV, pattern: Pattern):
+  """The same of columns that keep equally many blocks: a column is one product, nothing is padded or left out of a chunk,
+  and a few rows are one product of all columns."""
+  (M, I), (Z, U, V), C = x_MI.shape, blocks_ZUV.shape, pattern.shape[1]
+  K = Z // C
+  rows_CK, blocks_CIV = jnp.asarray(pattern.rows_Z).reshape(C, K), blocks_ZUV.reshape(C, K * U, V)
+  if M <= FEW:
+    x_CMI = jnp.take(x_MI.reshape(M, I // U, U), rows_CK.reshape(-1), axis=1).reshape(M, C, K * U).swapaxes(0, 1)
+    y_CMV = lax.dot_general(x_CMI, blocks_CIV, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    return y_CMV.swapaxes(0, 1).reshape(M, C * V).astype(x_MI.dtype)
+
+  def column(c, y_MO):
+    x = jnp.concatenate([lax.dynamic_slice_in_dim(x_MI, rows_CK[c, i] * U, U, axis=1) for i in range(K)], axis=1)
+    y_MV = jnp.dot(x, blocks_CIV[c], preferred_element_type=jnp.float32).astype(x_MI.dtype)
+    return lax.dynamic_update_slice_in_dim(y_MO, y_MV, c * V, axis=1)
+  return lax.fori_loop(0, C, column, jnp.zeros((M, C * V), x_MI.dtype))
+
+
 def _forward(x_MI, blocks_ZUV, pattern):
   return block_sparse_matmul(x_MI, blocks_ZUV, pattern), (x_MI, blocks_ZUV, pattern)
+
+
+def _balanced_forward(x_MI, blocks_ZUV, pattern):
+  return balanced(x_MI, blocks_ZUV, pattern), (x_MI, blocks_ZUV, pattern)
 
 
 def _backward(saved, g_MO):
@@ -37,6 +61,7 @@ def _backward(saved, g_MO):
 
 
 block_sparse_matmul.defvjp(_forward, _backward)
+balanced.defvjp(_balanced_forward, _backward)
 
 
 def dense(x_MI, blocks_ZUV, pattern: Pattern):
