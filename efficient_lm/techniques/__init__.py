@@ -8,13 +8,20 @@ A stage is a function from model to model, `stage(model, context) -> (model, not
 (see `efficient_lm.runs.context`). Every rewrite says what it reaches. Techniques never import each other; what several need
 is in `efficient_lm.compression`. Descriptions are light: what computes is imported where the computing begins.
 """
+from efficient_lm.compression.allocation import Erk, Global, Owl, Uniform
 from efficient_lm.compression.method import RoundToNearest
+from efficient_lm.compression.patterns import Blocks, NofM, PerMatrix, PerOutput
 from efficient_lm.compression.rules import LAYERS, Rule
+from efficient_lm.compression.scores import Magnitude
 from efficient_lm.techniques.distillation.distill import Distill
 from efficient_lm.techniques.giving_up import GivingUp
 from efficient_lm.techniques.moe.upcycle import Upcycle
+from efficient_lm.techniques.pruning.gradient_scores import Snip, Taylor
 from efficient_lm.techniques.pruning.prune import Prune
 from efficient_lm.techniques.pruning.prune_once import PruneOnce
+from efficient_lm.techniques.pruning.random_score import Random
+from efficient_lm.techniques.pruning.sparse_gpt import SparseGpt
+from efficient_lm.techniques.pruning.wanda import Wanda
 from efficient_lm.techniques.quantization.awq import Awq
 from efficient_lm.techniques.quantization.bitnet import BitNet
 from efficient_lm.techniques.quantization.convert import Convert
@@ -28,6 +35,8 @@ from efficient_lm.techniques.skip_spikes import SkipSpikes
 from efficient_lm.techniques.unroll import Unroll
 from efficient_lm.training.train import Train, Training
 
-__all__ = ['LAYERS', 'Awq', 'BitNet', 'Convert', 'Distill', 'GivingUp', 'Gptq', 'LearnedClip', 'LearnedSteps',
-           'LowPrecisionTraining', 'Prune', 'PruneOnce', 'QuantAware', 'Quantize', 'Rotate', 'RoundToNearest', 'Rule',
-           'SkipSpikes', 'SmoothQuant', 'StraightThrough', 'StretchedLevels', 'Train', 'Training', 'Unroll', 'Upcycle']
+__all__ = ['LAYERS', 'Awq', 'BitNet', 'Blocks', 'Convert', 'Distill', 'Erk', 'GivingUp', 'Global', 'Gptq', 'LearnedClip',
+           'LearnedSteps', 'LowPrecisionTraining', 'Magnitude', 'NofM', 'Owl', 'PerMatrix', 'PerOutput', 'Prune',
+           'PruneOnce', 'QuantAware', 'Quantize', 'Random', 'Rotate', 'RoundToNearest', 'Rule', 'SkipSpikes', 'SmoothQuant',
+           'Snip', 'SparseGpt', 'StraightThrough', 'StretchedLevels', 'Taylor', 'Train', 'Training', 'Uniform', 'Unroll',
+           'Upcycle', 'Wanda']
