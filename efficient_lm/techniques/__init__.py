@@ -17,6 +17,7 @@ from efficient_lm.techniques.distillation.distill import Distill
 from efficient_lm.techniques.giving_up import GivingUp
 from efficient_lm.techniques.moe.upcycle import Upcycle
 from efficient_lm.techniques.pruning.gradient_scores import Snip, Taylor
+from efficient_lm.techniques.pruning.pack import Pack
 from efficient_lm.techniques.pruning.prune import Prune
 from efficient_lm.techniques.pruning.prune_once import PruneOnce
 from efficient_lm.techniques.pruning.random_score import Random
@@ -36,7 +37,7 @@ from efficient_lm.techniques.unroll import Unroll
 from efficient_lm.training.train import Train, Training
 
 __all__ = ['LAYERS', 'Awq', 'BitNet', 'Blocks', 'Convert', 'Distill', 'Erk', 'GivingUp', 'Global', 'Gptq', 'LearnedClip',
-           'LearnedSteps', 'LowPrecisionTraining', 'Magnitude', 'NofM', 'Owl', 'PerMatrix', 'PerOutput', 'Prune',
+           'LearnedSteps', 'LowPrecisionTraining', 'Magnitude', 'NofM', 'Owl', 'Pack', 'PerMatrix', 'PerOutput', 'Prune',
            'PruneOnce', 'QuantAware', 'Quantize', 'Random', 'Rotate', 'RoundToNearest', 'Rule', 'SkipSpikes', 'SmoothQuant',
            'Snip', 'SparseGpt', 'StraightThrough', 'StretchedLevels', 'Taylor', 'Train', 'Training', 'Uniform', 'Unroll',
            'Upcycle', 'Wanda']
