@@ -20,11 +20,11 @@ def scores(*lead, seed=0):
   return jnp.asarray(np.random.default_rng(seed).random((*lead, O, I)), jnp.float32)
 
 
-@pytest.mark.parametrize('size', [5, 16, 17, 40], ids='{} candidates'.format)
+@pytest.mark.parametrize('size', [5, 40], ids='{} candidates'.format)
 def test_the_lowest_are_those_that_sorting_finds(size):
   """Of equal ones the first, by comparing pairs and by bisecting bits."""
   @given(hnp.arrays(np.float32, (3, size), elements=SCORES), st.integers(0, size))
-  @settings(deadline=None, max_examples=60)
+  @settings(deadline=None, max_examples=30)
   def holds(score, count):
     order = np.argsort(score, -1, kind='stable')
     expected = np.zeros(score.shape, bool)

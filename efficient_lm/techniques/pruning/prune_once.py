@@ -13,6 +13,7 @@ from efficient_lm.compression.rules import LAYERS, check_pattern
 from efficient_lm.compression.scores import Magnitude
 from efficient_lm.models.added import added
 
+COST = 'zeros are multiplied as all numbers are, and Pack() stores the model without them'
 __all__ = ['Blocks', 'NofM', 'PerMatrix', 'PerOutput', 'PruneOnce']
 
 
@@ -70,7 +71,7 @@ class PruneOnce:
     recipe = self.recipe
     share = f'{recipe.sparsity:.0%}' if self.compared.free else str(self.compared)
     name = type(self.score).__name__.lower() if isinstance(self.score, Magnitude) else type(self.score).__name__
-    note = coverage(model, self.where).describe(f'PruneOnce ({share}, {name})')
+    note = f'{coverage(model, self.where).describe(f"PruneOnce ({share}, {name})")}; {COST}'
     jax.eval_shape(self.abstract, model)
     if not recipe.calibrated:
       pruned, notes = recipe(model, [], context.key)
