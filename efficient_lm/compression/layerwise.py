@@ -22,9 +22,9 @@ from efficient_lm.weights.weight import Weight
 ROWS = 128   # of each matrix, about, that the output error is measured on
 
 
-def stored(weight: Weight, rule: Rule, encode):
+def stored(weight: Weight, rule: Rule, encode, zeros=None):
   """A weight in the format of its rule, its matrix encoded by `encode(w_OI, keep_OI)`. Rotated inputs stay rotated, pruned
-  entries zero."""
+  entries zero. zeros: the sparsity pattern of what `encode` prunes, or None."""
   activations = None if rule.activations is None else Rounding(rule.activations)
 
   def change(inner):
@@ -34,16 +34,21 @@ def stored(weight: Weight, rule: Rule, encode):
     layout, masked = Layout.of(inner), isinstance(inner, Masked)
     keep_OI = layout.matrix(inner.keep.get_value()) if masked else None
     encoded = encode(layout.matrix(inner.materialize()), keep_OI)
-    made = Quantized(encoded, rule.weights, layout, activations, keeps_zeros=masked and rule.weights.has_zero)
-    return made if not masked or rule.weights.has_zero else Masked(made, inner.keep, inner.pattern)
+    promised = (zeros and zeros.promised) or (inner.pattern if masked else None)
+    if masked and not rule.weights.has_zero: return Masked(Quantized(encoded, rule.weights, layout, activations), inner.keep,
+                                                           inner.pattern)
+    return Quantized(encoded, rule.weights, layout, activations, keeps_zeros=masked or zeros is not None, pattern=promised)
   return within(weight, change)
 
 
 def nearest(path: str, weight: Weight, rule: Rule, method: Method):
-  """The weight by round-to-nearest, in the method's range. Raises IncompatibleError for one that has been quantized."""
+  """The weight by round-to-nearest, in the method's range; as if pruned, where the method will prune it. Raises
+  IncompatibleError for one that has been quantized, or that the method cannot store."""
   rewriting.require_float(weight)
+  in_layer = path.startswith('stacks/')
+  if in_layer: method.check_fits(weight, rule.weights)
   encode = lambda w_OI, keep_OI: _to_nearest(w_OI, method=RoundToNearest(range=method.range), format=rule.weights)
-  return stored(weight, rule, encode)
+  return stored(weight, rule, encode, method.prunes if in_layer else None)
 
 
 class Layers:
@@ -76,7 +81,7 @@ class Layers:
     changes = {}
     for path, rule in chosen.items():
       encode = functools.partial(self._encoded, f'{prefix}/{path}', formats.get(path), found.get(path))
-      changes[path] = stored(dict(tree.select(layer, Weight))[path], rule, encode)
+      changes[path] = stored(dict(tree.select(layer, Weight))[path], rule, encode, self.method.prunes)
       self.done.add(f'{prefix}/{path}')
     return layer, updated(layer, changes)
 
@@ -92,7 +97,8 @@ class Layers:
     helped = ''
     if gains:
       mean, worst = np.mean(list(gains.values())), max(gains, key=gains.get)
-      helped = f': output error {mean:.2f} of that of RTN, at worst {gains[worst]:.2f} ({worst})'
+      plain = 'RTN' if self.method.prunes is None else 'magnitude and RTN'
+      helped = f': output error {mean:.2f} of that of {plain}, at worst {gains[worst]:.2f} ({worst})'
     return [f'calibrated on {tokens} tokens{helped}', *self.of_experts()]
 
   def of_experts(self) -> list[str]:
@@ -106,7 +112,8 @@ class Layers:
   def seen(self, counts_LE) -> str:
     """Of the experts of all layers, in words."""
     few = ', '.join(f'{layer}.{expert}' for layer, expert in np.argwhere(counts_LE < self.least))
-    fallen = f'; RTN, for want of {self.least}, of those of layer.expert {few}' if few else ''
+    plain = 'RTN' if self.method.prunes is None else 'magnitude and RTN'
+    fallen = f'; {plain}, for want of {self.least}, of those of layer.expert {few}' if few else ''
     each = '; '.join(f'layer {i}: {" ".join(map(str, counts_E))}' for i, counts_E in enumerate(counts_LE))
     return f'an expert saw {counts_LE.min()} to {counts_LE.max()} tokens{fallen} ({each})'
 
@@ -120,7 +127,7 @@ def _to_nearest(w_OI, *, method: RoundToNearest, format):
 def _encoded(w_OI, keep_OI, found, least, *, method, format):
   """A matrix as the method encodes it, or by RTN where too few tokens were seen; its output error over that of RTN, or None
   where the method has no use for the Gram matrix."""
-  to_nearest = RoundToNearest(range=method.range).encode(w_OI, format, found)
+  to_nearest = method.without_data(w_OI, format, keep_OI)
   enough = found['count'][..., None] >= least
   quantized = method.encode(w_OI, format, found, keep_OI)
   chosen = jax.tree.map(lambda a, b: jnp.where(enough, a, b), quantized, to_nearest)

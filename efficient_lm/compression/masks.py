@@ -1,4 +1,4 @@
-"""Masks by magnitude, and the optimizer that keeps what they prune at exactly zero."""
+"""Masks by magnitude while training, and the optimizer that keeps what they prune at exactly zero."""
 from typing import Any, NamedTuple
 
 import jax
@@ -7,14 +7,11 @@ import optax
 from jax import lax
 
 from efficient_lm import tree
+from efficient_lm.compression.patterns import lowest
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.weights.fake_quantized import FakeQuantized
-from efficient_lm.weights.invariants import Pattern
-from efficient_lm.weights.layout import Layout
-from efficient_lm.weights.low_precision import LowPrecision
 from efficient_lm.weights.low_rank import Held
 from efficient_lm.weights.masked import Masked
-from efficient_lm.weights.rotated import Rotated
 from efficient_lm.weights.weight import MASKED_BEFORE, PRUNED_BY, Dense, Weight
 
 
@@ -28,38 +25,12 @@ class PruneState(NamedTuple):
 def magnitude_mask(values, share, letters: str):
   """bool, True where a value is not among the floor(share * size) smallest magnitudes of its own matrix.
 
-  The letters but E are the matrix: each layer and each expert loses the same share. Of equal magnitudes the first go. The
-  smallest magnitude that stays is found by bisecting the bits of floats, which are ordered as the floats are: 31 passes over
-  the array, where sorting takes many more.
+  The letters but E are the matrix: each layer and each expert loses the same share. Of equal magnitudes the first go.
   """
   matrix_dims = len(letters.replace('E', ''))
   matrix = values.reshape(*values.shape[:values.ndim - matrix_dims], -1)
-  bits = lax.bitcast_convert_type(jnp.abs(matrix.astype(jnp.float32)), jnp.uint32)
   count = jnp.floor(share * matrix.shape[-1]).astype(jnp.int32)
-  smaller = lambda threshold: jnp.sum(bits < threshold, -1, dtype=jnp.int32, keepdims=True)
-
-  def bisected(i, threshold):
-    higher = threshold | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))
-    return jnp.where(smaller(higher) <= count, higher, threshold)
-
-  threshold = lax.fori_loop(0, 31, bisected, jnp.zeros((*bits.shape[:-1], 1), jnp.uint32))
-  equal = bits == threshold
-  gone = (bits < threshold) | (equal & (jnp.cumsum(equal, -1, dtype=jnp.int32) <= count - smaller(threshold)))
-  return ~gone.reshape(values.shape)
-
-
-def pattern_mask(weight: Weight, pattern: Pattern):
-  """bool, of the weight's shape: True for the `n` largest magnitudes of every `m` successive inputs of an output. Inputs are
-  those that the product sums over, wherever they stand in the array. Raises IncompatibleError where m does not divide their
-  number."""
-  layout = Layout.of(weight)
-  size_OI = jnp.abs(layout.matrix(weight.materialize()))
-  if size_OI.shape[-1] % pattern.m:
-    raise IncompatibleError(f'{pattern}: {pattern.m} does not divide {size_OI.shape[-1]} inputs')
-  groups = size_OI.reshape(*size_OI.shape[:-1], -1, pattern.m)
-  mine, other, place = groups[..., :, None], groups[..., None, :], jnp.arange(pattern.m)
-  before = (other > mine) | ((other == mine) & (place[None, :] < place[:, None]))
-  return layout.array((jnp.sum(before, -1) < pattern.n).reshape(size_OI.shape))
+  return ~lowest(jnp.abs(matrix), count).reshape(values.shape)
 
 
 # ------------------------------------------------------------------ while training
@@ -134,17 +105,3 @@ def _prune_states(opt_state):
   for state in filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state)):
     yield state
     yield from _prune_states(state.inner)
-
-
-# ------------------------------------------------------------------ at once
-
-def masked_once(weight: Weight, sparsity: float | None, pattern) -> Weight:
-  """A float weight under a mask of its magnitudes: a share of each matrix, or n of m. A mask that it has stays in force."""
-  if isinstance(weight, LowPrecision): return masked_once(weight.inner, sparsity, pattern)
-  if isinstance(weight, Rotated): raise IncompatibleError('has rotated inputs: prune before rotating')
-  promised = None if pattern is None else Pattern(pattern.n, pattern.m)
-  if promised is None: keep = magnitude_mask(weight.materialize(), sparsity, weight.axes)
-  else: keep = pattern_mask(weight, promised)
-  if isinstance(weight, Masked):
-    weight, keep, promised = weight.inner, keep & weight.keep.get_value(), promised or weight.pattern
-  return Masked(weight, keep, promised).cleaned()

@@ -10,11 +10,16 @@ class Method:
   carries_quantized: whether layers are calibrated on the outputs of quantized layers before them, or of float ones.
   true_sequential: whether that holds of the products within a layer, too.
   range: how scales are fitted; None for the format's own.
+  prunes: the pattern of zeros that it makes beside those of earlier masks (`compression.patterns`); None: it makes none.
   """
   needs: tuple[str, ...] = ()
   carries_quantized = True
   true_sequential = False
   range: Any = None
+  prunes = None
+
+  def check_fits(self, weight, format):
+    """Raises IncompatibleError for a float weight that it cannot store in this format."""
 
   def prepare(self, layer, found: dict[str, dict], formats: dict[str, Any]):
     """A float layer that computes the same and is easier to quantize, and the statistics of its weights.
@@ -28,6 +33,10 @@ class Method:
     keep_OI: bool, False where the matrix has been pruned and must stay zero; None where it has not."""
     raise NotImplementedError
 
+  def without_data(self, w_OI, format, keep_OI=None):
+    """As `encode`, of a matrix of whose inputs nothing is known: round-to-nearest (RTN)."""
+    return format.encode(w_OI, format.scales_for(w_OI, self.range))
+
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class RoundToNearest(Method):
@@ -35,5 +44,4 @@ class RoundToNearest(Method):
   the scales, None for the format's own."""
   range: Any = None
 
-  def encode(self, w_OI, format, statistics: dict, keep_OI=None):
-    return format.encode(w_OI, format.scales_for(w_OI, self.range))
+  def encode(self, w_OI, format, statistics: dict, keep_OI=None): return self.without_data(w_OI, format)

@@ -1,35 +1,66 @@
-"""How much a model needs each index of its dimensions: scores, by which structured pruning chooses what stays.
+"""What a part of a model is worth, for pruning to take the least: the base of all scores, and those of both kinds.
 
-A score is a dataclass with `kinds`, the sizes of `Shape` that it can rank, `calibrated`, whether it reads batches of text,
-and `score(model, spaces, batches, key) -> {space: (*lead, size)}`, larger where more is lost. What several of them sum
-over is in `compression.importance`. Query heads are scored; the score of a key-value head is the sum of theirs. Nothing here
-loads JAX before a model is scored.
+Scores of entries choose among the numbers of a matrix (`PruneOnce`); scores of groups rank all indices of a dimension, such
+as hidden units or layers, of which a whole one goes (`Shrink`, `compression.group_scores`). Some know both. Nothing here
+loads JAX before something is scored.
 """
 import dataclasses
+from typing import Any
 
+from efficient_lm.compression.patterns import GONE, PerMatrix
 from efficient_lm.compression.shape import SIZES
+from efficient_lm.lazy import lazy
 
+jax, jnp = lazy('jax'), lazy('jax.numpy')
 config = dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 
 
-@config
-class Random:
-  """By chance: what any other score has to beat."""
-  kinds = SIZES
-  calibrated = False
+class Score:
+  """Subclasses are dataclasses that a config can hold.
+
+  Of entries. of_entries: whether it can rank them. needs: names of the statistics that it wants of each weight's inputs
+  (`weights.observed`); none: no calibration. gradient: the statistic that it wants of each weight's gradients
+  (`compression.gradients`), or ''. updates: whether it moves the entries that are kept. pattern: among which entries it
+  compares, if nothing else is asked for.
+
+  Of groups. kinds: the sizes of `Shape` that it can rank; none: no groups. calibrated: whether it reads batches of text for
+  that.
+  """
+  of_entries = True
+  needs: tuple[str, ...] = ()
+  gradient = ''
+  updates = False
+  pattern: Any = PerMatrix()
+  kinds: tuple[str, ...] = ()
+  calibrated = True
+
+  def of(self, w_OI, found: dict):
+    """Scores (..., O, I), at least 0, of a matrix by its statistics."""
+    raise NotImplementedError
+
+  def pruned(self, w_OI, keep_OI, found: dict, pattern, share):
+    """(matrix, mask), both (..., O, I), by the statistics of its inputs. Entries that an earlier mask has taken are the
+    first to count as zeros.
+
+    keep_OI: the earlier mask, bool, or None. share: (...,), of zeros, of each matrix."""
+    score_OI = self.of(w_OI, found)
+    if keep_OI is None: return w_OI, pattern.keep(score_OI, share)
+    return w_OI, pattern.keep(jnp.where(keep_OI, score_OI, GONE), share) & keep_OI
 
   def score(self, model, spaces, batches, key):
-    import jax
-    import numpy as np
-    keys = jax.random.split(key, len(spaces))
-    return {space: np.asarray(jax.random.uniform(one, (*space.lead, space.size))) for one, space in zip(keys, spaces)}
+    """{space: (*lead, size)}, larger where more is lost, of `dimensions.Space`s. Query heads are scored; the score of a
+    key-value head is the sum of theirs."""
+    raise NotImplementedError
 
 
 @config
-class Magnitude:
-  """The Euclidean norm of all weights that would be removed (group magnitude, as in LLM-Pruner, arXiv 2305.11627)."""
+class Magnitude(Score):
+  """|w|: no data is asked for. What all scores of entries fall back to where there is nothing to go by. Of groups, the
+  Euclidean norm of all weights that would be removed (group magnitude, as in LLM-Pruner, arXiv 2305.11627)."""
   kinds = SIZES
   calibrated = False
+
+  def of(self, w_OI, found): return jnp.abs(w_OI)
 
   def score(self, model, spaces, batches, key):
     import numpy as np
@@ -40,74 +71,42 @@ class Magnitude:
 
 
 @config
-class Activations:
-  """Mean absolute activations (Minitron, Muralidharan et al. 2024, arXiv 2407.14679, section 2.2): of hidden units what
-  `down` reads, of heads what the output projection reads of them, of residual channels what all layers read of them, after
-  their norms."""
-  kinds = ('width', 'heads', 'kv_heads', 'hidden', 'expert_hidden')
-  calibrated = True
+class Random(Score):
+  """By chance, by the key of the stage: what any other score has to beat."""
+  kinds = SIZES
+  calibrated = False
+
+  def of(self, w_OI, found): return jax.random.uniform(found['key'], w_OI.shape)
 
   def score(self, model, spaces, batches, key):
-    from efficient_lm.compression import importance
-    return importance.activations(model, spaces, batches)
+    import numpy as np
+    keys = jax.random.split(key, len(spaces))
+    return {space: np.asarray(jax.random.uniform(one, (*space.lead, space.size))) for one, space in zip(keys, spaces)}
 
 
 @config
-class Taylor:
-  """How much the loss would change to first order: |sum of weight * gradient| over what would be zero, summed over batches
-  (Molchanov et al. 2019, arXiv 1906.10771; LLM-Pruner, arXiv 2305.11627, eq. 3). Over the weights that read an index, or, of
-  experts and layers, those that they write with, it is activation * gradient, summed over tokens."""
+class Snip(Score):
+  """|w * g| with the gradient g of the mean loss over all calibration tokens: the connection sensitivity of SNIP (Lee et al.
+  2019, arXiv 1810.02340, eq. 4). Of a model that is trained well, g is near zero, and mostly noise: see `Taylor`."""
+  gradient = 'mean'
+
+  def of(self, w_OI, found): return jnp.abs(w_OI * found['mean'])
+
+
+@config
+class Taylor(Score):
+  """The mean over the calibration batches of (w * g)^2, with the gradient g of a batch's loss: the first-order importance of
+  Molchanov et al. 2019 (arXiv 1906.10771, eq. 8), which does not cancel between batches; w^2 times the diagonal of the
+  empirical Fisher information. Fewer sequences in a batch make a finer mean.
+
+  Of groups, how much the loss would change: |sum of weight * gradient| over what would be zero, summed over batches
+  (LLM-Pruner, arXiv 2305.11627, eq. 3). Over the weights that read an index, or, of experts and layers, those that they
+  write with, it is activation * gradient, summed over tokens."""
+  gradient = 'mean_square'
   kinds = SIZES
-  calibrated = True
+
+  def of(self, w_OI, found): return jnp.square(w_OI) * found['mean_square']
 
   def score(self, model, spaces, batches, key):
     from efficient_lm.compression import importance
     return importance.taylor(model, spaces, batches)
-
-
-@config
-class BlockInfluence:
-  """Of layers: 1 - cosine of what a layer is given and what it leaves, in the mean over tokens (ShortGPT, Men et al. 2024,
-  arXiv 2403.03853, eq. 1). Of a repeated pattern: of a whole repeat."""
-  kinds = ('layers',)
-  calibrated = True
-
-  def score(self, model, spaces, batches, key):
-    from efficient_lm.compression import importance
-    return importance.block_influence(model, spaces, batches)
-
-
-@config
-class Frequency:
-  """Of experts: how many tokens chose each."""
-  kinds = ('experts',)
-  calibrated = True
-
-  def score(self, model, spaces, batches, key):
-    from efficient_lm.compression import importance
-    return importance.of_experts(model, spaces, batches, importance.frequency)
-
-
-@config
-class Reap:
-  """Of experts: gate times the norm of the expert's output, in the mean over the tokens that chose it (REAP, Lasby et al.
-  2025, arXiv 2510.13999, eq. 9)."""
-  kinds = ('experts',)
-  calibrated = True
-
-  def score(self, model, spaces, batches, key):
-    from efficient_lm.compression import importance
-    return importance.of_experts(model, spaces, batches, importance.reap)
-
-
-@config
-class Reconstruction:
-  """Of experts: the squared error of the layer's output without the one expert, its tokens sent to their next best (Lu et
-  al. 2024, arXiv 2402.14800, section 3.1, who try all sets of experts where this takes one out at a time). It runs every
-  expert on every token."""
-  kinds = ('experts',)
-  calibrated = True
-
-  def score(self, model, spaces, batches, key):
-    from efficient_lm.compression import importance
-    return importance.of_experts(model, spaces, batches, importance.reconstruction)

@@ -15,7 +15,7 @@ from efficient_lm.errors import ConfigError
 
 PACKAGE = 'efficient_lm'
 NAMESPACES = ('config', 'runs', 'data', 'formats', 'models.spec', 'models.rope', 'models.moe.routing', 'techniques',
-              'techniques.pruning.prune_once', 'training.optimizers', 'training.train', 'interop.huggingface',
+              'training.optimizers', 'training.train', 'interop.huggingface',
               'interop.gguf.source', 'interop.export', 'interop.targets')
 _outside: dict[str, type] = {}   # those of config files that have been read, by name
 

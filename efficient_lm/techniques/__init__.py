@@ -8,20 +8,14 @@ A stage is a function from model to model, `stage(model, context) -> (model, not
 (see `efficient_lm.runs.context`). Every rewrite says what it reaches. Techniques never import each other; what several need
 is in `efficient_lm.compression`. Descriptions are light: what computes is imported where the computing begins.
 """
+from efficient_lm.compression.allocation import Erk, Global, Owl, Uniform
 from efficient_lm.compression.budget import Budget, Grid
+from efficient_lm.compression.group_scores import Activations, BlockInfluence, Frequency, Reap, Reconstruction
 from efficient_lm.compression.merging import MergeExperts
 from efficient_lm.compression.method import RoundToNearest
+from efficient_lm.compression.patterns import Blocks, NofM, PerMatrix, PerOutput
 from efficient_lm.compression.rules import LAYERS, Rule
-from efficient_lm.compression.scores import (
-  Activations,
-  BlockInfluence,
-  Frequency,
-  Magnitude,
-  Random,
-  Reap,
-  Reconstruction,
-  Taylor,
-)
+from efficient_lm.compression.scores import Magnitude, Random, Snip, Taylor
 from efficient_lm.compression.shape import Shape
 from efficient_lm.techniques.adapters.lora import Lora
 from efficient_lm.techniques.adapters.merge import Merge
@@ -29,10 +23,13 @@ from efficient_lm.techniques.distillation.distill import Distill
 from efficient_lm.techniques.giving_up import GivingUp
 from efficient_lm.techniques.moe.skip_experts import SkipExperts
 from efficient_lm.techniques.moe.upcycle import Upcycle
+from efficient_lm.techniques.pruning.pack import Pack
 from efficient_lm.techniques.pruning.prune import Prune
 from efficient_lm.techniques.pruning.prune_blocks import PruneBlocks, StoreBlocks
 from efficient_lm.techniques.pruning.prune_once import PruneOnce
 from efficient_lm.techniques.pruning.shrink import Shrink
+from efficient_lm.techniques.pruning.sparse_gpt import SparseGpt
+from efficient_lm.techniques.pruning.wanda import Wanda
 from efficient_lm.techniques.quantization.awq import Awq
 from efficient_lm.techniques.quantization.bitnet import BitNet
 from efficient_lm.techniques.quantization.convert import Convert
@@ -46,8 +43,9 @@ from efficient_lm.techniques.skip_spikes import SkipSpikes
 from efficient_lm.techniques.unroll import Unroll
 from efficient_lm.training.train import Train, Training
 
-__all__ = ['LAYERS', 'Activations', 'Awq', 'BitNet', 'BlockInfluence', 'Budget', 'Convert', 'Distill', 'Frequency',
-           'GivingUp', 'Gptq', 'Grid', 'LearnedClip', 'LearnedSteps', 'Lora', 'LowPrecisionTraining', 'Magnitude', 'Merge',
-           'MergeExperts', 'Prune', 'PruneBlocks', 'PruneOnce', 'QuantAware', 'Quantize', 'Random', 'Reap', 'Reconstruction',
-           'Rotate', 'RoundToNearest', 'Rule', 'Shape', 'Shrink', 'SkipExperts', 'SkipSpikes', 'SmoothQuant', 'StoreBlocks',
-           'StraightThrough', 'StretchedLevels', 'Taylor', 'Train', 'Training', 'Unroll', 'Upcycle']
+__all__ = ['LAYERS', 'Activations', 'Awq', 'BitNet', 'BlockInfluence', 'Blocks', 'Budget', 'Convert', 'Distill', 'Erk',
+           'Frequency', 'GivingUp', 'Global', 'Gptq', 'Grid', 'LearnedClip', 'LearnedSteps', 'Lora', 'LowPrecisionTraining',
+           'Magnitude', 'Merge', 'MergeExperts', 'NofM', 'Owl', 'Pack', 'PerMatrix', 'PerOutput', 'Prune', 'PruneBlocks',
+           'PruneOnce', 'QuantAware', 'Quantize', 'Random', 'Reap', 'Reconstruction', 'Rotate', 'RoundToNearest', 'Rule',
+           'Shape', 'Shrink', 'SkipExperts', 'SkipSpikes', 'SmoothQuant', 'Snip', 'SparseGpt', 'StoreBlocks',
+           'StraightThrough', 'StretchedLevels', 'Taylor', 'Train', 'Training', 'Uniform', 'Unroll', 'Upcycle', 'Wanda']

@@ -33,6 +33,10 @@ class LowRank(Wrapper):
   def rank(self) -> int: return self.down.get_value().shape[-1]
 
   @property
+  def num_multiplied(self):
+    return self.inner.num_multiplied + self.down.get_value().size + self.up.get_value().size
+
+  @property
   def kind(self): return f'{self.inner.kind} + rank {self.rank}'
 
   def around(self, change) -> 'LowRank':

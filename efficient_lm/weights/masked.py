@@ -11,8 +11,8 @@ from efficient_lm.weights.weight import Dense, Frozen, OutputsFirst, Weight, Wra
 class Masked(Wrapper):
   """`inner` where the mask is True, exactly 0 elsewhere; no gradient reaches what is masked.
 
-  It multiplies as a dense weight: a mask saves storage (of the zeros, where a file is compressed), no time. keep: bool, of
-  the weight's shape. pattern: the N:M pattern that the mask keeps to, or None.
+  It multiplies as a dense weight: a mask saves no time, and storage where it is packed (`packed_masked`). keep: bool, of the
+  weight's shape. pattern: the N:M pattern that the mask keeps to, or None.
   """
 
   def __init__(self, inner: Weight, keep, pattern: Pattern | None = None):

@@ -6,6 +6,7 @@ Statistics of the rows x (M, I) that a weight multiplies, its inputs merged; flo
 
   gram       (..., I, I)   x^T x
   magnitude  (..., I)      the sum of |x|
+  square     (..., I)      the sum of x^2
   peak       (..., I)      the largest |x|
   count      (..., 1)      the number of rows that are not all zeros; of experts, of what each was sent
 
@@ -32,7 +33,8 @@ class Statistic(nnx.Variable):
 
 def shape_of(statistic: str, num_inputs: int) -> tuple[int, ...]:
   """Of a weight with so many inputs."""
-  return {'gram': (num_inputs, num_inputs), 'magnitude': (num_inputs,), 'peak': (num_inputs,), 'count': (1,)}[statistic]
+  if statistic == 'gram': return num_inputs, num_inputs
+  return (1,) if statistic == 'count' else (num_inputs,)
 
 
 def joined(statistic: str, a, b):
@@ -140,12 +142,14 @@ def _group_of(x_MI, sizes_E):
 _OF_ROWS = {
   'gram': _gram,
   'magnitude': lambda x_MI: jnp.sum(jnp.abs(x_MI), 0),
+  'square': lambda x_MI: jnp.sum(jnp.square(x_MI), 0),
   'peak': lambda x_MI: jnp.max(jnp.abs(x_MI), 0),
   'count': lambda x_MI: jnp.sum(jnp.any(x_MI != 0, -1), keepdims=True).astype(jnp.float32),
 }
 _OF_GROUPS = {
   'gram': _gram_of_groups,
   'magnitude': lambda x_MI, sizes_E: jax.ops.segment_sum(jnp.abs(x_MI), _group_of(x_MI, sizes_E), sizes_E.shape[0]),
+  'square': lambda x_MI, sizes_E: jax.ops.segment_sum(jnp.square(x_MI), _group_of(x_MI, sizes_E), sizes_E.shape[0]),
   'peak': lambda x_MI, sizes_E: jnp.maximum(
     jax.ops.segment_max(jnp.abs(x_MI), _group_of(x_MI, sizes_E), sizes_E.shape[0]), 0),
   'count': lambda x_MI, sizes_E: sizes_E[:, None].astype(jnp.float32),

@@ -10,7 +10,7 @@ from efficient_lm.formats.format import Scales
 from efficient_lm.ops.contract import is_matrix_product
 from efficient_lm.ops.grouped_matmul import grouped_matmul
 from efficient_lm.ops.quantized_matmul import QuantizedMatrix, quantized_matmul
-from efficient_lm.weights.invariants import Bits, Zeros
+from efficient_lm.weights.invariants import Bits, Pattern, Zeros
 from efficient_lm.weights.layout import Layout, matrix_shape
 from efficient_lm.weights.parted import Parted
 from efficient_lm.weights.quantizers import Quantizer, Rounding, quantize_tokens
@@ -37,13 +37,15 @@ class Quantized(Weight):
 
   values, scale, zero, outer: those of `formats.Encoded`, as Variables that lie on a mesh as the matrix does. Experts with 8
   bits are kept inputs first, (..., E, I, O), as the grouped product reads them. `keeps_zeros`: whether its zeros are those
-  of a pruned weight, which are promised to stay.
+  of a pruned weight, which are promised to stay; `pattern`: the N:M pattern that they keep to, or None.
   """
+  pattern: Pattern | None = None   # no attribute of its own where there is none
 
   def __init__(self, encoded: Encoded, format: Format, layout: Layout, activations: Quantizer | None = None,
-               keeps_zeros: bool = False):
+               keeps_zeros: bool = False, pattern: Pattern | None = None):
     self.format, self.layout, self.activations = dataclasses.replace(format), layout, activations
     self.keeps_zeros = keeps_zeros
+    if pattern is not None: self.pattern = dataclasses.replace(pattern)
     experts, (output, input) = layout.experts, layout.letters[-2:]
     by_rows, by_groups = experts + output + input, experts + input + output
     if self.inputs_first: values, axes = jnp.swapaxes(encoded.values, -1, -2), by_groups
@@ -59,7 +61,7 @@ class Quantized(Weight):
   def inputs(self): return self.layout.inputs
 
   @property
-  def kind(self): return self.format.name
+  def kind(self): return f'{self.format.name}, {self.pattern}' if self.pattern else self.format.name
 
   @property
   def shape(self):
@@ -70,7 +72,7 @@ class Quantized(Weight):
   def invariants(self):
     bits = Bits(self.format.bits, self.format.name)
     zeros = (Zeros(self.materialize() != 0),) if self.keeps_zeros else ()
-    return (*super().invariants(), bits, *zeros)
+    return (*super().invariants(), bits, *zeros, *([self.pattern] if self.pattern else []))
 
   @property
   def product(self):

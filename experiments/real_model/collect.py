@@ -100,7 +100,9 @@ class Text:
     for start in range(0, min(count * AT_ONCE, len(self.rows_RT)), AT_ONCE):
       tokens_BT = self.rows_RT[start:start + AT_ONCE]
       place_BT = np.tile(np.arange(tokens_BT.shape[1], dtype=np.int32), (len(tokens_BT), 1))
-      yield {'inputs_BT': tokens_BT, 'positions_BT': place_BT, 'segments_BT': np.ones_like(place_BT)}
+      followed_BT = place_BT + 1 < tokens_BT.shape[1]   # the last token of a row is not
+      yield {'inputs_BT': tokens_BT, 'positions_BT': place_BT, 'segments_BT': np.ones_like(place_BT),
+             'targets_BT': np.roll(tokens_BT, -1, 1), 'weights_BT': followed_BT.astype(np.float32)}
 
 
 def measured(source, variant: Variant, text: Text, windows) -> dict:
@@ -132,16 +134,24 @@ def speed(model, rows_RT, form) -> dict:
   return {'prefill_seconds': measure.time_call(read, 3), 'token_seconds': measure.time_call(draw) / TOKENS}
 
 
+def windows_of(test_RT, tokenizer):
+  """A function that gives the batches of test text, a row each."""
+  stream = Stream(test_RT.reshape(-1), np.arange(len(test_RT), dtype=np.int64) * test_RT.shape[1], tokenizer.bytes_V)
+  return lambda: in_sequence(Rows(stream, test_RT.shape[1]), batch_size=1)
+
+
+def head_of(rows_RT, test_RT) -> dict:
+  """What all rows of a table depend on: the machine, versions and text."""
+  digest = lambda ids: hashlib.sha256(np.ascontiguousarray(ids, '<i4').tobytes()).hexdigest()[:16]
+  return {'date': collecting.today(), 'hardware': ledger.hardware(), 'versions': ledger.versions(),
+          'calibration': digest(rows_RT), 'test': digest(test_RT)}
+
+
 def collect(run: str, calibration: str, test: str, names: list[str], folder) -> dict:
   """Measures rows and writes each as soon as it is known; rows that stand in results.json already are kept."""
   source, mesh = commands.source_of(run), single_device_mesh()
   rows_RT, test_RT = np.load(calibration)[:SEQUENCES].astype(np.int32), np.load(test).astype(np.int32)
-  tokenizer = source.tokenizer()
-  stream = Stream(test_RT.reshape(-1), np.arange(len(test_RT), dtype=np.int64) * test_RT.shape[1], tokenizer.bytes_V)
-  windows = lambda: in_sequence(Rows(stream, test_RT.shape[1]), batch_size=1)
-  digest = lambda ids: hashlib.sha256(np.ascontiguousarray(ids, '<i4').tobytes()).hexdigest()[:16]
-  head = {'date': collecting.today(), 'hardware': ledger.hardware(), 'versions': ledger.versions(),
-          'calibration': digest(rows_RT), 'test': digest(test_RT)}
+  windows, head = windows_of(test_RT, source.tokenizer()), head_of(rows_RT, test_RT)
   found = collecting.read(folder) or head | {'rows': {}}
   for key in ('hardware', 'versions', 'calibration', 'test'):
     if found[key] != head[key]: sys.exit(f'{folder}/results.json: has another {key}; delete it to measure all rows anew')

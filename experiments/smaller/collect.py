@@ -20,7 +20,8 @@ import numpy as np
 from efficient_lm import commands
 from efficient_lm.compression.budget import Budget, Grid
 from efficient_lm.compression.counting import parameters
-from efficient_lm.compression.scores import Activations, BlockInfluence, Magnitude, Random, Taylor
+from efficient_lm.compression.group_scores import Activations, BlockInfluence
+from efficient_lm.compression.scores import Magnitude, Random, Taylor
 from efficient_lm.compression.shape import Shape
 from efficient_lm.data.packing import Rows, Stream
 from efficient_lm.data.pipeline import in_sequence

@@ -1,4 +1,4 @@
-"""Masks of the largest magnitudes, of a matrix or of every few inputs; and an optimizer under which they hold exactly."""
+"""Masks of the largest magnitudes of a matrix, and an optimizer under which they hold exactly."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,22 +12,21 @@ from hypothesis.extra import numpy as hnp
 from efficient_lm.compression import masks
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import Int, MidRise
-from efficient_lm.techniques.pruning.prune_once import NofM
 from efficient_lm.weights.fake_quantized import FakeQuantized
-from efficient_lm.weights.invariants import Pattern
-from efficient_lm.weights.layout import Layout
 from efficient_lm.weights.low_precision import low_precision
 from efficient_lm.weights.masked import Masked
 from efficient_lm.weights.quantizers import Rounding
-from efficient_lm.weights.rotated import Rotated
 from efficient_lm.weights.weight import Dense
 
 mask = jax.jit(masks.magnitude_mask, static_argnames=('share', 'letters'))
-LETTERS = [('DF', 'D', (16, 6)), ('NHD', 'NH', (2, 8, 5)), ('EFD', 'F', (3, 8, 5)), ('DNH', 'D', (8, 2, 4))]
 
 
 def draw(*shape, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def masked(dense):
+  return Masked(dense, masks.magnitude_mask(dense.materialize(), 0.25, dense.axes)).cleaned()
 
 
 def by_sorting(values, share):
@@ -64,54 +63,12 @@ def test_each_layer_and_each_expert_loses_the_same_share():
     np.testing.assert_array_equal(keep[layer, expert], by_sorting(np.asarray(values[layer, expert]), 0.5))
 
 
-@pytest.mark.parametrize('axes, inputs, shape', LETTERS)
-@pytest.mark.parametrize('n, m', [(2, 4), (1, 4), (1, 2), (3, 4)])
-def test_of_every_few_inputs_the_largest_stay(axes, inputs, shape, n, m):
-  weight = Dense(draw(2, *shape), axes, inputs)
-  layout, keep = Layout.of(weight), masks.pattern_mask(weight, Pattern(n, m))
-  size_OI, keep_OI = (np.asarray(layout.matrix(x)).reshape(-1, m) for x in (jnp.abs(weight.materialize()), keep))
-  assert np.all(keep_OI.sum(-1) == n)
-  assert np.all(np.where(keep_OI, size_OI, np.inf).min(-1) >= np.where(keep_OI, -np.inf, size_OI).max(-1))
-  assert Pattern(n, m).held_by(Masked(weight, keep, Pattern(n, m)))
-
-
-def test_equal_magnitudes_keep_the_first_n_and_no_more():
-  keep = masks.pattern_mask(Dense(jnp.ones((8, 3)), 'DF', 'D'), Pattern(2, 4))
-  np.testing.assert_array_equal(keep, np.broadcast_to((np.arange(8) % 4 < 2)[:, None], (8, 3)))
-
-
-def test_a_pattern_that_does_not_divide_the_inputs_is_refused():
-  with pytest.raises(IncompatibleError, match='2:4: 4 does not divide 6 inputs'):
-    masks.pattern_mask(Dense(draw(6, 4), 'DF', 'D'), Pattern(2, 4))
-
-
-# ------------------------------------------------------------------ at once
-
-@pytest.mark.parametrize('axes, inputs, shape', LETTERS)
-def test_a_mask_that_a_weight_has_stays_in_force(axes, inputs, shape):
-  dense = Dense(draw(*shape), axes, inputs)
-  once = masks.masked_once(dense, 0.25, None)
-  twice = masks.masked_once(once, 0.5, None)
-  both = masks.masked_once(twice, None, NofM(n=2, m=4))
-  for before, after in ((once, twice), (twice, both)):
-    assert all(one.held_by(after) for one in before.invariants())
-  assert both.pattern == Pattern(2, 4) and both.pattern.held_by(both)
-  assert masks.masked_once(both, 0.6, None).pattern == Pattern(2, 4)
-  lowered = low_precision(dense, dict(forward='int8', dgrad=None, wgrad=None))
-  assert masks.masked_once(lowered, 0.5, None).product == 'float', 'how gradients were computed is over'
-
-
-def test_rotated_inputs_are_refused():
-  with pytest.raises(IncompatibleError, match='has rotated inputs: prune before rotating'):
-    masks.masked_once(Rotated(Dense(draw(8, 4), 'FD', 'F'), 8), 0.5, None)
-
-
 # ------------------------------------------------------------------ while training
 
 WRAPPED = {
-  'float': lambda dense: dense, 'masked before': lambda dense: masks.masked_once(dense, 0.25, None),
+  'float': lambda dense: dense, 'masked before': lambda dense: masked(dense),
   'QAT': lambda dense: FakeQuantized(dense, Rounding(Int(bits=4))),
-  'QAT of what was masked': lambda dense: FakeQuantized(masks.masked_once(dense, 0.25, None), Rounding(Int(bits=4))),
+  'QAT of what was masked': lambda dense: FakeQuantized(masked(dense), Rounding(Int(bits=4))),
   'low precision': lambda dense: low_precision(dense, dict(forward='int8', dgrad='int8', wgrad='int8'), jax.random.key(0)),
 }
 

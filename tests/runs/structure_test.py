@@ -14,15 +14,17 @@ from efficient_lm.models.transformer import unrolled
 from efficient_lm.runs import structure
 from efficient_lm.techniques import (
   BitNet,
+  Gptq,
   LearnedSteps,
   LowPrecisionTraining,
+  NofM,
+  Pack,
   PruneOnce,
   QuantAware,
   Quantize,
   Rotate,
   Rule,
 )
-from efficient_lm.techniques.pruning.prune_once import NofM
 from efficient_lm.training.learner import Learner
 from tests.compressing import Context, model_of
 
@@ -40,6 +42,8 @@ CHANGES = {
   'plain': lambda model: model, 'unrolled': unrolled,
   'quantized': stage(Quantize(rules=(Rule(weights=INT4, activations=Int()), Rule(where='embed', weights=Int())))),
   'masked': stage(PruneOnce(sparsity=0.5)), 'two of four': stage(PruneOnce(pattern=NofM())),
+  'two of four, stored': stage(Quantize(rules=(Rule(weights=INT4),), method=Gptq(pattern=NofM()), sequences=8)),
+  'packed': lambda model: stage(Pack())(stage(PruneOnce(pattern=NofM()))(model)),
   'rotated': stage(Rotate()), 'bitnet': technique(BitNet()), 'in low precision': technique(LowPrecisionTraining()),
   'delayed': technique(QuantAware(rules=(Rule(weights=INT4),), start=3)),
   'learned': technique(QuantAware(rules=(Rule(weights=INT4),), method=LearnedSteps())),

@@ -26,6 +26,7 @@ from efficient_lm.techniques import (
   RoundToNearest,
   Rule,
   SmoothQuant,
+  SparseGpt,
   Unroll,
   Upcycle,
 )
@@ -45,7 +46,9 @@ QAT = {'qat': QuantAware(rules=INT4), 'lsq': QuantAware(rules=INT4, method=Learn
 TRAINING = QAT | {'low precision': LowPrecisionTraining(), 'prune': Prune(sparsity=0.5), 'upcycle': Upcycle(num_experts=2)}
 QUANTIZE = {name: Quantize(rules=INT4, method=method, sequences=2, least_tokens=1)
             for name, method in (('rtn', RoundToNearest()), ('gptq', Gptq(block=8)), ('awq', Awq(grid=2, clips=2)))}
-STAGES = QUANTIZE | {'prune once': PruneOnce(sparsity=0.5), 'rotate': Rotate(), 'smooth': SmoothQuant(sequences=2)}
+SPARSE_GPT = PruneOnce(sparsity=0.5, score=SparseGpt(block=8), sequences=2, least_tokens=1)
+STAGES = QUANTIZE | {'prune once': PruneOnce(sparsity=0.5), 'sparse gpt': SPARSE_GPT, 'rotate': Rotate(),
+                     'smooth': SmoothQuant(sequences=2)}
 # How training is composed before a stage: fake quantization by itself, and with low precision outside and inside of it.
 QUANTIZED = [(name,) for name in QAT] + [pair for name in QAT for pair in ((name, 'low precision'), ('low precision', name))]
 

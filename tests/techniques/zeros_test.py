@@ -14,6 +14,7 @@ from efficient_lm.techniques import (
   Convert,
   GivingUp,
   Gptq,
+  NofM,
   Prune,
   PruneOnce,
   QuantAware,
@@ -22,9 +23,9 @@ from efficient_lm.techniques import (
   RoundToNearest,
   Rule,
   SmoothQuant,
+  SparseGpt,
   Unroll,
 )
-from efficient_lm.techniques.pruning.prune_once import NofM
 from efficient_lm.training import learner, trainer
 from efficient_lm.training.optimizers import AdamW
 from efficient_lm.tree import select
@@ -59,7 +60,8 @@ def trained(technique):
 def pruned(how):
   """A model of which half is zero."""
   if how == 'in training': return trained(Prune(sparsity=0.5, where=r'(query|output|up|down)$'))
-  stage = PruneOnce(pattern=NofM(n=2, m=4)) if how == '2:4' else PruneOnce(sparsity=0.5)
+  two_of_four = PruneOnce(pattern=NofM(n=2, m=4), score=SparseGpt(block=8), sequences=8, least_tokens=1)
+  stage = two_of_four if how == '2:4' else PruneOnce(sparsity=0.5)
   return stage(model_of(mlp='experts' if how == 'experts' else 'dense'), Context())[0]
 
 

@@ -18,13 +18,13 @@ from efficient_lm.weights.observed import Observed
 from efficient_lm.weights.weight import Dense, Weight
 from tests.compressing import D, batch_of, model_of
 
-ALL = ('gram', 'magnitude', 'peak', 'count')
+ALL = ('gram', 'magnitude', 'square', 'peak', 'count')
 E = 4
 
 
 def expected(x_MK):
-  return {'gram': x_MK.T @ x_MK, 'magnitude': np.abs(x_MK).sum(0), 'peak': np.abs(x_MK).max(0, initial=0),
-          'count': np.array([len(x_MK)])}
+  return {'gram': x_MK.T @ x_MK, 'magnitude': np.abs(x_MK).sum(0), 'square': (x_MK ** 2).sum(0),
+          'peak': np.abs(x_MK).max(0, initial=0), 'count': np.array([len(x_MK)])}
 
 
 def assert_statistics(found, wanted):

@@ -3,7 +3,7 @@ smaller and faster from then on, and of the same kind. As a stage, to stand in f
 import dataclasses
 from typing import Any
 
-from efficient_lm.compression.scores import Activations, BlockInfluence, Reap
+from efficient_lm.compression.group_scores import Activations, BlockInfluence, Reap
 from efficient_lm.errors import IncompatibleError
 
 
@@ -22,7 +22,8 @@ class Shrink:
     if not hasattr(self.to, 'resolve'): yield 'to', self.to, 'must be a Shape(…) or a Budget(…)'
     if self.sequences < 1: yield 'sequences', self.sequences, 'must be at least 1'
     for i, score in enumerate(self.scores):
-      if not hasattr(score, 'kinds'): yield f'scores[{i}]', score, 'must be a score, such as Activations() or Magnitude()'
+      if not getattr(score, 'kinds', ()):
+        yield f'scores[{i}]', score, 'must be a score of groups, such as Activations() or Magnitude()'
     if self.merge is not None and not hasattr(self.merge, 'kept'):
       yield 'merge', self.merge, 'must be a MergeExperts(…), or None: experts are dropped'
 

@@ -1,12 +1,15 @@
 """One-shot pruning: the smallest magnitudes of each matrix go, as many as were asked for, and the mask stays."""
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from efficient_lm.compression.rules import Rule
+from efficient_lm.config import fields
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import Int
-from efficient_lm.techniques.pruning.prune_once import NofM, PruneOnce
+from efficient_lm.techniques import Erk, Global, NofM, Owl, PerMatrix, PerOutput, PruneOnce, SparseGpt, Taylor, Wanda
 from efficient_lm.techniques.quantization.ptq import Quantize
 from efficient_lm.techniques.quantization.rotate import Rotate
 from efficient_lm.tree import select
@@ -75,9 +78,35 @@ def test_what_cannot_be_pruned_is_refused_in_one_line():
     PruneOnce(sparsity=0.5, where='blcoks')(model_of(), Context())
 
 
+@pytest.mark.parametrize('stage', [
+  PruneOnce(sparsity=0.5), PruneOnce(pattern=NofM(), score=SparseGpt(damping=0.1)),
+  PruneOnce(sparsity=0.7, score=Wanda(), pattern=PerMatrix(), allocation=Owl(outlier=7.), sequences=3)], ids=repr)
+def test_a_config_can_hold_it(stage):
+  fields.check(stage)
+  assert fields.from_json(json.loads(json.dumps(fields.to_json(stage)))) == stage
+
+
+def test_what_an_earlier_version_wrote_is_read_and_means_the_same():
+  written = {'class': 'PruneOnce', 'sparsity': None, 'pattern': {'class': 'NofM', 'n': 2, 'm': 4}, 'where': 'up$'}
+  assert fields.from_json(written) == PruneOnce(pattern=NofM(), where='up$')
+  assert fields.to_json(PruneOnce(pattern=NofM(), where='up$')) == written, 'so that no stage is made again for new fields'
+
+
+def test_only_what_asks_for_no_text_is_done_by_several_processes():
+  alone = [PruneOnce(sparsity=0.5, score=score) for score in (Wanda(), SparseGpt(), Taylor())]
+  alone += [PruneOnce(sparsity=0.5, allocation=allocation) for allocation in (Owl(), Global())]
+  assert not any(stage.across_processes for stage in alone)
+  assert PruneOnce(sparsity=0.5).across_processes and PruneOnce(sparsity=0.5, allocation=Erk()).across_processes
+
+
 @pytest.mark.parametrize('stage, names', [
-  (PruneOnce(), ['sparsity']), (PruneOnce(sparsity=0.5, pattern=NofM()), ['sparsity']),
-  (PruneOnce(sparsity=1.), ['sparsity']), (PruneOnce(sparsity=0.5, where='('), ['where']), (NofM(n=4), ['n']),
-  (NofM(n=1, m=1), ['m', 'n']), (NofM(), [])], ids=repr)
+  (PruneOnce(), ['sparsity']), (PruneOnce(sparsity=0.25, pattern=NofM()), ['sparsity']),
+  (PruneOnce(sparsity=0.5, pattern=NofM()), []), (PruneOnce(sparsity=0.5, score=Wanda(), allocation=Erk()), []),
+  (PruneOnce(sparsity=1.), ['sparsity']), (PruneOnce(sparsity=0.5, where='('), ['where']),
+  (PruneOnce(sparsity=0.5, sequences=0, least_tokens=-1), ['sequences', 'least_tokens']),
+  (PruneOnce(sparsity=0.5, score=SparseGpt(), allocation=Global()), ['allocation']),
+  (PruneOnce(sparsity=0.5, score=Wanda(), allocation=Global()), ['allocation']),
+  (PruneOnce(sparsity=0.5, pattern=PerOutput(), allocation=Global()), ['allocation']),
+  (PruneOnce(pattern=NofM(), allocation=Owl()), ['allocation'])], ids=repr)
 def test_a_wrong_field_is_named(stage, names):
   assert [name for name, _, _ in stage.check()] == names

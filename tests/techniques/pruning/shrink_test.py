@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from efficient_lm import tree
-from efficient_lm.compression import scores
+from efficient_lm.compression import group_scores, scores
 from efficient_lm.compression.budget import Budget, Grid
 from efficient_lm.compression.merging import MergeExperts
 from efficient_lm.compression.rules import Rule
@@ -109,7 +109,7 @@ def test_experts_are_merged_or_dropped():
 
 
 @pytest.mark.parametrize('shrink, message', [
-  (Shrink(to=Shape(layers=1), scores=(scores.Activations(),)), 'layers: no score ranks them, but Activations: add'),
+  (Shrink(to=Shape(layers=1), scores=(group_scores.Activations(),)), 'layers: no score ranks them, but Activations: add'),
   (Shrink(to=Shape(hidden=.5), scores=()), 'hidden: no score ranks them, but no score'),
   (stage(experts=2), 'experts: the model has none'), (stage(heads=3), 'heads = 3: 2 key-value heads'),
   (stage(sequences=10 ** 4, hidden=.5), 'calibration asks for 10000 sequences, but the data has 32'),

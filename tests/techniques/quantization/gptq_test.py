@@ -6,10 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_lm import tree
 from efficient_lm.compression import hessian
 from efficient_lm.compression.solver import gptq
+from efficient_lm.config import fields
+from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import MXFP4, NF4, NVFP4, Block, Float8, Group, Int, MidRise, Tensor
-from efficient_lm.techniques.quantization.gptq import Gptq
+from efficient_lm.techniques import Gptq, NofM, PruneOnce, Quantize, Rule
+from efficient_lm.weights.invariants import Pattern
+from efficient_lm.weights.layout import Layout
+from efficient_lm.weights.masked import Masked
+from efficient_lm.weights.quantized import Quantized
+from tests.compressing import Context, abstractly, assert_structure, model_of
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -114,6 +122,55 @@ def test_fewer_tokens_than_inputs_are_enough_to_run_on():
 def test_a_wrong_field_is_named():
   assert [name for name, _, _ in Gptq(damping=-1., block=0).check()] == ['damping', 'block']
   assert not list(Gptq().check())
+
+
+SPARSE = [Gptq(sparsity=0.5, block=8), Gptq(pattern=NofM(), block=8)]
+
+
+def quantize(method, format=FORMATS['group'], **fields):
+  return Quantize(rules=(Rule(weights=format), Rule(where='embed', weights=Int())), method=method, sequences=8, **fields)
+
+
+@pytest.mark.parametrize('mlp', ['dense', 'experts'])
+@pytest.mark.parametrize('method', SPARSE, ids=['half', '2:4'])
+def test_with_a_sparsity_it_prunes_in_the_same_pass(mlp, method):
+  """Every matrix of the layers, of each expert its own; what is in no layer stays whole. The zeros are promised."""
+  model, stage = model_of(mlp=mlp), quantize(method, least_tokens=1)
+  stored, notes = stage(model, Context())
+  for path, weight in tree.select(stored, Quantized):
+    matrix_OI = np.asarray(Layout.of(weight).matrix(weight.materialize()))
+    share = np.mean(matrix_OI == 0, (-2, -1))
+    if path == 'embed': assert np.all(share < 0.2)   # what rounds to 0
+    else: assert np.all(share >= 0.5) and np.all(share < 0.75)
+    if path == 'embed' or method.pattern is None: continue
+    groups = matrix_OI.reshape(*matrix_OI.shape[:-1], -1, 4)
+    assert np.all(np.count_nonzero(groups, axis=-1) <= 2) and weight.pattern == Pattern(2, 4)
+  kinds = {one.kind for _, weight in tree.select(stored, Quantized, 'up$') for one in weight.invariants()}
+  assert kinds >= {'bits', 'zeros'} | ({'pattern'} if method.pattern else set())
+  assert any('of that of magnitude and RTN' in note for note in notes)
+  assert_structure(abstractly(stage, model), stored)
+
+
+def test_an_expert_that_saw_too_few_tokens_is_pruned_by_magnitude_and_rounded():
+  stored, notes = quantize(SPARSE[0], least_tokens=10 ** 6)(model_of(mlp='experts'), Context())
+  plain = {path: np.asarray(weight.materialize()) for path, weight in tree.select(
+    PruneOnce(sparsity=0.5)(model_of(mlp='experts'), Context())[0], Masked)}
+  for path, weight in tree.select(stored, Quantized, 'stacks'):
+    assert not np.any(np.asarray(weight.materialize())[plain[path] == 0]), path
+  assert any('; magnitude and RTN, for want of 1000000, of those of layer.expert 0.0' in note for note in notes)
+
+
+def test_what_cannot_be_pruned_and_rounded_is_refused_in_a_line():
+  none, no_zero = Rule(activations=Int()), Rule(weights=MidRise(scales=Group(size=8)))
+  for stage, message in (
+      (quantize(Gptq(pattern=NofM(m=64))), '2:64: 64 does not divide 32 inputs'),
+      (Quantize(rules=(no_zero,), method=SPARSE[0]), 'has no zero, and what is pruned must be'),
+      (Quantize(rules=(none,), method=SPARSE[0]), 'has no format for its weights to be pruned in')):
+    with pytest.raises(IncompatibleError, match=message): stage(model_of(), Context())
+  assert [name for name, _, _ in Gptq(sparsity=1.).check()] == ['sparsity']
+  assert [name for name, _, _ in Gptq(sparsity=0.25, pattern=NofM()).check()] == ['sparsity']
+  assert not list(Gptq(pattern=NofM()).check())
+  assert 'sparsity' not in fields.to_json(Gptq()), 'so that no stage is made again for a new field'
 
 
 def test_it_agrees_with_the_paper_s_code_column_by_column():
