@@ -19,7 +19,7 @@ THINNED = re.compile(r'''
 | models/transformer_test\.py::test_reading_with_a_cache
 | runs/(invariants_test\.py::test_every_stage_keeps|resume_test\.py::test_a_kill_between|structure_test\.py::test_a_model_is)
 | techniques/(orders_test\.py::test_a_float_model_is_taken|zeros_test\.py::test_every_zero_is_kept)
-| techniques/pruning/prune_test\.py::test_by_the_end
+| techniques/pruning/(prune_test\.py::test_by_the_end|sparse_training_test\.py::test_each_method_composes)
 | techniques/quantization/ptq_test\.py::test_(over_eight_devices|all_that_rules_name)
 | techniques/quantization/(qat_test\.py::test_every_method_trains|low_precision_training_test\.py::test_the_train_step)
 | composition_test\.py::test_what_(composes_is_known_by|was_pruned_is_zero_whatever)

@@ -14,6 +14,7 @@ how (`techniques.pruning`): it has
                              others, which come back as what they have become
 """
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,12 +47,30 @@ class Carried(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Moment:
-  """One pruned array when its mask is drawn. values: after the step, before the new mask; keep: the mask so far; share: of
-  its units that are to be zero in the end; key: for this array and step."""
+class Groups:
+  """One pruned array as groups of units (see `structures`), and the share of them that is zero in the end."""
   structure: Any
   layout: Layout
   share: float
+
+  def units(self, array, pool=None):
+    """(…, U)."""
+    return self.structure.units(self.layout, array, pool)
+
+  def spread(self, units, shape):
+    """The inverse: an array of that shape."""
+    return self.structure.spread(self.layout, units, shape)
+
+  def count(self, ramp, size: int):
+    """How many of `size` units are zero when `ramp`, 0 to 1, of those are that will be."""
+    return self.structure.count(self.share, ramp, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+  """One pruned array when its mask is drawn. keep: the mask so far; values: after the step, before the new mask; gradient:
+  that of the step; memory: the score's; key: for this array and step."""
+  groups: Groups
   step: Any
   keep: Any
   values: Any
@@ -59,35 +78,25 @@ class Moment:
   memory: Any = None
   key: Any = None
 
-  def units(self, array, pool=None):
-    """The array as groups of units (see `structures`)."""
-    return self.structure.units(self.layout, array, pool)
-
-  def spread(self, units):
-    """Of units to an array."""
-    return self.structure.spread(self.layout, units, self.values.shape)
-
 
 def shrunk(moment: Moment, scores, ramp, free: bool = False):
   """A mask in which `ramp` times the share of each group is gone, those of the lowest scores; what is gone stays so, and
   counts, unless the choice is `free`."""
-  units = moment.units(scores)
-  live = moment.units(moment.keep, jnp.any)
+  units, live = moment.groups.units(scores), moment.groups.units(moment.keep, jnp.any)
   if not free: units = jnp.where(live, units, -jnp.inf)
-  keep = ~lowest(units, moment.structure.count(moment.share, ramp, units.shape[-1]))
-  return moment.spread(keep if free else keep & live)
+  keep = ~lowest(units, moment.groups.count(ramp, units.shape[-1]))
+  return moment.groups.spread(keep if free else keep & live, moment.values.shape)
 
 
 def exchanged(moment: Moment, share, growth):
   """A mask of as many as before: of those that live in a group, floor(share * their number) of the smallest magnitudes go,
   and as many of the others, of the highest `growth`, come in their place (Evci et al. 2020, algorithm 1)."""
-  live = moment.units(moment.keep, jnp.any)
-  number = jnp.sum(live, -1, keepdims=True, dtype=jnp.int32)
-  count = jnp.floor(share * number).astype(jnp.int32)
-  size = moment.units(jnp.abs(moment.values).astype(jnp.float32))
+  live = moment.groups.units(moment.keep, jnp.any)
+  count = jnp.floor(share * jnp.sum(live, -1, keepdims=True, dtype=jnp.int32)).astype(jnp.int32)
+  size = moment.groups.units(jnp.abs(moment.values).astype(jnp.float32))
   stays = live & ~lowest(jnp.where(live, size, jnp.inf), count)
-  rest = lowest(jnp.where(stays, -jnp.inf, moment.units(growth)), live.shape[-1] - count)
-  return moment.spread(stays | ~rest)
+  rest = lowest(jnp.where(stays, -jnp.inf, moment.groups.units(growth)), live.shape[-1] - count)
+  return moment.groups.spread(stays | ~rest, moment.values.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +108,7 @@ class Matrices:
 
   @classmethod
   def of(cls, variable):
+    """Those that a Variable holds."""
     metadata = variable.get_metadata()
     return cls(_array(variable).shape, metadata['axes'], metadata['inputs'])
 
@@ -106,9 +116,7 @@ class Matrices:
   def size(self) -> tuple[int, int, int]:
     """How many matrices, their outputs and inputs."""
     outputs, inputs = matrix_shape(self)
-    count = 1
-    for size in self.shape: count *= size
-    return count // (outputs * inputs), outputs, inputs
+    return math.prod(self.shape) // (outputs * inputs), outputs, inputs
 
 
 def moments(tagged: dict[str, Matrices], structure, sparsity: float, step, key) -> Callable:
@@ -117,61 +125,88 @@ def moments(tagged: dict[str, Matrices], structure, sparsity: float, step, key) 
 
   def made(path, values, **arrays):
     own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, step), zlib.crc32(path.encode()))
-    return Moment(structure, Layout.of(tagged[path]), shares[path], step, values=values, key=own, **arrays)
+    groups = Groups(structure, Layout.of(tagged[path]), shares[path])
+    return Moment(groups, step, values=values, key=own, **arrays)
   return made
 
 
 def masked_updates(inner, method, structure, sparsity: float, number: int, key=None):
   """Wraps `inner` so that masks of arrays tagged `number` hold and are drawn as `method` says."""
-  inner = optax.with_extra_args_support(inner)
-  each = lambda function, params, *rest: _each(number, function, params, *rest)
+  made = _Masked(optax.with_extra_args_support(inner), method, structure, sparsity, number, key)
+  return optax.GradientTransformationExtraArgs(made.init, made.update)
 
-  def moment_of(params, step):
-    return moments({path: Matrices.of(one) for path, one in _variables(params, number)}, structure, sparsity, step, key)
 
-  def first_masks(params):
-    moment = moment_of(params, 0)
+@dataclasses.dataclass(frozen=True)
+class _Masked:
+  inner: Any
+  method: Any
+  structure: Any
+  sparsity: float
+  number: int
+  key: Any
+
+  def init(self, params):
+    method = self.method
+    memory = self._each(lambda _, p: method.score.start(_array(p)), params) if method.score.remembers else None
+    dense = self._each(lambda _, p: jnp.copy(_array(p)), params) if method.keeps_dense else None
+    state = self.inner.init(params)
+    if method.score.remembers or method.keeps_dense: state = Carried(state, memory, dense)
+    return PruneState(state, jnp.zeros((), jnp.int32), self._first_masks(params))
+
+  def update(self, grads, state, params, **extra):
+    method, carried = self.method, isinstance(state.inner, Carried)
+    inner_state, memory, dense = state.inner if carried else (state.inner, None, None)
+    whole = params if dense is None else _where_given(dense, params)
+    seen = _by_mask(lambda keep, g: jnp.where(keep, g, 0), state.keep, grads) if method.sparse_gradients else grads
+    updates, inner_state = self.inner.update(seen, inner_state, whole, **extra)
+    step, moved = state.step + 1, jax.tree.map(jnp.add, whole, updates)
+    if memory is not None:
+      remembered = lambda _, p, g, m: method.score.remembered(_array(m), _array(p), _array(g))
+      memory = self._each(remembered, whole, grads, memory)
+
+    def drawn():
+      keep = self._masks(step, moved, state.keep, grads, *([] if memory is None else [memory]))
+      if method.keeps_dense or not method.grows: return keep, inner_state
+      return keep, forgotten(inner_state, self.inner.init(params), _grown(state.keep, keep))
+
+    keep, inner_state = lax.cond(method.due(step), drawn, lambda: (state.keep, inner_state))
+    if dense is not None: dense = self._each(lambda _, p: _array(p), moved)
+    inner_state = Carried(inner_state, memory, dense) if carried else inner_state
+    return _projected(updates, params, moved, state.keep, keep, method), PruneState(inner_state, step, keep)
+
+  def _first_masks(self, params):
+    moment = self._moments(params, 0)
+
     def of(path, variable):
       array = _array(variable)
       keep = array != 0 if variable.get_metadata()[MASKED_BEFORE] else jnp.ones(array.shape, bool)
       # Zeros are the smallest magnitudes: this finds the mask that the array was given.
-      return shrunk(moment(path, array, keep=keep), jnp.abs(array), 1.) if method.from_start else keep
-    return each(of, params)
+      return shrunk(moment(path, array, keep=keep), jnp.abs(array), 1.) if self.method.from_start else keep
+    return self._each(of, params)
 
-  def init(params):
-    memory = each(lambda _, p: method.score.start(_array(p)), params) if method.score.remembers else None
-    dense = each(lambda _, p: jnp.copy(_array(p)), params) if method.keeps_dense else None
-    state = inner.init(params)
-    if method.score.remembers or method.keeps_dense: state = Carried(state, memory, dense)
-    return PruneState(state, jnp.zeros((), jnp.int32), first_masks(params))
+  def _masks(self, step, moved, keep, grads, *memory):
+    moment = self._moments(moved, step)
 
-  def update(grads, state, params, **extra):
-    carried = isinstance(state.inner, Carried)
-    inner_state, memory, dense = state.inner if carried else (state.inner, None, None)
-    whole = params if dense is None else _where_given(dense, params)
-    # What the wrapped optimizer sees of the gradient.
-    seen = grads
-    if method.sparse_gradients: seen = _by_mask(lambda keep, g: jnp.where(keep, g, 0), state.keep, grads)
-    updates, inner_state = inner.update(seen, inner_state, whole, **extra)
-    step, moved = state.step + 1, jax.tree.map(jnp.add, whole, updates)
-    if memory is not None:
-      memory = each(lambda _, p, g, m: method.score.remembered(_array(m), _array(p), _array(g)), whole, grads, memory)
-    moment = moment_of(params, step)
+    def of(path, values, old, gradient, *remembered):
+      return self.method.draw(moment(path, _array(values), keep=_array(old), gradient=_array(gradient),
+                                     memory=_array(remembered[0]) if remembered else None))
+    return self._each(of, moved, keep, grads, *memory)
 
-    def drawn():
-      def of(path, values, old, gradient, *remembered):
-        return method.draw(moment(path, _array(values), keep=_array(old), gradient=_array(gradient),
-                                  memory=_array(remembered[0]) if remembered else None))
-      keep = each(of, moved, state.keep, grads, *([] if memory is None else [memory]))
-      if method.keeps_dense or not method.grows: return keep, inner_state
-      return keep, forgotten(inner_state, inner.init(params), _grown(state.keep, keep))
+  def _moments(self, params, step):
+    tagged = {path_name(path): Matrices.of(node) for path, node in jax.tree_util.tree_leaves_with_path(
+      params, is_leaf=_is_leaf) if self._prunes(node)}
+    return moments(tagged, self.structure, self.sparsity, step, self.key)
 
-    keep, inner_state = lax.cond(method.due(step), drawn, lambda: (state.keep, inner_state))
-    if dense is not None: dense = each(lambda _, p: _array(p), moved)
-    inner_state = Carried(inner_state, memory, dense) if carried else inner_state
-    return _projected(updates, params, moved, state.keep, keep, method), PruneState(inner_state, step, keep)
+  def _prunes(self, node) -> bool:
+    return is_variable(node) and node.get_metadata().get(PRUNED_BY) == self.number
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  def _each(self, function: Callable, params, *rest):
+    """function(path, variable, others …), an array, as a variable of its place, for those tagged; None for all others."""
+    def visit(path, node, *others):
+      if not self._prunes(node): return None
+      made = function(path_name(path), node, *others)
+      return jax.tree.map(lambda _: made, node)
+    return jax.tree_util.tree_map_with_path(visit, params, *rest, is_leaf=_is_leaf)
 
 
 def _projected(updates, params, moved, old, keep, method):
@@ -214,24 +249,6 @@ def _is_leaf(node) -> bool: return node is None or is_variable(node)
 def _array(variable):
   (array,) = jax.tree.leaves(variable)
   return array
-
-
-def _prunes(node, number: int) -> bool: return is_variable(node) and node.get_metadata().get(PRUNED_BY) == number
-
-
-def _variables(params, number: int):
-  """The tagged ones, with their paths."""
-  for path, node in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_leaf):
-    if _prunes(node, number): yield path_name(path), node
-
-
-def _each(number: int, function: Callable, params, *rest):
-  """function(path, variable, others …), an array, as a variable of its place, for those tagged; None for all others."""
-  def visit(path, node, *others):
-    if not _prunes(node, number): return None
-    made = function(path_name(path), node, *others)
-    return None if made is None else jax.tree.map(lambda _: made, node)
-  return jax.tree_util.tree_map_with_path(visit, params, *rest, is_leaf=_is_leaf)
 
 
 def _by_mask(function: Callable, keep, tree):
