@@ -16,6 +16,7 @@ from efficient_lm.formats import Int
 from efficient_lm.models import spec
 from efficient_lm.models.moe import routing
 from efficient_lm.parallel.sharding import shardings
+from efficient_lm.runs.checkpoint import Checkpoints
 from efficient_lm.techniques import (
   SET,
   AcDc,
@@ -39,7 +40,7 @@ from efficient_lm.techniques import (
   WeightBlocks,
 )
 from efficient_lm.training import trainer
-from efficient_lm.training.learner import assemble, finished, initial_state
+from efficient_lm.training.learner import assemble, finished, initial_state, starting_state
 from efficient_lm.training.optimizers import AdamW, Muon, WarmupStableDecay
 from efficient_lm.training.train import Train, Training
 from efficient_lm.tree import select
@@ -135,12 +136,22 @@ def test_half_of_each_matrix_of_each_layer_and_expert_is_masked_after_every_step
   assert len(dict(select(left, Masked))) == 2
 
 
-def test_a_state_that_was_taken_apart_and_put_together_goes_on_alike_through_an_exchange():
-  learner, states = rigl(), of_rigl()
-  step = trainer.compiled_step(learner)
-  leaves, structure = jax.tree.flatten(states[3])
-  state = jax.tree.unflatten(structure, [jnp.array(leaf) for leaf in leaves])
-  for i in (3, 4): state, _ = step(state, learner.loss, batch_of(i % 3))
+MOVEMENT = StraightThroughMask(start=0, end=6, every=2, score=ByMovement())   # all that a state can carry
+
+
+@pytest.mark.parametrize('method', ['rigl', MOVEMENT], ids=['rigl', 'movement'])
+def test_a_training_that_is_resumed_from_what_was_saved_goes_on_bit_for_bit(method, tmp_path):
+  """Through the drawing of a mask, by a learner that was made of shapes."""
+  technique = sparse(method)
+  states = of_rigl() if method == 'rigl' else history(learner_of(technique), 5)
+  resumed = learner_of(technique, start=jax.eval_shape(model))
+  checkpoints = Checkpoints(tmp_path / 'checkpoints')
+  checkpoints.save(3, jax.tree.map(jnp.array, states[3]), wait=True)
+  shapes = jax.eval_shape(lambda model: starting_state(resumed.replace(model=model)), resumed.model)
+  state, step = checkpoints.restore(shapes), trainer.compiled_step(resumed)
+  checkpoints.close()
+  for i in (3, 4): state, _ = step(state, resumed.loss, batch_of(i % 3))
+  assert jax.tree.structure(state) == jax.tree.structure(states[5])
   for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(states[5]), strict=True): np.testing.assert_array_equal(a, b)
 
 
