@@ -72,8 +72,8 @@ def flops_per_token(model, sequence_length: int) -> Flops:
   Two a multiply-add; of experts only the active ones; causal attention counted once (a query meets the keys up to itself,
   not the whole square); the head counts, looking up an embedding does not, nor do norms, softmax, rotation and gates. Zeros
   count, masked ones too: they are multiplied; blocks that are not stored (`BlockSparse`) do not, since they are not;
-  adapters beside a weight do. So training takes close to 6 N of Kaplan et al. 2020, eq. 2.2, plus attention. Recomputation does not
-  count.
+  adapters beside a weight do. So training takes close to 6 N of Kaplan et al. 2020, eq. 2.2, plus attention. Recomputation
+  does not count.
   """
   tied = getattr(model, 'own_head', True) is None
   forward = 0.0

@@ -13,7 +13,7 @@ from efficient_lm.lazy import lazy
 
 jax, jnp, lax = lazy('jax'), lazy('jax.numpy'), lazy('jax.lax')
 config = dataclasses.dataclass(kw_only=True, unsafe_hash=True)
-GONE = -1.   # the score of what an earlier mask has taken: below all others, which are at least 0
+GONE = float('-inf')   # the score of what an earlier mask has taken: below all others
 FEW = 16     # candidates that are compared each with each, where bisecting would pass over them 31 times
 
 
@@ -50,8 +50,16 @@ class SparsityPattern:
     if sparsity is None: yield 'give a share of zeros above 0 and below 1'
     elif not 0 < sparsity < 1: yield 'must be above 0 and below 1'
 
+  def check_divides(self, num_outputs: int, num_inputs: int):
+    """Raises IncompatibleError where a matrix cannot be cut so."""
+
+  def count(self, share: float, ramp, size: int):
+    """How many of a group's `size` candidates are gone, int32, when `ramp`, 0 to 1, of the final `share` is to be."""
+    return jnp.floor(share * ramp * size).astype(jnp.int32)
+
   def check_fits(self, num_outputs: int, num_inputs: int, share: float):
     """Raises IncompatibleError where a matrix cannot be cut so, or so few zeros would be none."""
+    self.check_divides(num_outputs, num_inputs)
     count = share * self.in_column(num_outputs) * num_inputs
     if count < 1: raise IncompatibleError(
       f'a sparsity of {share:g} is not one zero in {self} of {num_outputs} outputs x {num_inputs} inputs: raise it')
@@ -123,7 +131,11 @@ class NofM(SparsityPattern):
     if sparsity is not None and abs(sparsity - self.share(None)) > 1e-6:
       yield f'leave it out: {self} is {self.share(None):g}'
 
-  def check_fits(self, num_outputs, num_inputs, share):
+  def count(self, share, ramp, size): return jnp.floor(ramp * (self.m - self.n)).astype(jnp.int32)
+
+  def check_fits(self, num_outputs, num_inputs, share): self.check_divides(num_outputs, num_inputs)
+
+  def check_divides(self, num_outputs, num_inputs):
     if num_inputs % self.m: raise IncompatibleError(f'{self}: {self.m} does not divide {num_inputs} inputs')
 
   def keep(self, score_OI, share, columns=None):
@@ -149,8 +161,9 @@ class Blocks(SparsityPattern):
     num_outputs, num_inputs = score_OI.shape[-2:]
     tiles = tile(score_OI, (num_outputs // self.outputs, num_inputs // self.inputs))
     # A tile of which an earlier mask has taken all stays below those of which it has not.
-    score = jnp.sum(jnp.maximum(tiles, 0), (-3, -1))
-    return jnp.where(jnp.all(tiles < 0, (-3, -1)), GONE, score).reshape(*score.shape[:-2], 1, -1)
+    gone = tiles == GONE
+    score = jnp.sum(jnp.where(gone, 0, tiles), (-3, -1))
+    return jnp.where(jnp.all(gone, (-3, -1)), GONE, score).reshape(*score.shape[:-2], 1, -1)
 
   def spread(self, keep, num_outputs, num_inputs):
     tiles = keep.reshape(*keep.shape[:-2], num_outputs // self.outputs, 1, num_inputs // self.inputs, 1)
@@ -159,10 +172,9 @@ class Blocks(SparsityPattern):
 
   def in_column(self, num_outputs): return num_outputs / self.outputs / self.inputs
 
-  def check_fits(self, num_outputs, num_inputs, share):
+  def check_divides(self, num_outputs, num_inputs):
     if num_outputs % self.outputs or num_inputs % self.inputs:
       raise IncompatibleError(f'{self} do not divide {num_outputs} outputs x {num_inputs} inputs')
-    super().check_fits(num_outputs, num_inputs, share)
 
   def __str__(self): return f'blocks of {self.outputs} x {self.inputs}'
 
@@ -170,8 +182,9 @@ class Blocks(SparsityPattern):
 # ------------------------------------------------------------------ the lowest of many
 
 def lowest(score, count):
-  """bool (..., n), True for the `count` lowest of the last dimension; of equal ones, the first. A score is at least 0, or
-  GONE. count: an int32 array that broadcasts against (..., 1), or a number."""
+  """bool (..., n), True for the `count` lowest of the last dimension; of equal ones, the first. Scores are of either sign,
+  infinite ones too, no NaN; they are compared as float32. count: an int32 array that broadcasts against (..., 1), or a
+  number."""
   rank = ranks(score)
   if score.shape[-1] <= FEW:
     mine, other, place = rank[..., :, None], rank[..., None, :], jnp.arange(score.shape[-1])
@@ -183,9 +196,11 @@ def lowest(score, count):
 
 
 def ranks(score):
-  """uint32 that are ordered as the scores are: the bits of a float32 that is not negative, plus 1, and 0 for GONE."""
-  bits = lax.bitcast_convert_type(jnp.abs(score.astype(jnp.float32)), jnp.uint32) + 1
-  return jnp.where(score < 0, 0, bits)
+  """uint32 that are ordered as the scores are: the bits of floats are, once those of negative ones are flipped. Zeros of
+  either sign are equal."""
+  bits, sign = lax.bitcast_convert_type(score.astype(jnp.float32), jnp.uint32), jnp.uint32(1 << 31)
+  bits = jnp.where(bits == sign, 0, bits)
+  return jnp.where(bits & sign, ~bits, bits | sign)
 
 
 def threshold(smaller, count, shape=()):

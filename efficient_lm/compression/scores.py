@@ -23,10 +23,15 @@ class Score:
   (`compression.gradients`), or ''. updates: whether it moves the entries that are kept. pattern: among which entries it
   compares, if nothing else is asked for.
 
+  While training. in_training: whether it can rank entries there. remembers: whether it has a memory of more than the step
+  under way.
+
   Of groups. kinds: the sizes of `Shape` that it can rank; none: no groups. calibrated: whether it reads batches of text for
   that.
   """
   of_entries = True
+  in_training = False
+  remembers = False
   needs: tuple[str, ...] = ()
   gradient = ''
   updates = False
@@ -47,6 +52,17 @@ class Score:
     if keep_OI is None: return w_OI, pattern.keep(score_OI, share)
     return w_OI, pattern.keep(jnp.where(keep_OI, score_OI, GONE), share) & keep_OI
 
+  def start(self, array):
+    """While training: the memory before the first step, float32 of the array's shape."""
+
+  def remembered(self, memory, values, gradient):
+    """The memory after a step that found these weights and this gradient."""
+    return memory
+
+  def at(self, moment):
+    """Scores, float32 of the array's shape and of either sign, after a step (`sparse_updates.Moment`)."""
+    raise NotImplementedError
+
   def score(self, model, spaces, batches, key):
     """{space: (*lead, size)}, larger where more is lost, of `dimensions.Space`s. Query heads are scored; the score of a
     key-value head is the sum of theirs."""
@@ -57,10 +73,12 @@ class Score:
 class Magnitude(Score):
   """|w|: no data is asked for. What all scores of entries fall back to where there is nothing to go by. Of groups, the
   Euclidean norm of all weights that would be removed (group magnitude, as in LLM-Pruner, arXiv 2305.11627)."""
+  in_training = True
   kinds = SIZES
   calibrated = False
 
   def of(self, w_OI, found): return jnp.abs(w_OI)
+  def at(self, moment): return jnp.abs(moment.values).astype(jnp.float32)
 
   def score(self, model, spaces, batches, key):
     import numpy as np
@@ -72,11 +90,13 @@ class Magnitude(Score):
 
 @config
 class Random(Score):
-  """By chance, by the key of the stage: what any other score has to beat."""
+  """By chance, by the key of the stage, or of the array and the step of a training: what any other score has to beat."""
+  in_training = True
   kinds = SIZES
   calibrated = False
 
   def of(self, w_OI, found): return jax.random.uniform(found['key'], w_OI.shape)
+  def at(self, moment): return jax.random.uniform(moment.key, moment.values.shape)
 
   def score(self, model, spaces, batches, key):
     import numpy as np

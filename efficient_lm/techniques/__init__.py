@@ -10,6 +10,7 @@ is in `efficient_lm.compression`. Descriptions are light: what computes is impor
 """
 from efficient_lm.compression.allocation import Erk, Global, Owl, Uniform
 from efficient_lm.compression.budget import Budget, Grid
+from efficient_lm.compression.gradual import AtOnce, Cubic, Periodic
 from efficient_lm.compression.group_scores import Activations, BlockInfluence, Frequency, Reap, Reconstruction
 from efficient_lm.compression.merging import MergeExperts
 from efficient_lm.compression.method import RoundToNearest
@@ -17,6 +18,7 @@ from efficient_lm.compression.patterns import Blocks, NofM, PerMatrix, PerOutput
 from efficient_lm.compression.rules import LAYERS, Rule
 from efficient_lm.compression.scores import Magnitude, Random, Snip, Taylor
 from efficient_lm.compression.shape import Shape
+from efficient_lm.compression.training_scores import Movement, Saliency
 from efficient_lm.techniques.adapters.lora import Lora
 from efficient_lm.techniques.adapters.merge import Merge
 from efficient_lm.techniques.distillation.distill import Distill
@@ -29,6 +31,7 @@ from efficient_lm.techniques.pruning.prune_blocks import PruneBlocks, StoreBlock
 from efficient_lm.techniques.pruning.prune_once import PruneOnce
 from efficient_lm.techniques.pruning.shrink import Shrink
 from efficient_lm.techniques.pruning.sparse_gpt import SparseGpt
+from efficient_lm.techniques.pruning.sparse_training import SET, AcDc, RigL, SparseTraining, StaticMask, StraightThroughMask
 from efficient_lm.techniques.pruning.wanda import Wanda
 from efficient_lm.techniques.quantization.awq import Awq
 from efficient_lm.techniques.quantization.bitnet import BitNet
@@ -43,9 +46,11 @@ from efficient_lm.techniques.skip_spikes import SkipSpikes
 from efficient_lm.techniques.unroll import Unroll
 from efficient_lm.training.train import Train, Training
 
-__all__ = ['LAYERS', 'Activations', 'Awq', 'BitNet', 'BlockInfluence', 'Blocks', 'Budget', 'Convert', 'Distill', 'Erk',
-           'Frequency', 'GivingUp', 'Global', 'Gptq', 'Grid', 'LearnedClip', 'LearnedSteps', 'Lora', 'LowPrecisionTraining',
-           'Magnitude', 'Merge', 'MergeExperts', 'NofM', 'Owl', 'Pack', 'PerMatrix', 'PerOutput', 'Prune', 'PruneBlocks',
-           'PruneOnce', 'QuantAware', 'Quantize', 'Random', 'Reap', 'Reconstruction', 'Rotate', 'RoundToNearest', 'Rule',
-           'Shape', 'Shrink', 'SkipExperts', 'SkipSpikes', 'SmoothQuant', 'Snip', 'SparseGpt', 'StoreBlocks',
-           'StraightThrough', 'StretchedLevels', 'Taylor', 'Train', 'Training', 'Uniform', 'Unroll', 'Upcycle', 'Wanda']
+__all__ = ['LAYERS', 'SET', 'AcDc', 'Activations', 'AtOnce', 'Awq', 'BitNet', 'BlockInfluence', 'Blocks', 'Budget',
+           'Convert', 'Cubic', 'Distill', 'Erk', 'Frequency', 'GivingUp', 'Global', 'Gptq', 'Grid', 'LearnedClip',
+           'LearnedSteps', 'Lora', 'LowPrecisionTraining', 'Magnitude', 'Merge', 'MergeExperts', 'Movement', 'NofM', 'Owl',
+           'Pack', 'PerMatrix', 'PerOutput', 'Periodic', 'Prune', 'PruneBlocks', 'PruneOnce', 'QuantAware', 'Quantize',
+           'Random', 'Reap', 'Reconstruction', 'RigL', 'Rotate', 'RoundToNearest', 'Rule', 'Saliency', 'Shape', 'Shrink',
+           'SkipExperts', 'SkipSpikes', 'SmoothQuant', 'Snip', 'SparseGpt', 'SparseTraining', 'StaticMask', 'StoreBlocks',
+           'StraightThrough', 'StraightThroughMask', 'StretchedLevels', 'Taylor', 'Train', 'Training', 'Uniform', 'Unroll',
+           'Upcycle', 'Wanda']

@@ -102,3 +102,30 @@ def test_a_sparsity_that_a_pattern_cannot_give_is_named(pattern, sparsity, fixes
   ids=str)
 def test_a_wrong_field_is_named(pattern, names):
   assert [name for name, _, _ in pattern.check()] == names
+
+
+bisected = jax.jit(lowest)
+SIGNED = st.one_of(st.floats(width=32, allow_nan=False),
+                    st.sampled_from([0., -0., 1., -1., 2.**-149, -2.**-149, np.inf, -np.inf]))
+
+
+def by_sorting(values, count):
+  """The definition: of equal values the first go, zeros of either sign being equal."""
+  order = np.argsort(np.where(values == 0, 0, values), kind='stable')
+  gone = np.zeros(values.shape, bool)
+  gone[order[:count]] = True
+  return gone
+
+
+@given(hnp.arrays(np.float32, (3, 24), elements=SIGNED), st.lists(st.integers(0, 24), min_size=3, max_size=3))
+@settings(deadline=None, max_examples=200)
+def test_bisecting_bits_is_sorting_for_numbers_of_either_sign(values, counts):
+  got = np.asarray(bisected(values, np.array(counts)[:, None]))
+  for row, count, gone in zip(values, counts, got, strict=True): np.testing.assert_array_equal(gone, by_sorting(row, count))
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_other_floats_are_compared_by_their_values(dtype):
+  values = np.asarray(jax.numpy.asarray(np.random.default_rng(0).normal(size=500), dtype))
+  for count in (0, 1, 250, 500):
+    np.testing.assert_array_equal(bisected(values, count), by_sorting(np.asarray(values, np.float32), count))
