@@ -170,7 +170,7 @@ class _Masked:
       return keep, forgotten(inner_state, self.inner.init(params), _grown(state.keep, keep))
 
     keep, inner_state = lax.cond(method.due(step), drawn, lambda: (state.keep, inner_state))
-    if dense is not None: dense = self._each(lambda _, p: _array(p), moved)
+    if dense is not None: dense = self._each(lambda _, p, old: _array(p).astype(_array(old).dtype), moved, whole)
     inner_state = Carried(inner_state, memory, dense) if carried else inner_state
     return _projected(updates, params, moved, state.keep, keep, method), PruneState(inner_state, step, keep)
 

@@ -274,6 +274,15 @@ def test_straight_through_is_the_optimizer_on_dense_weights():
   assert (made.keep.sum((-2, -1)) == 32).all()
 
 
+def test_a_state_keeps_its_dtypes_for_weights_of_16_bits():
+  start = {'w': Dense(draw(8, 8).astype(jnp.bfloat16), 'DF', 'D')}
+  made = Training(SparseTraining(sparsity=0.5, method=METHODS['straight-through'], where='^w$'), optax.sgd(0.1), start)
+  dtypes = lambda: [leaf.dtype for leaf in jax.tree.leaves((made.params, made.state))]
+  before = dtypes()
+  for _ in range(3): made.step(jax.tree.map(lambda p: draw(*p.shape), made.params))   # float32 gradients, so updates
+  assert dtypes() == before and (made.w == 0).sum() == 32
+
+
 def test_the_first_mask_and_those_that_follow_differ_from_matrix_to_matrix():
   made = Training(SparseTraining(sparsity=0.5, method=SET(every=1, end=9), where='^w$'), optax.adam(0.1))
   seen = [made.keep]

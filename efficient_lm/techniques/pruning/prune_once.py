@@ -77,7 +77,7 @@ class PruneOnce:
     note = f'{coverage(model, self.where).describe(f"PruneOnce ({share}, {name})")}; {COST}'
     jax.eval_shape(self.abstract, model)
     if not recipe.calibrated:
-      pruned, notes = recipe(model, [], context.key)
+      pruned, notes = recipe(model, [], getattr(context, 'key', None))
       return pruned, (note, *notes)
     batches = calibration.first_batches(context.batches(self.sequences), self.sequences)
     pruned, notes = recipe(model, batches, context.key)
