@@ -3,17 +3,9 @@ import dataclasses
 from typing import Any
 
 from efficient_lm.compression.rules import LAYERS, check_pattern
+from efficient_lm.compression.structures import NofM
 
-
-@dataclasses.dataclass(kw_only=True)
-class NofM:
-  """At most `n` of every `m` successive inputs of an output are not zero."""
-  n: int = 2
-  m: int = 4
-
-  def check(self):
-    if self.m < 2: yield 'm', self.m, 'must be at least 2'
-    if not 1 <= self.n < self.m: yield 'n', self.n, f'must be at least 1 and below m = {self.m}'
+__all__ = ['NofM', 'PruneOnce']
 
 
 @dataclasses.dataclass(kw_only=True)
