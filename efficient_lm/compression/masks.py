@@ -1,12 +1,10 @@
-"""Masks by magnitude, and the optimizer that keeps what they prune at exactly zero."""
-from typing import Any, NamedTuple
-
+"""Masks by magnitude, at once or by what a training leaves; `sparse_updates` is the optimizer under which they hold."""
 import jax
 import jax.numpy as jnp
-import optax
-from jax import lax
 
 from efficient_lm import tree
+from efficient_lm.compression.selection import lowest
+from efficient_lm.compression.sparse_updates import Matrices, PruneState, moments, shrunk
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.weights.fake_quantized import FakeQuantized
 from efficient_lm.weights.invariants import Pattern
@@ -14,36 +12,17 @@ from efficient_lm.weights.layout import Layout
 from efficient_lm.weights.low_precision import LowPrecision
 from efficient_lm.weights.masked import Masked
 from efficient_lm.weights.rotated import Rotated
-from efficient_lm.weights.weight import MASKED_BEFORE, PRUNED_BY, Dense, Weight
-
-
-class PruneState(NamedTuple):
-  """inner: the wrapped optimizer's state; step: updates made, int32; keep: True where a weight lives, None elsewhere."""
-  inner: Any
-  step: Any
-  keep: Any
+from efficient_lm.weights.weight import MASKED_BEFORE, PRUNED_BY, PRUNED_TO, Dense, Weight
 
 
 def magnitude_mask(values, share, letters: str):
   """bool, True where a value is not among the floor(share * size) smallest magnitudes of its own matrix.
 
-  The letters but E are the matrix: each layer and each expert loses the same share. Of equal magnitudes the first go. The
-  smallest magnitude that stays is found by bisecting the bits of floats, which are ordered as the floats are: 31 passes over
-  the array, where sorting takes many more.
+  The letters but E are the matrix: each layer and each expert loses the same share. Of equal magnitudes the first go.
   """
   matrix_dims = len(letters.replace('E', ''))
   matrix = values.reshape(*values.shape[:values.ndim - matrix_dims], -1)
-  bits = lax.bitcast_convert_type(jnp.abs(matrix.astype(jnp.float32)), jnp.uint32)
-  count = jnp.floor(share * matrix.shape[-1]).astype(jnp.int32)
-  smaller = lambda threshold: jnp.sum(bits < threshold, -1, dtype=jnp.int32, keepdims=True)
-
-  def bisected(i, threshold):
-    higher = threshold | (jnp.uint32(1) << (30 - i).astype(jnp.uint32))
-    return jnp.where(smaller(higher) <= count, higher, threshold)
-
-  threshold = lax.fori_loop(0, 31, bisected, jnp.zeros((*bits.shape[:-1], 1), jnp.uint32))
-  equal = bits == threshold
-  gone = (bits < threshold) | (equal & (jnp.cumsum(equal, -1, dtype=jnp.int32) <= count - smaller(threshold)))
+  gone = lowest(jnp.abs(matrix), jnp.floor(share * matrix.shape[-1]).astype(jnp.int32))
   return ~gone.reshape(values.shape)
 
 
@@ -69,50 +48,43 @@ def next_number(model) -> int:
   return max(used, default=-1) + 1
 
 
-def tagged(weight: Weight, number: int) -> Weight:
-  """The weight with its array tagged as pruned by technique `number` of this training. A mask that it has is taken off: its
-  zeros are in the array, and stay."""
+def tagged(weight: Weight, number: int, pattern: Pattern | None = None) -> Weight:
+  """The weight with its array tagged as pruned by technique `number` of this training, in the end to `pattern`. A mask that
+  it has is taken off: its zeros are in the array, and stay."""
   if weight.pruned: raise IncompatibleError('is pruned by another technique of the same training')
   for _, quantized in tree.select(weight, FakeQuantized):
     if quantized.weights is not None and not quantized.weights.format.has_zero:
       name = quantized.weights.format.name
       raise IncompatibleError(f'{name} has no zero, and what is pruned cannot stay zero: choose Int(…)')
   masked = {PRUNED_BY: number, MASKED_BEFORE: bool(dict(tree.select(weight, Masked)))}
+  if pattern is not None: masked[PRUNED_TO] = pattern
   if masked[MASKED_BEFORE]: weight = tree.rewrite(weight, Masked, lambda _, one: one.cleaned().inner)
   return tree.rewrite(weight, Dense, lambda _, dense: dense.replaced(dense.materialize(), **masked))
 
 
-def pruned(inner, share_at, redraws, number: int):
-  """Projects each update so that parameter plus update is exactly zero wherever the mask is, of arrays tagged `number`.
+def require_whole(weight: Weight):
+  """Raises IncompatibleError for a weight with a mask, where zeros are to come back."""
+  if dict(tree.select(weight, Masked)):
+    raise IncompatibleError('is masked already, and a mask that moves would not keep those zeros: choose Prune(…)')
 
-  After the steps that `redraws` names the masks are drawn anew from the magnitudes, share_at(step) of them zero: selecting
-  at each step would cost more than the training. What is zero to begin with stays so.
-  """
-  inner = optax.with_extra_args_support(inner)
 
-  def masks(params, share, keep=None):
-    """For each pruned array a bool array, for each other one None."""
-    def of(variable, *old):
-      if variable.get_metadata().get(PRUNED_BY) != number: return None
-      letters, masked = variable.get_metadata()['axes'], variable.get_metadata()[MASKED_BEFORE]
-      if not old: return jax.tree.map(lambda p: p != 0 if masked else jnp.ones(p.shape, bool), variable)
-      return jax.tree.map(lambda p, k: k & magnitude_mask(p, share, letters), variable, *old)
-    rest = () if keep is None else (keep,)
-    return jax.tree.map(of, params, *rest, is_leaf=lambda node: node is None or tree.is_variable(node))
+def started(model, structure, sparsity: float, number: int, score, key):
+  """The model with the arrays that are tagged `number` zero where the first of their masks is, which `score` draws."""
+  tagged = {path: one for path, one in tree.select(model, Dense) if one.tags.get(PRUNED_BY) == number}
+  of = lambda one: Matrices.of(one.array)
 
-  def init(params):
-    return PruneState(inner.init(params), jnp.zeros((), jnp.int32), masks(params, 0.0))
+  @jax.jit
+  def drawn(arrays):
+    moment = moments({path: of(one) for path, one in tagged.items()}, structure, sparsity, 0, key)
 
-  def update(grads, state, params, **extra):
-    updates, inner_state = inner.update(grads, state.inner, params, **extra)
-    step = state.step + 1
-    moved = jax.tree.map(jnp.add, params, updates)
-    keep = lax.cond(redraws(step), lambda: masks(moved, share_at(step), state.keep), lambda: state.keep)
-    project = lambda mask, u, p: u if mask is None else jax.tree.map(lambda m, u, p: jnp.where(m, u, -p), mask, u, p)
-    updates = jax.tree.map(project, keep, updates, params, is_leaf=lambda node: node is None or tree.is_variable(node))
-    return updates, PruneState(inner_state, step, keep)
+    def masked(path, array):
+      keep = array != 0 if tagged[path].tags[MASKED_BEFORE] else jnp.ones(array.shape, bool)
+      now = moment(path, array, keep=keep)
+      return jnp.where(shrunk(now, score.of(now), 1.), array, 0)
+    return {path: masked(path, array) for path, array in arrays.items()}
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  arrays = drawn({path: one.materialize() for path, one in tagged.items()})
+  return tree.rewrite(model, Dense, lambda path, one: one.replaced(arrays[path]) if path in arrays else one)
 
 
 def masked(model, opt_state):
@@ -122,7 +94,8 @@ def masked(model, opt_state):
           for path, variable in jax.tree_util.tree_leaves_with_path(state.keep, is_leaf=tree.is_variable)}
 
   def change(path, dense):
-    return Masked(dense.untagged(), keep[f'{path}/array'].get_value()) if dense.pruned else dense
+    if not dense.pruned: return dense
+    return Masked(dense.untagged(), keep[f'{path}/array'].get_value(), dense.tags.get(PRUNED_TO))
   return tree.rewrite(model, Dense, change)
 
 

@@ -8,13 +8,24 @@ A stage is a function from model to model, `stage(model, context) -> (model, not
 (see `efficient_lm.runs.context`). Every rewrite says what it reaches. Techniques never import each other; what several need
 is in `efficient_lm.compression`. Descriptions are light: what computes is imported where the computing begins.
 """
+from efficient_lm.compression.gradual import AtOnce, Cubic, Periodic
 from efficient_lm.compression.method import RoundToNearest
 from efficient_lm.compression.rules import LAYERS, Rule
+from efficient_lm.compression.scores import AtRandom, ByMagnitude, ByMovement, BySaliency
+from efficient_lm.compression.structures import ErdosRenyi, NofM, UniformShares, Unstructured, WeightBlocks
 from efficient_lm.techniques.distillation.distill import Distill
 from efficient_lm.techniques.giving_up import GivingUp
 from efficient_lm.techniques.moe.upcycle import Upcycle
 from efficient_lm.techniques.pruning.prune import Prune
 from efficient_lm.techniques.pruning.prune_once import PruneOnce
+from efficient_lm.techniques.pruning.sparse_training import (
+  SET,
+  AcDc,
+  RigL,
+  SparseTraining,
+  StaticMask,
+  StraightThroughMask,
+)
 from efficient_lm.techniques.quantization.awq import Awq
 from efficient_lm.techniques.quantization.bitnet import BitNet
 from efficient_lm.techniques.quantization.convert import Convert
@@ -28,6 +39,9 @@ from efficient_lm.techniques.skip_spikes import SkipSpikes
 from efficient_lm.techniques.unroll import Unroll
 from efficient_lm.training.train import Train, Training
 
-__all__ = ['LAYERS', 'Awq', 'BitNet', 'Convert', 'Distill', 'GivingUp', 'Gptq', 'LearnedClip', 'LearnedSteps',
-           'LowPrecisionTraining', 'Prune', 'PruneOnce', 'QuantAware', 'Quantize', 'Rotate', 'RoundToNearest', 'Rule',
-           'SkipSpikes', 'SmoothQuant', 'StraightThrough', 'StretchedLevels', 'Train', 'Training', 'Unroll', 'Upcycle']
+__all__ = ['LAYERS', 'SET', 'AcDc', 'AtOnce', 'AtRandom', 'Awq', 'BitNet', 'ByMagnitude', 'ByMovement', 'BySaliency',
+           'Convert', 'Cubic', 'Distill', 'ErdosRenyi', 'GivingUp', 'Gptq', 'LearnedClip', 'LearnedSteps',
+           'LowPrecisionTraining', 'NofM', 'Periodic', 'Prune', 'PruneOnce', 'QuantAware', 'Quantize', 'RigL', 'Rotate',
+           'RoundToNearest', 'Rule', 'SkipSpikes', 'SmoothQuant', 'SparseTraining', 'StaticMask', 'StraightThrough',
+           'StraightThroughMask', 'StretchedLevels', 'Train', 'Training', 'UniformShares', 'Unroll', 'Unstructured',
+           'Upcycle', 'WeightBlocks']

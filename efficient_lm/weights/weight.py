@@ -15,9 +15,9 @@ from efficient_lm.ops.quantized_matmul import PartedMatrix
 from efficient_lm.parallel import sharding
 from efficient_lm.weights.invariants import Experts
 
-# Tags of an array that a pruning technique prunes: its number among those of this training, and whether zeros that the array
-# brings are those of an earlier mask.
-PRUNED_BY, MASKED_BEFORE = 'pruned_by', 'masked_before'
+# Tags of an array that a pruning technique prunes: its number among those of this training, whether zeros that the array
+# brings are those of an earlier mask, and the pattern that its mask will have, if any.
+PRUNED_BY, MASKED_BEFORE, PRUNED_TO = 'pruned_by', 'masked_before', 'pruned_to'
 ROWS = 1024   # of logits that a head has at a time where no fused product computes its loss
 
 
@@ -149,7 +149,8 @@ class Dense(Weight):
 
   @property
   def tags(self) -> dict:
-    return {name: value for name, value in self.array.get_metadata().items() if name in (PRUNED_BY, MASKED_BEFORE)}
+    ours = (PRUNED_BY, MASKED_BEFORE, PRUNED_TO)
+    return {name: value for name, value in self.array.get_metadata().items() if name in ours}
 
   @property
   def pruned(self): return PRUNED_BY in self.tags

@@ -12,7 +12,9 @@ from hypothesis.extra import numpy as hnp
 from efficient_lm.compression import masks
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import Int, MidRise
+from efficient_lm.techniques.pruning.prune import Prune
 from efficient_lm.techniques.pruning.prune_once import NofM
+from efficient_lm.training.learner import Learner
 from efficient_lm.weights.fake_quantized import FakeQuantized
 from efficient_lm.weights.invariants import Pattern
 from efficient_lm.weights.layout import Layout
@@ -120,13 +122,13 @@ WRAPPED = {
 def test_a_parameter_plus_its_update_is_exactly_zero_where_the_mask_is(kind):
   """After every step, whatever wraps the array; and the masks that training leaves are those."""
   before = {'w': WRAPPED[kind](Dense(draw(8, 6), 'DF', 'D')), 'other': Dense(draw(8, 6, seed=1), 'DF', 'D')}
-  model = {**before, 'w': masks.tagged(before['w'], masks.next_number(before))}
-  optimizer = masks.pruned(optax.adam(0.1), lambda step: 0.5 * jnp.minimum(step, 2) / 2, lambda step: step <= 2, 0)
-  graph, params, rest = nnx.split(model, nnx.Param, ...)
-  state = optimizer.init(params)
+  prune = Prune(sparsity=0.5, start=0, end=2, every=1, where='^w$')
+  made = prune(Learner(before, None, optax.adam(0.1)), jax.random.key(0))
+  graph, params, rest = nnx.split(made.model, nnx.Param, ...)
+  state = made.optimizer.init(params)
   for i in range(4):
     grads = jax.tree.map(lambda p, i=i: draw(*p.shape, seed=i + 5), params)
-    updates, state = optimizer.update(grads, state, params)
+    updates, state = made.optimizer.update(grads, state, params)
     params = optax.apply_updates(params, updates)
   left = masks.masked(nnx.merge(graph, params, rest), state)
   zeros = np.mean(np.asarray(left['w'].materialize()) == 0)

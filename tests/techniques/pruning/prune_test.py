@@ -12,8 +12,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efficient_lm.compression.masks import PruneState, magnitude_mask
+from efficient_lm.compression.masks import magnitude_mask
 from efficient_lm.compression.rules import Rule
+from efficient_lm.compression.sparse_updates import PruneState
 from efficient_lm.config import experiment as experiments
 from efficient_lm.errors import ConfigError
 from efficient_lm.formats import Int
