@@ -19,11 +19,12 @@ THINNED = re.compile(r'''
 | models/transformer_test\.py::test_reading_with_a_cache
 | runs/(invariants_test\.py::test_every_stage_keeps|resume_test\.py::test_a_kill_between|structure_test\.py::test_a_model_is)
 | techniques/(orders_test\.py::test_a_float_model_is_taken|zeros_test\.py::test_every_zero_is_kept)
-| techniques/pruning/prune_test\.py::test_by_the_end
+| techniques/pruning/(prune_test\.py::test_by_the_end|sparse_training_test\.py::test_(each_method_composes|eight_devices))
 | techniques/quantization/ptq_test\.py::test_(over_eight_devices|all_that_rules_name)
 | techniques/quantization/(qat_test\.py::test_every_method_trains|low_precision_training_test\.py::test_the_train_step)
 | composition_test\.py::test_what_(composes_is_known_by|was_pruned_is_zero_whatever)
 | compression/(scaling_test\.py::test_smoothing_changes|calibration_test\.py::test_padding_enters)
+| compression/sparse_updates_test\.py::test_after_every_update
 | interop/stablehlo/run_test\.py::test_logits_are_those
 | ops/decode_attention_test\.py::test_blocks_of_a_cache
 | techniques/(quantization/convert_test\.py::test_a_converted_model_holds|unroll_test\.py::test_it_trains_as_the_stack)
