@@ -16,6 +16,7 @@ from efficient_lm.techniques.moe.upcycle import Upcycle
 from efficient_lm.techniques.pruning.prune import Prune
 from efficient_lm.techniques.pruning.prune_blocks import PruneBlocks, StoreBlocks
 from efficient_lm.techniques.pruning.prune_once import PruneOnce
+from efficient_lm.techniques.pruning.teal import Teal
 from efficient_lm.techniques.quantization.awq import Awq
 from efficient_lm.techniques.quantization.bitnet import BitNet
 from efficient_lm.techniques.quantization.convert import Convert
@@ -32,4 +33,4 @@ from efficient_lm.training.train import Train, Training
 __all__ = ['LAYERS', 'Awq', 'BitNet', 'Convert', 'Distill', 'GivingUp', 'Gptq', 'LearnedClip', 'LearnedSteps',
            'LowPrecisionTraining', 'Prune', 'PruneBlocks', 'PruneOnce', 'QuantAware', 'Quantize', 'Rotate',
            'RoundToNearest', 'Rule', 'SkipSpikes', 'SmoothQuant', 'StoreBlocks', 'StraightThrough', 'StretchedLevels',
-           'Train', 'Training', 'Unroll', 'Upcycle']
+           'Teal', 'Train', 'Training', 'Unroll', 'Upcycle']
