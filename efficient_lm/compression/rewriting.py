@@ -13,6 +13,7 @@ from efficient_lm.weights.fake_quantized import FakeQuantized, Normalized
 from efficient_lm.weights.layout import matrix_shape
 from efficient_lm.weights.low_precision import LowPrecision
 from efficient_lm.weights.quantized import Quantized
+from efficient_lm.weights.thresholded import Thresholded
 from efficient_lm.weights.weight import Weight
 
 
@@ -81,6 +82,7 @@ def require_float(weight: Weight):
   """Raises IncompatibleError, with what it is, for a weight that has been quantized, or is stored in blocks, where only a
   float matrix will do."""
   if dict(tree.select(weight, (Quantized, BlockSparse))): raise IncompatibleError(f'is stored as {weight.kind} already')
+  if dict(tree.select(weight, Thresholded)): raise IncompatibleError('has thresholds of its inputs: let Teal(…) follow this')
   if is_float(weight): return
   in_few_bits = any(one.weights is not None for _, one in tree.select(weight, FakeQuantized))
   fix = 'the stage Convert() stores it so' if in_few_bits else 'what it does to its input would be lost'

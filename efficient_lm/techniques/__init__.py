@@ -32,6 +32,7 @@ from efficient_lm.techniques.pruning.prune_once import PruneOnce
 from efficient_lm.techniques.pruning.shrink import Shrink
 from efficient_lm.techniques.pruning.sparse_gpt import SparseGpt
 from efficient_lm.techniques.pruning.sparse_training import SET, AcDc, RigL, SparseTraining, StaticMask, StraightThroughMask
+from efficient_lm.techniques.pruning.teal import Teal
 from efficient_lm.techniques.pruning.wanda import Wanda
 from efficient_lm.techniques.quantization.awq import Awq
 from efficient_lm.techniques.quantization.bitnet import BitNet
@@ -52,5 +53,5 @@ __all__ = ['LAYERS', 'SET', 'AcDc', 'Activations', 'AtOnce', 'Awq', 'BitNet', 'B
            'Pack', 'PerMatrix', 'PerOutput', 'Periodic', 'Prune', 'PruneBlocks', 'PruneOnce', 'QuantAware', 'Quantize',
            'Random', 'Reap', 'Reconstruction', 'RigL', 'Rotate', 'RoundToNearest', 'Rule', 'Saliency', 'Shape', 'Shrink',
            'SkipExperts', 'SkipSpikes', 'SmoothQuant', 'Snip', 'SparseGpt', 'SparseTraining', 'StaticMask', 'StoreBlocks',
-           'StraightThrough', 'StraightThroughMask', 'StretchedLevels', 'Taylor', 'Train', 'Training', 'Uniform', 'Unroll',
-           'Upcycle', 'Wanda']
+           'StraightThrough', 'StraightThroughMask', 'StretchedLevels', 'Taylor', 'Teal', 'Train', 'Training', 'Uniform',
+           'Unroll', 'Upcycle', 'Wanda']

@@ -8,6 +8,7 @@ Statistics of the rows x (M, I) that a weight multiplies, its inputs merged; flo
   magnitude  (..., I)      the sum of |x|
   square     (..., I)      the sum of x^2
   peak       (..., I)      the largest |x|
+  histogram  (..., BINS)   how many |x| that are not zero fall into each bin (see `bin_edges`); not of experts
   count      (..., 1)      the number of rows that are not all zeros; of experts, of what each was sent
 
 Rows of zeros add nothing to any of them: so does padding, whose hidden states calibration sets to zero.
@@ -26,6 +27,9 @@ from efficient_lm.tree import rewrite
 from efficient_lm.weights.layout import Layout, matrix_shape
 from efficient_lm.weights.weight import Frozen, Weight, Wrapper
 
+MANTISSA = 5   # bits of a float's mantissa by which bins are cut: a bin's edges differ by at most 1/32
+BINS = 2 ** (8 + MANTISSA)
+
 
 class Statistic(nnx.Variable):
   """Something observed."""
@@ -33,8 +37,7 @@ class Statistic(nnx.Variable):
 
 def shape_of(statistic: str, num_inputs: int) -> tuple[int, ...]:
   """Of a weight with so many inputs."""
-  if statistic == 'gram': return num_inputs, num_inputs
-  return (1,) if statistic == 'count' else (num_inputs,)
+  return {'gram': (num_inputs, num_inputs), 'histogram': (BINS,), 'count': (1,)}.get(statistic, (num_inputs,))
 
 
 def joined(statistic: str, a, b):
@@ -139,11 +142,35 @@ def _group_of(x_MI, sizes_E):
   return jnp.searchsorted(jnp.cumsum(sizes_E), jnp.arange(x_MI.shape[0]), side='right')
 
 
+def _bin_of(x):
+  """The number of the bin of |x|: the first bits of a float32, which are ordered as the floats are."""
+  return (lax.bitcast_convert_type(jnp.abs(x), jnp.uint32) >> (23 - MANTISSA)).astype(jnp.int32)
+
+
+def bin_edges():
+  """BINS lower edges of the bins of `histogram`, float32, ascending; the last ones are infinite or no numbers."""
+  return lax.bitcast_convert_type(jnp.arange(BINS, dtype=jnp.uint32) << (23 - MANTISSA), jnp.float32)
+
+
+def quantile(histogram_N, zeros, share: float):
+  """The number that a share of all |x| is at most, of the histogram (..., BINS) and of how many are zero (...): the upper
+  edge of the bin in which it lies, so that at least that share is at most it; 0 where so many are zero."""
+  below_N = zeros[..., None] + jnp.cumsum(histogram_N, -1)
+  found = jnp.sum(below_N < share * below_N[..., -1:], -1)
+  upper = jnp.take(bin_edges(), jnp.minimum(found + 1, BINS - 1))
+  return jnp.where(zeros >= share * below_N[..., -1], 0., upper)
+
+
+def _histogram(x_MI):
+  return jnp.zeros(BINS).at[_bin_of(x_MI).reshape(-1)].add((x_MI != 0).astype(jnp.float32).reshape(-1))
+
+
 _OF_ROWS = {
   'gram': _gram,
   'magnitude': lambda x_MI: jnp.sum(jnp.abs(x_MI), 0),
   'square': lambda x_MI: jnp.sum(jnp.square(x_MI), 0),
   'peak': lambda x_MI: jnp.max(jnp.abs(x_MI), 0),
+  'histogram': _histogram,
   'count': lambda x_MI: jnp.sum(jnp.any(x_MI != 0, -1), keepdims=True).astype(jnp.float32),
 }
 _OF_GROUPS = {

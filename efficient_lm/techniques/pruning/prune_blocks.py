@@ -63,8 +63,8 @@ class StoreBlocks(_Blocks):
 
   def __call__(self, model, context):
     from efficient_lm.compression import blocks
+    changed = self.abstract(model)   # refuses what has no mask
     self._changed(model, lambda weight, *settings: blocks.check(weight, *settings) or weight)
-    changed = self.abstract(model)
     return changed, (self._note(model, changed),)
 
   def abstract(self, model):

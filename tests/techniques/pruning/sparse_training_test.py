@@ -23,7 +23,6 @@ from efficient_lm.techniques import (
   Blocks,
   Distill,
   Erk,
-  LowPrecisionTraining,
   Movement,
   NofM,
   Prune,
