@@ -44,6 +44,6 @@ def test_nothing_is_left_and_one_process_writes_nothing(monkeypatch, tmp_path):
   assert not touched
   monkeypatch.setattr(processes, 'several', lambda: True)
   monkeypatch.setattr(processes, 'told', lambda text: text)
-  monkeypatch.setattr(processes, '_gathered', lambda own: own[None])
+  monkeypatch.setattr(processes, 'gathered', lambda own: own[None])
   shared.check(tmp_path)
   assert touched and not list(tmp_path.iterdir())
