@@ -45,7 +45,7 @@ def pytest_runtest_makereport(item, call):
   """Records the cases of tests with the marker `fault`."""
   from tests import tried
   report = yield
-  for fault in tried.of_case(report, item.iter_markers('fault')):
+  for fault in tried.of_case(report, item.iter_markers('fault'), 'tried' in item.fixturenames):
     tried.Records(item.config.getoption(tried.OPTION)).add(*fault, item.nodeid)
   return report
 

@@ -28,9 +28,11 @@ class Records:
     with self.file.open('a') as out: out.write(json.dumps(row) + '\n')
 
 
-def of_case(report, markers) -> list[tuple[str, int, dict[str, int]]]:
-  """What a case with markers `fault` adds, once it has been called: nothing where it was skipped."""
+def of_case(report, markers, tells: bool = False) -> list[tuple[str, int, dict[str, int]]]:
+  """What a case with markers `fault` adds, once it has been called: nothing where it was skipped. tells: whether it has the
+  fixture `tried`, and would have said itself what it tried, had it not failed."""
   if report.skipped or (report.when != 'call' and not report.failed): return []
+  if tells and report.failed: return [('a test that failed', 1, {FAILED: 1})]
   return [(name, 1, {FAILED if report.failed else outcome: 1}) for name, outcome in (marker.args for marker in markers)]
 
 

@@ -34,6 +34,8 @@ def test_a_marked_case_counts_once_it_has_passed_and_when_it_fails(when, outcome
   report = types.SimpleNamespace(when=when, failed=outcome == 'failed', skipped=outcome == 'skipped')
   found = records.of_case(report, [types.SimpleNamespace(args=('a fault', 'fine'))])
   assert found == ([('a fault', 1, {counted: 1})] if counted else [])
+  found = records.of_case(report, [], tells=True)
+  assert found == ([('a test that failed', 1, {records.FAILED: 1})] if counted == records.FAILED else [])
 
 
 def test_the_page_has_a_row_for_each_fault_and_says_what_was_not_tried_or_failed(tmp_path):
