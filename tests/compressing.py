@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from efficient_lm.compression import pruning
+from efficient_lm.compression.patterns import PerMatrix
+from efficient_lm.compression.scores import Magnitude
 from efficient_lm.models import spec
 from efficient_lm.models.moe import routing
 from efficient_lm.parallel.sharding import place
@@ -111,3 +114,9 @@ def assert_structure(abstract, model):
   assert jax.tree.structure(abstract) == jax.tree.structure(model)
   shapes = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
   assert shapes(abstract) == shapes(model)
+
+
+def masked_once(weight, sparsity=0.5, pattern=None):
+  """The weight without the smallest magnitudes of each of its matrices."""
+  pattern = pattern or PerMatrix()
+  return pruning.masked(weight, {}, pattern.share(sparsity), score=Magnitude(), pattern=pattern)

@@ -3,7 +3,7 @@ import jax
 import numpy as np
 import pytest
 
-from efficient_lm.compression import experts, masks
+from efficient_lm.compression import experts
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import Int, MidRise
 from efficient_lm.models import spec
@@ -16,16 +16,16 @@ from efficient_lm.weights.low_precision import low_precision
 from efficient_lm.weights.quantized import round_to_nearest
 from efficient_lm.weights.quantizers import Rounding
 from efficient_lm.weights.weight import Weight
-from tests.compressing import assert_the_same, family, model_of
+from tests.compressing import assert_the_same, family, masked_once, model_of
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
 E = 3
 MIXTURE = lambda hidden: spec.MoE(num_experts=E, hidden=hidden, router=routing.SoftmaxTopK(top_k=2))
 DENSE = {
-  'float': lambda weight: weight, 'masked': lambda weight: masks.masked_once(weight, 0.5, None),
+  'float': lambda weight: weight, 'masked': lambda weight: masked_once(weight, 0.5),
   'QAT': lambda weight: fake_quantized(weight, Rounding(Int(bits=4)), Rounding(Int())),
-  'QAT of masked': lambda weight: fake_quantized(masks.masked_once(weight, 0.5, None), Rounding(MidRise())),
+  'QAT of masked': lambda weight: fake_quantized(masked_once(weight, 0.5), Rounding(MidRise())),
   'BitNet': lambda weight: Normalized(fake_quantized(weight, Rounding(Int(bits=2)), Rounding(Int()))),
   'low precision': lambda weight: low_precision(weight, dict(forward='int8', dgrad='int8', wgrad='int8')),
 }

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm.compression import calibration, layerwise, masks, rewriting, scaling, solver
+from efficient_lm.compression import calibration, layerwise, rewriting, scaling, solver
 from efficient_lm.compression.method import RoundToNearest
 from efficient_lm.compression.rules import Rule
 from efficient_lm.errors import IncompatibleError
@@ -20,7 +20,7 @@ from efficient_lm.weights.quantized import Quantized
 from efficient_lm.weights.quantizers import Rounding
 from efficient_lm.weights.rotated import Rotated
 from efficient_lm.weights.weight import Dense, Weight
-from tests.compressing import B, T, batch_of, model_of
+from tests.compressing import B, T, batch_of, masked_once, model_of
 from tests.formats.every import FORMATS, NAMES
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -48,10 +48,10 @@ ENCODINGS = {
   'awq': lambda format, w_OI, keep_OI: format.encode(w_OI, format.scales_for(w_OI, clipped(w_OI))),
 }
 MASKED = {
-  'half': lambda: masks.masked_once(Dense(draw(64, 16), 'DF', 'D'), 0.5, None),
-  '2:4 of experts': lambda: masks.masked_once(Dense(draw(2, 64, 16), 'EFD', 'F'), None, NofM(n=2, m=4)),
+  'half': lambda: masked_once(Dense(draw(64, 16), 'DF', 'D'), 0.5),
+  '2:4 of experts': lambda: masked_once(Dense(draw(2, 64, 16), 'EFD', 'F'), pattern=NofM(n=2, m=4)),
   'low precision': lambda: low_precision(
-    masks.masked_once(Dense(draw(2, 32, 16), 'NHD', 'NH'), 0.5, None), {'forward': 'int8'}),
+    masked_once(Dense(draw(2, 32, 16), 'NHD', 'NH'), 0.5), {'forward': 'int8'}),
 }
 
 

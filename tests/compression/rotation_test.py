@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from efficient_lm import tree
-from efficient_lm.compression import masks, rotation
+from efficient_lm.compression import rotation
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import Int
 from efficient_lm.models.layers import RMSNorm
@@ -15,7 +15,7 @@ from efficient_lm.weights.quantized import round_to_nearest
 from efficient_lm.weights.quantizers import Rounding
 from efficient_lm.weights.rotated import Rotated
 from efficient_lm.weights.weight import Weight
-from tests.compressing import assert_the_same, family, model_of
+from tests.compressing import assert_the_same, family, masked_once, model_of
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -101,7 +101,7 @@ def test_products_in_low_precision_were_for_training_and_masks_are_gone():
   """Where inputs or outputs are mixed no zero stays one; the loop over stages says so (`runs.invariants`)."""
   lowered = tree.rewrite(model_of(), Weight, lambda _, weight: low_precision(weight, LOWER), 'mlp/')
   assert_the_same(model_of(), rotated(lowered, **SPACES['residual']))
-  pruned = tree.rewrite(model_of(), Weight, lambda _, weight: masks.masked_once(weight, 0.5, None), 'mlp/up$')
+  pruned = tree.rewrite(model_of(), Weight, lambda _, weight: masked_once(weight, 0.5), 'mlp/up$')
   changed = rotated(pruned, **SPACES['residual'])
   assert_the_same(pruned, changed)
   assert np.mean(np.asarray(dict(tree.select(changed, Weight))['stacks/0/blocks/mlp/up'].materialize()) == 0) < 0.01

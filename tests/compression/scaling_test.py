@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from efficient_lm import tree
-from efficient_lm.compression import calibration, hessian, masks, scaling
+from efficient_lm.compression import calibration, hessian, scaling
 from efficient_lm.compression.coupling import couplings
 from efficient_lm.formats import Group, Int, MidRise
 from efficient_lm.models.transformer import Block
 from efficient_lm.weights.weight import Weight
-from tests.compressing import assert_the_same, batch_of, model_of
+from tests.compressing import assert_the_same, batch_of, masked_once, model_of
 from tests.formats.every import FORMATS, NAMES
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
@@ -24,7 +24,7 @@ FORMAT = Int(bits=3, scales=Group(size=8))
 @functools.cache
 def pruned(attention, mlp):
   """Half of `up` and `down` is zero."""
-  half = lambda _, weight: masks.masked_once(weight, 0.5, None)
+  half = lambda _, weight: masked_once(weight, 0.5)
   return tree.rewrite(model_of(attention, mlp), Weight, half, '/(up|down)$')
 
 

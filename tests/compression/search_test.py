@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficient_lm import tree
-from efficient_lm.compression.masks import masked_once
 from efficient_lm.compression.rules import Rule
 from efficient_lm.compression.search import Sensitivity, choose, divergence, pasted, sensitivities, together
 from efficient_lm.errors import IncompatibleError
@@ -16,7 +15,7 @@ from efficient_lm.formats import NF4, Group, Int, MidRise
 from efficient_lm.techniques.quantization.ptq import Quantize
 from efficient_lm.weights.quantized import Quantized
 from efficient_lm.weights.weight import Weight
-from tests.compressing import Context, batch_of, model_of
+from tests.compressing import Context, batch_of, masked_once, model_of
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')
 
@@ -112,7 +111,7 @@ def test_groups_that_do_not_divide_a_weight_are_fitted_to_it(size, up, down):
 @pytest.mark.parametrize('format', [Int(bits=4), MidRise()], ids=lambda one: one.name)
 def test_a_pruned_weight_is_measured_with_its_zeros(format):
   """In a format that has none, too, as the stage stores it: with the mask around it, whose bytes count."""
-  pruned = tree.rewrite(model_of(), Weight, lambda _, weight: masked_once(weight, 0.5, None), 'up$')
+  pruned = tree.rewrite(model_of(), Weight, lambda _, weight: masked_once(weight, 0.5), 'up$')
   one, = sensitivities(pruned, [batch_of()], (format,), where='up$')
   kept, _ = Quantize(rules=(Rule(where='up$', weights=format),))(pruned, Context())
   weight = dict(tree.select(kept, Weight))[one.path]

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efficient_lm.compression import layerwise, masks, rewriting
+from efficient_lm.compression import layerwise, rewriting
 from efficient_lm.compression.rules import Rule
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import Int
@@ -17,6 +17,7 @@ from efficient_lm.weights.quantized import Quantized, round_to_nearest
 from efficient_lm.weights.quantizers import Rounding
 from efficient_lm.weights.rotated import Rotated, innermost, within
 from efficient_lm.weights.weight import Dense
+from tests.compressing import masked_once
 from tests.weights.every import EQUATIONS, draw
 
 
@@ -65,7 +66,7 @@ def test_every_rewrite_finds_the_weight_inside():
   model = {'w': weight}
   nearest = lambda path, one, rule: layerwise.nearest(path, one, rule, layerwise.RoundToNearest())
   stored = rewriting.apply(model, (rule,), nearest)
-  pruned = rewriting.apply_where(model, 'w', lambda path, one: masks.masked_once(one, .5, None))
+  pruned = rewriting.apply_where(model, 'w', lambda path, one: masked_once(one, .5))
   for changed, kind in ((stored['w'], Quantized), (pruned['w'], Masked)):
     assert isinstance(changed, Biased) and isinstance(changed.inner, kind) and changed.bias is weight.bias
     kinds = [one.kind for one in changed.invariants()]
