@@ -12,6 +12,7 @@ THINNED = re.compile(r'''
 | compile/train_step_test\.py::test_the_loss_is_the_same
 | interop/load_test\.py::test_a_model_on_eight_devices
 | compression/layerwise_test\.py::test_what_was_pruned_is_zero
+| compression/dimensions_test\.py::test_(masking_one_dimension|what_is_left_is_described)
 | compression/solver_test\.py::test_(with_the_identity|what_is_pruned_stays_zero)
 | models/cache_test\.py::test_eight_devices_decode_as_one
 | models/decode_test\.py::test_prompts_of_several_lengths
