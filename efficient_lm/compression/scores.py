@@ -13,11 +13,12 @@ class Score:
 
   needs: names of the statistics that it wants of each weight's inputs (`weights.observed`); none: no calibration.
   gradient: the statistic that it wants of each weight's gradients (`compression.gradients`), or ''.
-  updates: whether it moves the entries that are kept. pattern: among which entries it compares, if nothing else is asked
-  for.
+  drawn: whether it asks for a key. updates: whether it moves the entries that are kept.
+  pattern: among which entries it compares, if nothing else is asked for.
   """
   needs: tuple[str, ...] = ()
   gradient = ''
+  drawn = False
   updates = False
   pattern: Any = PerMatrix()
 

@@ -7,6 +7,7 @@ from efficient_lm.compression.scores import Score
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class Random(Score):
   """Every entry is worth a number drawn uniformly, by the key of the stage."""
+  drawn = True
 
   def of(self, w_OI, found):
     import jax
