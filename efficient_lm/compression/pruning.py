@@ -87,8 +87,8 @@ class Recipe:
   def at_once(self, model, batches, key) -> dict[str, dict]:
     """Statistics of the model as it is, by path, of what the score wants of it: matrices as their scores have them."""
     paths = selected(model, self.where)
-    own = lambda path: {} if key is None else {'key': jax.random.fold_in(key, zlib.crc32(path.encode()))}
-    found = {path: own(path) for path in paths}
+    key_of = lambda path: jax.random.fold_in(key, zlib.crc32(path.encode()))
+    found = {path: {'key': key_of(path)} if self.score.drawn else {} for path in paths}
     if self.score.gradient:
       arrays = gradients(model, batches, self.where, self.score.gradient)
       for path, weight in paths.items(): found[path][self.score.gradient] = Layout.of(weight).matrix(arrays[path])

@@ -20,8 +20,8 @@ class Score:
 
   Of entries. of_entries: whether it can rank them. needs: names of the statistics that it wants of each weight's inputs
   (`weights.observed`); none: no calibration. gradient: the statistic that it wants of each weight's gradients
-  (`compression.gradients`), or ''. updates: whether it moves the entries that are kept. pattern: among which entries it
-  compares, if nothing else is asked for.
+  (`compression.gradients`), or ''. drawn: whether it asks for a key. updates: whether it moves the entries that are kept.
+  pattern: among which entries it compares, if nothing else is asked for.
 
   While training. in_training: whether it can rank entries there. remembers: whether it has a memory of more than the step
   under way.
@@ -34,6 +34,7 @@ class Score:
   remembers = False
   needs: tuple[str, ...] = ()
   gradient = ''
+  drawn = False
   updates = False
   pattern: Any = PerMatrix()
   kinds: tuple[str, ...] = ()
@@ -91,6 +92,7 @@ class Magnitude(Score):
 @config
 class Random(Score):
   """By chance, by the key of the stage, or of the array and the step of a training: what any other score has to beat."""
+  drawn = True
   in_training = True
   kinds = SIZES
   calibrated = False

@@ -3,6 +3,8 @@ the numbers in a row. They materialize to what they were made of, bit for bit.
 
 This saves bytes, on disk and in memory, and no time: a product unpacks the array first.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -50,17 +52,9 @@ class PackedMasked(Masked):
   def inner(self): return Dense(self.materialize(), self.layout.axes, self.layout.inputs)
 
   @property
-  def keep(self): return Frozen(self.layout.array(self._kept()), axes=self.layout.axes)
+  def keep(self): return Frozen(_mask(self), axes=self.layout.axes)
 
-  def materialize(self):
-    values, keep_OI = self.values.get_value(), self._kept()
-    if self.of_pattern:
-      return self.layout.array(jnp.sum(jnp.where(self._at(), self._slots(values)[..., None], 0), -2).reshape(keep_OI.shape))
-    flat = keep_OI.reshape(*keep_OI.shape[:-2], -1)
-    if not values.shape[-1]: return self.layout.array(jnp.zeros(keep_OI.shape, values.dtype))
-    place = jnp.maximum(jnp.cumsum(flat, -1, dtype=jnp.int32) - 1, 0)
-    array = jnp.where(flat, jnp.take_along_axis(values, place, -1), jnp.zeros((), values.dtype))
-    return self.layout.array(array.reshape(keep_OI.shape))
+  def materialize(self): return _unpacked(self)
 
   def cast(self, dtype): return self
 
@@ -69,21 +63,38 @@ class PackedMasked(Masked):
   def for_decoding(self):
     return self if self.axes[0] in 'VT' else jax.jit(OutputsFirst)(self)
 
-  def _slots(self, x):
+  def slots(self, x):
     """(..., O, slots) -> (..., O, groups, n)."""
     return x.reshape(*x.shape[:-1], self.num_inputs // self.pattern.m, self.pattern.n)
 
-  def _at(self):
+  def at(self):
     """bool (..., O, groups, n, m): where in its group each value stands."""
     bits, count = place_bits(self.pattern.m), self.num_inputs // self.pattern.m * self.pattern.n
     place = packing.unpack(self.places.get_value(), bits)[..., :count] & (2 ** bits - 1)   # codes are signed
-    return self._slots(place)[..., None] == jnp.arange(self.pattern.m)
+    return self.slots(place)[..., None] == jnp.arange(self.pattern.m)
 
-  def _kept(self):
+  def kept(self):
     """bool (..., O, I)."""
     places = self.places.get_value()
-    if self.of_pattern: return jnp.any(self._at(), -2).reshape(*places.shape[:-1], self.num_inputs)
+    if self.of_pattern: return jnp.any(self.at(), -2).reshape(*places.shape[:-1], self.num_inputs)
     return jnp.unpackbits(places, axis=-1, count=self.num_inputs).astype(bool)
+
+
+@jax.jit
+def _mask(weight: PackedMasked): return weight.layout.array(weight.kept())
+
+
+@jax.jit
+def _unpacked(weight: PackedMasked):
+  values, keep_OI = weight.values.get_value(), weight.kept()
+  if weight.of_pattern:
+    array = jnp.sum(jnp.where(weight.at(), weight.slots(values)[..., None], 0), -2)
+    return weight.layout.array(array.reshape(keep_OI.shape))
+  flat = keep_OI.reshape(*keep_OI.shape[:-2], -1)
+  if not values.shape[-1]: return weight.layout.array(jnp.zeros(keep_OI.shape, values.dtype))
+  place = jnp.maximum(jnp.cumsum(flat, -1, dtype=jnp.int32) - 1, 0)
+  array = jnp.where(flat, jnp.take_along_axis(values, place, -1), jnp.zeros((), values.dtype))
+  return weight.layout.array(array.reshape(keep_OI.shape))
 
 
 def place_bits(m: int) -> int:
@@ -105,7 +116,13 @@ def packed(weight: Masked) -> PackedMasked:
 
 
 def _of_pattern(matrix_OI, keep_OI, layout, pattern):
-  n, m = pattern.n, pattern.m
+  values, places = _by_places(matrix_OI, keep_OI, n=pattern.n, m=pattern.m)
+  return PackedMasked(values, places, layout, matrix_OI.shape[-1], pattern, True)
+
+
+@functools.partial(jax.jit, static_argnames=('n', 'm'))
+def _by_places(matrix_OI, keep_OI, *, n: int, m: int):
+  """The kept numbers (..., O, I * n / m), and the place in its group of each, in few bits."""
   groups = lambda x_OI: x_OI.reshape(*x_OI.shape[:-1], -1, m)
   place = jnp.argsort(~groups(keep_OI), -1, stable=True)[..., :n]
   values = jnp.take_along_axis(groups(matrix_OI), place, -1)
@@ -113,9 +130,10 @@ def _of_pattern(matrix_OI, keep_OI, layout, pattern):
   codes = rows(place).astype(jnp.uint8)
   short = -codes.shape[-1] % packing.codes_in_whole_bytes(place_bits(m))
   codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, short)])
-  return PackedMasked(rows(values), packing.pack(codes, place_bits(m)), layout, matrix_OI.shape[-1], pattern, True)
+  return rows(values), packing.pack(codes, place_bits(m))
 
 
+@functools.partial(jax.jit, static_argnames='num_kept')
 def _in_a_row(matrix_OI, keep_OI, num_kept: int):
   """The kept numbers of each matrix (..., K), and its mask as bits."""
   lead = matrix_OI.shape[:-2]

@@ -7,10 +7,10 @@
 import dataclasses
 from typing import Any
 
-from efficient_lm.compression.allocation import Uniform
-from efficient_lm.compression.patterns import Blocks, NofM, PerMatrix, PerOutput
+from efficient_lm.compression.allocation import Allocation, Uniform
+from efficient_lm.compression.patterns import Blocks, NofM, PerMatrix, PerOutput, SparsityPattern
 from efficient_lm.compression.rules import LAYERS, check_pattern
-from efficient_lm.compression.scores import Magnitude
+from efficient_lm.compression.scores import Magnitude, Score
 from efficient_lm.models.added import added
 
 COST = 'zeros are multiplied as all numbers are, and Pack() stores the model without them'
@@ -35,8 +35,14 @@ class PruneOnce:
 
   def check(self):
     yield from check_pattern(self, 'where')
+    parts = (('score', self.score, Score, 'a score, such as Magnitude() or Wanda()'),
+             ('pattern', self.compared, SparsityPattern, 'a sparsity pattern, such as NofM() or PerOutput()'),
+             ('allocation', self.allocation, Allocation, 'an allocation, such as Uniform() or Owl()'))
+    wrong = [(name, value, f'must be {what}') for name, value, kind, what in parts if not isinstance(value, kind)]
+    yield from wrong
+    if wrong: return
     if not self.score.of_entries:
-      yield 'score', self.score, 'ranks whole heads, units, layers or experts: it is for Shrink(…)'
+      yield 'score', self.score, 'ranks whole heads, units, layers or experts, or by steps of a training: choose another'
       return
     for fix in self.compared.problems(self.sparsity): yield 'sparsity', self.sparsity, fix
     if self.sequences < 1: yield 'sequences', self.sequences, 'must be at least 1'
@@ -52,7 +58,7 @@ class PruneOnce:
   @property
   def compared(self):
     """The pattern, the score's own where none is asked for."""
-    return self.score.pattern if self.pattern is None else self.pattern
+    return getattr(self.score, 'pattern', None) if self.pattern is None else self.pattern
 
   @property
   def recipe(self):
@@ -62,8 +68,9 @@ class PruneOnce:
 
   @property
   def across_processes(self) -> bool:
-    """Several processes may perform it together where it asks for no text and compares no matrices."""
-    return not (self.allocation.compares or self.allocation.needs or self.score.needs or self.score.gradient)
+    """Several processes may perform it together where it asks for no text, draws nothing and compares no matrices."""
+    needs = self.score.needs or self.score.gradient or self.score.drawn
+    return not (needs or self.allocation.needs or self.allocation.compares)
 
   def __call__(self, model, context):
     import jax

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from efficient_lm.compression.method import Method
-from efficient_lm.compression.patterns import PerMatrix
+from efficient_lm.compression.patterns import PerMatrix, SparsityPattern
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.models.added import added
 
@@ -34,7 +34,9 @@ class Gptq(Method):
   def check(self):
     if self.damping < 0: yield 'damping', self.damping, 'must be 0 or more'
     if self.block < 1: yield 'block', self.block, 'must be at least 1'
-    if self.prunes is not None:
+    if self.pattern is not None and not isinstance(self.pattern, SparsityPattern):
+      yield 'pattern', self.pattern, 'must be a sparsity pattern, such as NofM() or PerOutput()'
+    elif self.prunes is not None:
       for fix in self.prunes.problems(self.sparsity): yield 'sparsity', self.sparsity, fix
 
   def check_fits(self, weight, format):

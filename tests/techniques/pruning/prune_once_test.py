@@ -9,7 +9,7 @@ from efficient_lm.compression.rules import Rule
 from efficient_lm.config import fields
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import Int
-from efficient_lm.techniques import Erk, Global, NofM, Owl, PerMatrix, PerOutput, PruneOnce, SparseGpt, Taylor, Wanda
+from efficient_lm.techniques import Erk, Global, NofM, Owl, PerMatrix, PerOutput, PruneOnce, Random, SparseGpt, Taylor, Wanda
 from efficient_lm.techniques.quantization.ptq import Quantize
 from efficient_lm.techniques.quantization.rotate import Rotate
 from efficient_lm.tree import select
@@ -93,7 +93,7 @@ def test_what_an_earlier_version_wrote_is_read_and_means_the_same():
 
 
 def test_only_what_asks_for_no_text_is_done_by_several_processes():
-  alone = [PruneOnce(sparsity=0.5, score=score) for score in (Wanda(), SparseGpt(), Taylor())]
+  alone = [PruneOnce(sparsity=0.5, score=score) for score in (Wanda(), SparseGpt(), Taylor(), Random())]
   alone += [PruneOnce(sparsity=0.5, allocation=allocation) for allocation in (Owl(), Global())]
   assert not any(stage.across_processes for stage in alone)
   assert PruneOnce(sparsity=0.5).across_processes and PruneOnce(sparsity=0.5, allocation=Erk()).across_processes
@@ -107,6 +107,7 @@ def test_only_what_asks_for_no_text_is_done_by_several_processes():
   (PruneOnce(sparsity=0.5, score=SparseGpt(), allocation=Global()), ['allocation']),
   (PruneOnce(sparsity=0.5, score=Wanda(), allocation=Global()), ['allocation']),
   (PruneOnce(sparsity=0.5, pattern=PerOutput(), allocation=Global()), ['allocation']),
-  (PruneOnce(pattern=NofM(), allocation=Owl()), ['allocation'])], ids=repr)
+  (PruneOnce(pattern=NofM(), allocation=Owl()), ['allocation']),
+  (PruneOnce(sparsity=0.5, score=Owl(), pattern=Rule(), allocation=Wanda()), ['score', 'pattern', 'allocation'])], ids=repr)
 def test_a_wrong_field_is_named(stage, names):
   assert [name for name, _, _ in stage.check()] == names

@@ -169,7 +169,7 @@ def test_what_cannot_be_pruned_and_rounded_is_refused_in_a_line():
     with pytest.raises(IncompatibleError, match=message): stage(model_of(), Context())
   assert [name for name, _, _ in Gptq(sparsity=1.).check()] == ['sparsity']
   assert [name for name, _, _ in Gptq(sparsity=0.25, pattern=NofM()).check()] == ['sparsity']
-  assert not list(Gptq(pattern=NofM()).check())
+  assert [name for name, _, _ in Gptq(pattern=Rule()).check()] == ['pattern'] and not list(Gptq(pattern=NofM()).check())
   assert 'sparsity' not in fields.to_json(Gptq()), 'so that no stage is made again for a new field'
 
 
