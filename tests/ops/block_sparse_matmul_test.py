@@ -69,7 +69,7 @@ def test_equals_the_dense_product_with_a_masked_matrix(name):
 def test_of_equal_columns_it_is_the_same_in_value_and_gradient(name, rows):
   """Of few rows and of more, by a pattern that is told by the rows of each column alone."""
   case = dataclasses.replace(CASES[name], M=rows)
-  x, blocks, pattern, g, w_IO = arguments = case.arguments()
+  x, blocks, pattern, g, _ = arguments = case.arguments()
   told = balanced(pattern.rows_Z.reshape(case.grid[1], -1), case.grid[0])
   jax.tree.map(np.testing.assert_array_equal, told, pattern)
   run = lambda x, blocks: block_sparse_matmul(x, blocks, told, equal_columns=True, implementation='xla')
