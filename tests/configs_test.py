@@ -94,7 +94,8 @@ def test_two_reads_share_nothing_that_an_override_could_change():
 
 # A reason for each that no config has.
 WITHOUT_CONFIG = {'GivingUp': 'for a stage that loses what an earlier one promised; none of ours does',
-                  'SkipSpikes': 'for trainings that have spikes; none of ours has'}
+                  'SkipSpikes': 'for trainings that have spikes; none of ours has',
+                  'StoreBlocks': 'for masks of whole blocks; no stage of ours leaves such masks'}
 
 
 def values(value):

@@ -58,6 +58,7 @@ ACTIVATIONS = {
   'gelu': functools.partial(jax.nn.gelu, approximate=False),
   'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
   'relu': jax.nn.relu,
+  'relu2': lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 

@@ -1,5 +1,5 @@
 """The feed-forward layers that every token sees. They are called as `layer(x_BTD, segments_BT, cached)` and return y_BTD,
-and nothing to report: tokens know nothing of each other here."""
+and nothing to report, unless there is a penalty on their hidden units: tokens know nothing of each other here."""
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +12,8 @@ from efficient_lm.weights.weight import Weight, initial
 
 class FeedForward(nnx.Module):
   """down(activation(gate(x)) * up(x)); with silu SwiGLU (Shazeer 2020, eq. 6)."""
-  activation = 'silu'   # of models that were stored without one
+  # Of models that were stored without: what is neutral is no attribute of its own.
+  activation, penalty = 'silu', None
 
   def __init__(self, hidden: int, site, *, rngs: nnx.Rngs, activation: str = 'silu', biases: tuple[str, ...] = ()):
     sizes = dict(D=site.dim, F=hidden)
@@ -23,26 +24,28 @@ class FeedForward(nnx.Module):
     add_biases(self, biases)
 
   def __call__(self, x_BTD, segments_BT=None, cached: bool = False):
-    """y_BTD, None."""
+    """y_BTD, and what the penalty reports, or None."""
     gate_BTF, up_BTF = self.gate.contract('BTD,DF->BTF', x_BTD), self.up.contract('BTD,DF->BTF', x_BTD)
-    h_BTF = gated(gate_BTF, up_BTF, self.activation)
-    return self.down.contract('BTF,FD->BTD', constrain(h_BTF, 'BTF')), None
+    h_BTF = constrain(gated(gate_BTF, up_BTF, self.activation), 'BTF')
+    return self.down.contract('BTF,FD->BTD', h_BTF), self.penalty and self.penalty.report(h_BTF, segments_BT)
 
 
 class PlainFeedForward(nnx.Module):
   """down(activation(up(x))) (Vaswani et al. 2017, eq. 2)."""
+  penalty = None
 
   def __init__(self, spec, site, *, rngs: nnx.Rngs):
     sizes = dict(D=site.dim, F=spec.hidden)
     self.up = initial(rngs.params(), sizes, 'DF', 'D')
     self.down = initial(rngs.params(), sizes, 'FD', 'F', scale=(2 * site.depth) ** -.5)
     self.activation = spec.activation
+    if spec.penalty is not None: self.penalty = spec.penalty
     add_biases(self, spec.biases)
 
   def __call__(self, x_BTD, segments_BT=None, cached: bool = False):
-    """y_BTD, None."""
-    h_BTF = jax.checkpoint(ACTIVATIONS[self.activation])(self.up.contract('BTD,DF->BTF', x_BTD))
-    return self.down.contract('BTF,FD->BTD', constrain(h_BTF, 'BTF')), None
+    """y_BTD, and what the penalty reports, or None."""
+    h_BTF = constrain(jax.checkpoint(ACTIVATIONS[self.activation])(self.up.contract('BTD,DF->BTF', x_BTD)), 'BTF')
+    return self.down.contract('BTF,FD->BTD', h_BTF), self.penalty and self.penalty.report(h_BTF, segments_BT)
 
 
 class SigmoidGated(nnx.Module):

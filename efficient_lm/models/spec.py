@@ -18,7 +18,8 @@ from efficient_lm.models.rope import Llama3Scaling as Llama3Scaling
 from efficient_lm.models.rope import Rope
 from efficient_lm.models.rope import Yarn as Yarn
 
-ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu')   # 'gelu' is exact, 'gelu_tanh' its approximation by tanh
+# 'gelu' is exact, 'gelu_tanh' its approximation by tanh; 'relu2' is relu(x)^2 (Primer, So et al. 2021, arXiv 2109.08668).
+ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh', 'relu', 'relu2')
 REMAT = ('none', 'dots', 'transport', 'full')
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -149,13 +150,30 @@ class SwiGLU:
     return FeedForward(self.hidden, site, rngs=rngs)
 
 
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class L1:
+  """A loss of weight * mean |h| over tokens and hidden units of a layer, which drives units of a layer with relu or relu2 to
+  exact zeros (TwELL, arXiv 2603.23198, trains so). The log has their share, `mlp/zeros`."""
+  weight: float
+
+  def check(self):
+    if self.weight < 0: yield 'weight', self.weight, 'must be 0 or more'
+
+  def report(self, h_BTF, segments_BT):
+    """What the layer reports of its hidden units."""
+    from efficient_lm.models.hidden import HiddenUnits
+    return HiddenUnits.of(h_BTF, segments_BT, self.weight)
+
+
 @dataclasses.dataclass(kw_only=True)
 class Gated:
   """Gated feed-forward layer with any activation (Shazeer 2020): down(activation(gate(x)) * up(x)), with `hidden` units;
-  'silu' is SwiGLU. `biases`: those of 'gate', 'up', 'down' that have one."""
+  'silu' is SwiGLU. `biases`: those of 'gate', 'up', 'down' that have one. `penalty`: a loss on hidden units, L1(…), or
+  None."""
   hidden: int
   activation: str = 'silu'
   biases: tuple[str, ...] = ()
+  penalty: L1 | None = added(None)
 
   def check(self):
     yield from positive(self, 'hidden')
@@ -164,16 +182,19 @@ class Gated:
 
   def build(self, site: Site, *, rngs):
     from efficient_lm.models.mlp import FeedForward
-    return FeedForward(self.hidden, site, rngs=rngs, activation=self.activation, biases=self.biases)
+    layer = FeedForward(self.hidden, site, rngs=rngs, activation=self.activation, biases=self.biases)
+    if self.penalty is not None: layer.penalty = self.penalty
+    return layer
 
 
 @dataclasses.dataclass(kw_only=True)
 class Plain:
   """Feed-forward layer without a gate (Vaswani et al. 2017, eq. 2): down(activation(up(x))), with `hidden` units. `biases`:
-  those of 'up', 'down' that have one."""
+  those of 'up', 'down' that have one. `penalty`: as in `Gated`."""
   hidden: int
   activation: str
   biases: tuple[str, ...] = ('up', 'down')
+  penalty: L1 | None = added(None)
 
   def check(self):
     yield from positive(self, 'hidden')

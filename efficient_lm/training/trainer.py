@@ -80,15 +80,16 @@ def compiled_step(learner, accumulate: int = 1):
 
 
 def scalars(metrics) -> dict[str, Any]:
-  """A step's metrics as plain numbers: those of layers as their mean, the load as a list of lists, layers x experts."""
+  """A step's metrics as plain numbers: those of layers as their mean, the load as a list of lists, layers x experts. Those
+  without a room of their own in the log are of mixtures."""
   metrics = fetched(metrics)
   layers = [report.metrics() for report in metrics.pop('layers') if report is not None]
   flat = {name: value.item() for name, value in metrics.items()}
-  for name in layers[0] if layers else ():
+  for name in dict.fromkeys(name for found in layers for name in found):
     of_layer = np.atleast_2d if name.endswith('_E') else np.atleast_1d
     values = np.concatenate([of_layer(np.asarray(found[name])) for found in layers if name in found])
     if name.endswith('_E'): flat['load'] = np.round(values.astype(np.float64), 4).tolist()
-    else: flat[f'moe/{name}'] = float(values.max() if name == 'max_violation' else values.mean())
+    else: flat[name if '/' in name else f'moe/{name}'] = float(values.max() if name == 'max_violation' else values.mean())
   return flat
 
 

@@ -14,7 +14,7 @@ from efficient_lm.interop.families import llama
 from efficient_lm.models import spec
 from efficient_lm.models.moe.routing import SigmoidTopK, SoftmaxTopK
 
-ACTIVATIONS = {'silu': 'silu', 'gelu': 'gelu', 'gelu_tanh': 'gelu_pytorch_tanh', 'relu': 'relu'}
+ACTIVATIONS = {'silu': 'silu', 'gelu': 'gelu', 'gelu_tanh': 'gelu_pytorch_tanh', 'relu': 'relu', 'relu2': 'relu2'}
 
 
 def config_of(model: spec.Transformer, length: int, alike) -> dict[str, Any]:

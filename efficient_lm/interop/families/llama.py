@@ -14,7 +14,7 @@ MLP = {'gate': ('gate_proj', 'F D', 'F'), 'up': ('up_proj', 'F D', 'F'), 'down':
 PRE_NORM = {'attention_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm'}
 POST_NORM = {'attention_out_norm': 'post_attention_layernorm', 'mlp_out_norm': 'post_feedforward_layernorm'}
 ACTIVATIONS = {'silu': 'silu', 'swish': 'silu', 'gelu': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
-               'relu': 'relu'}
+               'relu': 'relu', 'relu2': 'relu2'}
 OWN_HEAD_DIM = ('qwen3', 'gemma2', 'gemma3_text')   # which must say it
 WINDOWED, FULL = 'sliding_attention', 'full_attention'
 

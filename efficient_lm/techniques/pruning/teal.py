@@ -10,8 +10,8 @@ class Teal:
   a matrix (and layer), below which a share of `sparsity` of its inputs lay in `sequences` of calibration text. Weights keep
   their values, in few bits too. All have one share: the greedy choice of shares by block (section 4.2) is left out.
 
-  It saves time in decoding single sequences on a CPU, of floats, from a share of `thresholded.WORTH` on; below, zeros are
-  multiplied as other numbers, for the quality alone. Tokens are as many as before, so it saves no bytes."""
+  It saves time where single sequences are decoded on a CPU, of floats, from a share of `thresholded.WORTH` on; below, zeros
+  are multiplied as other numbers. No byte is saved."""
   sparsity: float
   sequences: int = 16
   where: str = LAYERS
