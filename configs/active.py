@@ -18,7 +18,8 @@ from efficient_lm.techniques import Teal
 
 
 def get_config(variant: str = 'tiny') -> Experiment:
-  kinds = {size: ('relu2', size) for size in presets.DENSE} | {'teal': ('teal', 'tiny'), 'teal_gpt2_124m': ('teal', 'gpt2_124m')}
+  kinds = {size: ('relu2', size) for size in presets.DENSE}
+  kinds |= {'teal': ('teal', 'tiny'), 'teal_gpt2_124m': ('teal', 'gpt2_124m')}
   kind, size = choose(variant, kinds)
   dense = presets.dense(size)
   if kind == 'teal':

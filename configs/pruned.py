@@ -7,7 +7,7 @@
 
 Variants are of size tiny, or of another with its name at their end (wanda_gpt2_124m).
 While training: gradual (tiny alone means it) ends with half of each matrix zero at two thirds of the steps. rigl, set and
-static are sparse from the first step on; acdc, straight_through, movement and two_of_four have dense weights too.
+static are sparse from the first step on; acdc, straight_through, movement and 2_4 have dense weights too.
 Of runs/baseline, or another trained model: magnitude, wanda, sparsegpt, sparsegpt_2_4 prune once and pack what is left;
 sparsegpt_int4 goes to 4 bits in the same pass. width, depth and (of runs/moe) experts take out what is needed least, and
 half as many steps as it was trained for recover; with _scratch they train that shape from nothing on as much text. block
@@ -28,11 +28,10 @@ sparse = lambda method, **more: (by.SparseTraining(sparsity=0.5, method=method, 
 once = lambda **how: (by.PruneOnce(**how), by.Pack())
 TRAINING = {
   '': (by.Prune(sparsity=0.5),), 'gradual': (by.Prune(sparsity=0.5),),
-  'blocks': (by.Prune(sparsity=0.5, pattern=by.Blocks()),), 'static': sparse(by.StaticMask(), allocation=by.Erk()),
+  'static': sparse(by.StaticMask(), allocation=by.Erk()), 'acdc': sparse(by.AcDc()),
   'rigl': sparse(by.RigL(every=10), allocation=by.Erk()), 'set': sparse(by.SET(every=10), allocation=by.Erk()),
-  'acdc': sparse(by.AcDc()), 'straight_through': sparse(by.StraightThroughMask()),
+  'straight_through': sparse(by.StraightThroughMask()), '2_4': sparse(by.StraightThroughMask(), pattern=by.NofM()),
   'movement': sparse(by.StraightThroughMask(score=by.Movement())),
-  'two_of_four': sparse(by.StraightThroughMask(), pattern=by.NofM()),
 }
 ONCE = {
   'magnitude': once(sparsity=0.5), 'wanda': once(sparsity=0.5, score=by.Wanda()),
