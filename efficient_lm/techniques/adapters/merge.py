@@ -9,8 +9,6 @@ class Merge:
   """Adds each adapter to its weight: one matrix in floats, which costs nothing more than before. Zeros of a mask stay. A
   weight in few bits becomes floats, so that what it promised is lost: GivingUp(stage=Merge(), lost=('bits',)) says that this
   is meant."""
-  across_processes = True
-
   def __call__(self, model, context):
     return self.abstract(model), ('Merge: adapters are added to their weights',)
 

@@ -13,7 +13,6 @@ class _Blocks:
   block: tuple[int, int] = (32, 64)
   where: str = LAYERS
 
-  across_processes = True
 
   def check(self):
     yield from check_pattern(self, 'where')
