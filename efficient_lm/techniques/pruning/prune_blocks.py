@@ -13,7 +13,6 @@ class _Blocks:
   block: tuple[int, int] = (32, 64)
   where: str = LAYERS
 
-
   def check(self):
     yield from check_pattern(self, 'where')
     if not 0 < self.sparsity < 1: yield 'sparsity', self.sparsity, 'must be between 0 and 1'

@@ -2,16 +2,21 @@
 import dataclasses
 
 import jax
+import numpy as np
+import optax
 import pytest
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.formats import Group, Int
 from efficient_lm.runs import FromRun, ledger, run
 from efficient_lm.techniques import GivingUp, Lora, Merge, PruneOnce, Quantize, Rule, Train
-from efficient_lm.tree import select
-from efficient_lm.weights.low_rank import LowRank
+from efficient_lm.training import learner
+from efficient_lm.tree import rewrite, select
+from efficient_lm.weights.low_rank import LowRank, released
 from efficient_lm.weights.masked import Masked
+from efficient_lm.weights.quantized import Quantized
 from tests import minute
+from tests.training.tiny import model_of
 
 INT4 = (Rule(where='mlp', weights=Int(bits=4, scales=Group(size=8))),)
 
@@ -45,3 +50,14 @@ def test_bits_that_merging_loses_are_an_error_unless_they_are_given_up(tmp_path)
   config = made(Quantize(rules=INT4), 'adapt', GivingUp(stage=Merge(), lost=('bits',)))
   run.run(config, config, tmp_path / 'b')
   assert ledger.read(tmp_path / 'b' / 'ledger.json')[-1].size.bits_per_parameter == 32
+
+
+def test_what_rounds_a_model_rounds_the_sum():
+  """No stage passes an adapter by."""
+  made = learner.assemble(model_of('dense'), optax.sgd(0.1), (Lora(rank=2),), jax.random.key(0)).model
+  more = lambda up: up.replace(up.get_value() + 0.1)
+  adapted = rewrite(made, LowRank, lambda _, weight: LowRank(weight.inner, weight.down, more(weight.up), weight.scale))
+  merged, _ = Merge()(released(adapted), None)
+  rounded = [dict(select(Quantize(rules=INT4).to_nearest(model), Quantized)) for model in (adapted, merged)]
+  assert rounded[0].keys() == rounded[1].keys() and rounded[0]
+  for path, weight in rounded[0].items(): jax.tree.map(np.testing.assert_array_equal, weight, rounded[1][path])
