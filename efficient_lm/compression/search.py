@@ -92,7 +92,9 @@ def divergence_note(model, changed, batches) -> str:
   """What the output errors of single products do not tell: how far the whole model has moved from the float one. (Of
   SmolLM2-135M in 3 bits, GPTQ left a third of AWQ's output error, and AWQ had the better perplexity.)"""
   tokens = sum(int(jnp.sum(batch['segments_BT'] > 0)) for batch in batches)
-  return f'KL to the float model: {divergence(model, changed, batches):.4f} nats a token, of {tokens} calibration tokens'
+  try: nats = divergence(model, changed, batches)
+  except IncompatibleError as error: return f'KL to the float model: not computed: {error}'   # of soft-capped logits
+  return f'KL to the float model: {nats:.4f} nats a token, of {tokens} calibration tokens'
 
 
 def _stored(weight, format):
