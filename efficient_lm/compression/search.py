@@ -93,7 +93,7 @@ def divergence_note(model, changed, batches) -> str:
   SmolLM2-135M in 3 bits, GPTQ left a third of AWQ's output error, and AWQ had the better perplexity.)"""
   tokens = sum(int(jnp.sum(batch['segments_BT'] > 0)) for batch in batches)
   try: nats = divergence(model, changed, batches)
-  except IncompatibleError as error: return f'KL to the float model: none, {error}'
+  except IncompatibleError as error: return f'KL to the float model: not computed: {error}'   # of soft-capped logits
   return f'KL to the float model: {nats:.4f} nats a token, of {tokens} calibration tokens'
 
 

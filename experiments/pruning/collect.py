@@ -74,7 +74,7 @@ VARIANTS = {
   'magnitude, 2:4': Variant(pruned(**TWO_OF_FOUR), 3266),
   'Wanda, 2:4': Variant(pruned(score=Wanda(), **TWO_OF_FOUR), 241.0),
   'SparseGPT, 2:4': Variant(pruned(score=SparseGpt(), **TWO_OF_FOUR), 123.8, 106),
-  'SparseGPT, 50 %, and 4 bits in one pass': Variant(quantized(Gptq(**HALF))),
+  'SparseGPT, 50 %, and 4 bits in one pass': Variant(quantized(Gptq(**HALF)), 91.3, 225),
   'SparseGPT, 50 %, then GPTQ, 4 bits': Variant(AFTER(score=SparseGpt(), **HALF), 91.3, 225),
   'SparseGPT, 2:4, and 4 bits in one pass': Variant(quantized(Gptq(**TWO_OF_FOUR))),
   'GPTQ, 4 bits': Variant(quantized(Gptq()), 40.72, 106),
