@@ -15,27 +15,44 @@ from efficient_lm.runs import FromRun
 from efficient_lm.techniques import (
   Awq,
   BitNet,
+  Blocks,
   Convert,
   Distill,
+  Erk,
   GivingUp,
   Gptq,
   LearnedClip,
   LearnedSteps,
+  Lora,
   LowPrecisionTraining,
+  Magnitude,
+  Merge,
+  NofM,
+  Pack,
+  PerOutput,
   Prune,
   PruneOnce,
   QuantAware,
   Quantize,
+  Random,
+  RigL,
   Rotate,
   RoundToNearest,
   Rule,
   SkipSpikes,
   SmoothQuant,
+  Snip,
+  SparseGpt,
+  SparseTraining,
+  StaticMask,
+  StraightThroughMask,
   StretchedLevels,
+  Taylor,
+  Uniform,
   Unroll,
   Upcycle,
+  Wanda,
 )
-from efficient_lm.techniques.pruning.prune_once import NofM
 from efficient_lm.training.optimizers import AdamW, Muon, WarmupCosine, WarmupStableDecay
 
 DIM, HIDDEN, LENGTH, BATCH = 32, 64, 16, 4
@@ -104,6 +121,11 @@ QAT = st.one_of(
 PRUNE = st.builds(Prune, sparsity=one_of((0.25, 0.5)), start=st.just(0), end=one_of((None, 1, 2)), every=st.just(1))
 LOW_PRECISION = st.builds(LowPrecisionTraining, forward=one_of(('int8', 'float8_e4m3fn', None)),
                           dgrad=one_of(('int8', 'float8_e5m2')), stochastic=st.booleans())
+SPARSE = st.one_of(
+  st.just(SparseTraining(sparsity=0.5, method=RigL(every=1, end=2), allocation=Erk())),
+  st.just(SparseTraining(sparsity=0.25, method=StaticMask())),
+  st.just(SparseTraining(sparsity=0.5, method=StraightThroughMask(start=0, end=2, every=1), pattern=NofM())))
+LORA = st.builds(Lora, rank=one_of((1, 4)), where=one_of(('mlp', 'stacks')))
 SKIP = st.builds(SkipSpikes, window=one_of((2, 8)))
 UPCYCLE = st.builds(Upcycle, num_experts=one_of((2, 4)), balance=BALANCE)
 
@@ -111,9 +133,10 @@ UPCYCLE = st.builds(Upcycle, num_experts=one_of((2, 4)), balance=BALANCE)
 @dataclasses.dataclass
 class Known:
   """Of what a stage is given: whether all is float ('float'), some fake-quantized ('fake') or stored ('stored'); whether it
-  has zeros that are promised, dense layers, a cap on its logits."""
+  has zeros that are promised, adapters, dense layers, a cap on its logits."""
   kind: str = 'float'
   pruned: bool = False
+  adapted: bool = False
   dense: bool = True
   capped: bool = False
 
@@ -122,13 +145,18 @@ class Known:
 def techniques(draw, known: Known, teacher):
   """A selection in any order, each at most once; changes `known`."""
   choices = {'skip': SKIP, 'lowered': LOW_PRECISION}
-  if known.kind == 'float': choices |= {'prune': PRUNE, 'qat': QAT}
-  if known.kind == 'float' and known.dense: choices['upcycle'] = UPCYCLE
+  if known.kind == 'float' and not known.adapted:
+    choices['qat'] = QAT
+    # Each has the weights to itself.
+    zeros = draw(one_of(('prune', 'prune' if known.pruned else 'sparse', 'lora')))
+    choices[zeros] = {'prune': PRUNE, 'sparse': SPARSE, 'lora': LORA}[zeros]
+    if known.dense and zeros != 'lora': choices['upcycle'] = UPCYCLE
   if teacher is not None and not known.capped:
     choices['distill'] = st.builds(Distill, teacher=st.just(teacher), weight=one_of((0.0, 0.5, 1.0)),
                                    temperature=one_of((1.0, 2.0)))
   names = draw(st.lists(one_of(sorted(choices)), unique=True, max_size=4))
-  known.pruned |= 'prune' in names
+  known.pruned |= bool({'prune', 'sparse'} & set(names))
+  known.adapted |= 'lora' in names
   known.dense &= 'upcycle' not in names
   if 'qat' in names: known.kind = 'fake'
   return tuple(draw(choices[name]) for name in names)
@@ -138,6 +166,13 @@ def techniques(draw, known: Known, teacher):
 
 METHOD = one_of((RoundToNearest(), RoundToNearest(), Gptq(block=16), Awq(grid=3, clips=2)))
 EXPORT = st.just(Export())
+CALIBRATED = dict(sequences=st.just(4), least_tokens=st.just(1))
+ONCE = st.one_of(
+  st.builds(PruneOnce, sparsity=st.just(0.5), score=one_of((Magnitude(), Random(), Wanda(), SparseGpt(), Snip(), Taylor())),
+            **CALIBRATED),
+  st.builds(PruneOnce, pattern=st.just(NofM()), score=one_of((Magnitude(), Wanda(), SparseGpt())), **CALIBRATED),
+  st.builds(PruneOnce, sparsity=st.just(0.5), pattern=one_of((PerOutput(), Blocks(outputs=8, inputs=8))),
+            allocation=one_of((Uniform(), Erk()))))
 
 
 @st.composite
@@ -145,15 +180,18 @@ def stage(draw, known: Known, teacher):
   """One that suits what is known, or, in one of twelve, any; changes `known`."""
   suits = {'float': ('train', 'once', 'quantize', 'rotate', 'smooth', 'unroll'), 'fake': ('train', 'convert'),
            'stored': ('rest', 'export')}
+  if known.kind == 'float' and known.pruned: suits['float'] += ('pack',)
+  if known.adapted: suits = dict.fromkeys(suits, ('merge',))
   every = sorted({name for names in suits.values() for name in names})
   name = draw(one_of(every if draw(st.integers(0, 11)) == 11 else suits[known.kind]))
   before = dataclasses.replace(known)
   if name == 'once': known.pruned = True
-  if name in ('quantize', 'convert', 'rest'): known.kind = 'stored'
+  if name == 'merge': known.adapted = False
+  if name in ('quantize', 'convert', 'rest', 'pack'): known.kind = 'stored'
   if name == 'train': return Train(training=draw(TRAINING), techniques=draw(techniques(known, teacher)))
   rotate = st.builds(Rotate, residual=one_of((1, 32)), values=one_of((1, 4096)), hidden=one_of((1, 32)))
   made = draw({
-    'once': st.builds(PruneOnce, sparsity=st.just(0.5)) | st.builds(PruneOnce, pattern=st.just(NofM())),
+    'once': ONCE, 'pack': st.just(Pack()), 'merge': st.just(Merge()),
     'quantize': st.builds(Quantize, rules=st.tuples(PLAIN_RULE), method=METHOD, sequences=st.just(4),
                           least_tokens=st.just(1),
                           before=st.just(()) if before.pruned else one_of(((), (), (SmoothQuant(sequences=4), Rotate())))),

@@ -9,7 +9,7 @@ from efficient_lm.compression.target import Target
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.weights.fake_quantized import FakeQuantized
 from efficient_lm.weights.invariants import Pattern
-from efficient_lm.weights.low_rank import Held
+from efficient_lm.weights.low_rank import Held, LowRank
 from efficient_lm.weights.masked import Masked
 from efficient_lm.weights.weight import MASKED_BEFORE, PRUNED_BY, PRUNED_TO, Dense, Weight
 
@@ -38,6 +38,7 @@ def tagged(weight: Weight, number: int, pattern: Pattern | None = None) -> Weigh
   it has is taken off: its zeros are in the array, and stay."""
   if weight.pruned: raise IncompatibleError('is pruned by another technique of the same training')
   if dict(tree.select(weight, Held)): raise IncompatibleError('is frozen by Lora: prune it before or afterwards')
+  if dict(tree.select(weight, LowRank)): raise IncompatibleError('has an adapter, which no mask would reach: Merge() first')
   for _, quantized in tree.select(weight, FakeQuantized):
     if quantized.weights is not None and not quantized.weights.format.has_zero:
       name = quantized.weights.format.name

@@ -41,6 +41,8 @@ class Export:
     return model, (f'Export: {self.to.title} in {out}', *notes)
 
   def abstract(self, model):
+    """The model as it is. Raises IncompatibleError, before anything is trained, for one that the format cannot say."""
+    if hasattr(self.to, 'check_model'): self.to.check_model(model)
     return model
 
 

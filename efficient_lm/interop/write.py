@@ -26,12 +26,16 @@ from efficient_lm.ops import packing
 from efficient_lm.parallel.sharding import axes_of
 from efficient_lm.tree import rewrite, select
 from efficient_lm.weights.biased import Biased
+from efficient_lm.weights.block_sparse import BlockSparse
 from efficient_lm.weights.fake_quantized import FakeQuantized
+from efficient_lm.weights.low_rank import LowRank
 from efficient_lm.weights.masked import Masked
+from efficient_lm.weights.packed_masked import PackedMasked
 from efficient_lm.weights.quantized import Quantized
 from efficient_lm.weights.rotated import Rotated
 from efficient_lm.weights.weight import Dense, Weight
 
+AS_FLOATS = (LowRank, PackedMasked, BlockSparse)   # written as the one matrix that they are multiplied as
 KNOWN = (Dense, Biased, Masked, FakeQuantized, Rotated, Quantized)   # weights that are what they materialize as
 
 
@@ -54,6 +58,9 @@ def written(model, length: int = 2048, dtype: str | None = None) -> Written:
 def _plain(model):
   """A model whose weights are as they are multiplied, and what is no longer said of it. Raises IncompatibleError."""
   model, notes = without_low_precision(model), []
+  for kind in AS_FLOATS:
+    if dict(select(model, kind)):
+      model = rewrite(model, kind, lambda _, weight: Dense(weight.materialize(), weight.axes, weight.inputs))
   for path, weight in select(model, Weight):
     if (odd := _odd(weight)) is not None:
       raise IncompatibleError(f'{path}: a weight with {type(odd).__name__}, which computes more than a product, cannot be '

@@ -39,6 +39,12 @@ class GgufFile:
       value = getattr(self, field)
       if value not in choices: yield field, value, f'must be one of {", ".join(map(repr, choices))}'
 
+  def check_model(self, model):
+    """Raises IncompatibleError for a model, of arrays or shapes, that no family says, ConfigError for one that
+    GGUF does not."""
+    from efficient_lm.interop import write
+    metadata.metadata(write.written(model).config)
+
   def write(self, model, tokenizer, out: str, length: int = 2048) -> tuple[str, ...]:
     """Writes model.gguf into the folder `out`; `length`: tokens of a text that the model is made for. Returns notes. Raises
     IncompatibleError for a model that no family says, ConfigError for what GGUF cannot say."""

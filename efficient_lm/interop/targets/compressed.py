@@ -27,6 +27,11 @@ class CompressedTensors:
     if self.dtype not in (None, 'float32', 'bfloat16', 'float16'):
       yield 'dtype', self.dtype, 'must be float32, bfloat16 or float16, or None'
 
+  def check_model(self, model):
+    """Raises IncompatibleError for a model, of arrays or shapes, that no family says."""
+    from efficient_lm.interop import write
+    write.written(model)
+
   def write(self, model, tokenizer, out: str, length: int = 2048) -> tuple[str, ...]:
     """As HuggingFaceFolder.write. Raises IncompatibleError where a weight has a format that the library lacks, or where
     weights have several."""

@@ -21,6 +21,11 @@ class HuggingFaceFolder:
     if self.dtype not in (None, 'float32', 'bfloat16', 'float16'):
       yield 'dtype', self.dtype, 'must be float32, bfloat16 or float16, or None'
 
+  def check_model(self, model):
+    """Raises IncompatibleError for a model, of arrays or shapes, that no family says."""
+    from efficient_lm.interop import write
+    write.written(model)
+
   def write(self, model, tokenizer, out: str, length: int = 2048) -> tuple[str, ...]:
     """Writes the files into the folder `out`; `length`: tokens of a text that the model is made for. Returns notes. Raises
     IncompatibleError for a model that no family says."""

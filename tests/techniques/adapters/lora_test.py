@@ -129,6 +129,11 @@ def test_what_it_cannot_do_is_one_line(techniques, said):
   assert '\n' not in str(error.value)
 
 
+def test_beside_an_adapter_that_was_kept_no_weight_is_pruned_while_training():
+  left, _, _ = trained(model_of('dense'), LORA, steps=1)
+  with pytest.raises(ConfigError, match='Merge'): trained(left, Prune(sparsity=0.5, start=0, end=2))
+
+
 @pytest.mark.parametrize('settings', [{'rank': 0}, {'alpha': 0.0}, {'where': '('}])
 def test_settings_that_make_no_sense_are_refused(settings):
   assert [field for field, _, _ in Lora(**settings).check()] == list(settings)
