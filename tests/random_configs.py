@@ -179,10 +179,11 @@ ONCE = st.one_of(
 def stage(draw, known: Known, teacher):
   """One that suits what is known, or, in one of twelve, any; changes `known`."""
   suits = {'float': ('train', 'once', 'quantize', 'rotate', 'smooth', 'unroll'), 'fake': ('train', 'convert'),
-           'stored': ('rest', 'export')}
+           'stored': ('rest',)}
   if known.kind == 'float' and known.pruned: suits['float'] += ('pack',)
   if known.adapted: suits = dict.fromkeys(suits, ('merge',))
-  every = sorted({name for names in suits.values() for name in names})
+  # Few of these models are ones that other engines know.
+  every = sorted({'export', *(name for names in suits.values() for name in names)})
   name = draw(one_of(every if draw(st.integers(0, 11)) == 11 else suits[known.kind]))
   before = dataclasses.replace(known)
   if name == 'once': known.pruned = True
