@@ -33,6 +33,10 @@ THINNED = re.compile(r'''
 | weights/quantized_test\.py::test_(an_embedding_is_read_by_rows|experts_multiply_their_own)
 | training/trainer_test\.py::test_(every_mesh_trains|a_student_is_taught|a_step_is_the_same_in_however_many_parts)
 | weights/layout_test\.py::test_a_matrix_that_is_cut
+| compression/pruning_test\.py::test_(over_eight_devices|two_of_every_four)
+| techniques/quantization/gptq_test\.py::test_with_a_sparsity
+| techniques/adapters/lora_test\.py::test_only_adapters
+| runs/outside_test\.py::test_parts_of_a_users
 | words_test\.py::test_a_flag_takes_any_value
 ''', re.VERBOSE)
 

@@ -46,8 +46,9 @@ def test_rounding_errs_by_at_most_half_the_distance_of_neighbours_and_lies_on_th
   y, on_grid = (format.in_steps(x, spread(step), spread(zero)) for x in (tiles, rounded))
   numbers = grid(format)
   nearest = np.min(np.abs(y[..., None] - numbers), axis=-1)
-  # A number moves no farther than to the nearest number of the grid; the float32 division may add some 2^-23 of it.
-  slack = 2. ** -22 * np.maximum(np.abs(y), 1)
+  # A number moves no farther than to the nearest number of the grid; the float32 division may add some 2^-23 of the
+  # quotient, which may be larger than the place on the grid, where a zero is added to it.
+  slack = 2. ** -22 * np.maximum(np.maximum(np.abs(y), np.abs(tiles / spread(step))), 1)
   assert np.all(np.abs(y - on_grid) <= nearest + slack)
   assert np.all(np.min(np.abs(on_grid[..., None] - numbers), axis=-1) <= slack)
   assert np.all(y <= numbers.max() + .5 * (numbers[-1] - numbers[-2]) + slack), 'a number lies beyond the grid'

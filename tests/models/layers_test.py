@@ -127,7 +127,7 @@ def test_layer_norm_is_its_equation_and_does_not_see_a_shift(bias):
 def test_activations_are_their_equations():
   x = np.linspace(-4, 4, 33)
   phi = np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in x])
-  expected = {'silu': x / (1 + np.exp(-x)), 'gelu': x * phi, 'relu': np.maximum(x, 0),
+  expected = {'silu': x / (1 + np.exp(-x)), 'gelu': x * phi, 'relu': np.maximum(x, 0), 'relu2': np.maximum(x, 0) ** 2,
               'gelu_tanh': x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)))}
   assert set(expected) == set(ACTIVATIONS) == set(spec.ACTIVATIONS)
   for name, values in expected.items():
