@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from efficient_lm.compression.shape import Shape
 from efficient_lm.data.tokenizers import ByteTokenizer
 from efficient_lm.errors import IncompatibleError
 from efficient_lm.formats import MXFP4, Block, Channel, Float8, Group, Int, MidRise, Ternary
@@ -17,8 +18,11 @@ from efficient_lm.interop.huggingface import HuggingFace
 from efficient_lm.interop.targets import HuggingFaceFolder
 from efficient_lm.interop.written import Stored
 from efficient_lm.models import spec, zoo
+from efficient_lm.models.described import alike, described
 from efficient_lm.models.moe import routing
 from efficient_lm.models.transformer import unrolled
+from efficient_lm.techniques import Magnitude
+from efficient_lm.techniques.pruning.shrink import Shrink
 from efficient_lm.tree import path_name, rewrite
 from efficient_lm.weights.fake_quantized import Normalized
 from efficient_lm.weights.layout import matrix_shape
@@ -26,6 +30,7 @@ from efficient_lm.weights.masked import Masked
 from efficient_lm.weights.quantized import Quantized, round_to_nearest
 from efficient_lm.weights.rotated import Rotated
 from efficient_lm.weights.weight import Dense
+from tests.compressing import Context
 
 pytestmark = pytest.mark.usefixtures('quick_compilation')   # nearly all of their time is compiling
 FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
@@ -80,6 +85,22 @@ def test_stacks_that_are_taken_apart_are_written_as_the_stack_is():
   one, other = write.written(model), write.written(unrolled(model))
   assert one.config == other.config and list(one.tensors) == list(other.tensors)
   for name, tensor in one.tensors.items(): np.testing.assert_array_equal(tensor, other.tensors[name])
+
+
+@pytest.mark.parametrize(('name', 'shape'), [
+  ('gemma2', Shape(layers=0.6)), ('gemma3_text', Shape(layers=0.6)), ('qwen2_window', Shape(layers=0.5)),
+  ('llama3', Shape(width=0.5, multiple=8, kv_heads=0.5)), ('mixtral', Shape(experts=0.5))])
+def test_what_was_made_smaller_is_written_with_a_config_of_its_own_sizes(name, shape, tmp_path):
+  """Layers are listed by kind in some configs, and counted in all."""
+  model, _ = Shrink(to=shape, scores=(Magnitude(),))(HuggingFace(path=str(FIXTURES / name)).load(), Context())
+  assert HuggingFaceFolder().write(model, ByteTokenizer(), str(tmp_path), 64) == ()
+  again = HuggingFace(path=str(tmp_path)).load()
+  assert alike(described(unrolled(again))) == alike(described(unrolled(model)))
+  one, other = write.written(model, 64), write.written(again, 64)
+  assert one.config == other.config
+  assert len(one.config.get('layer_types') or described(model).layers) == one.config['num_hidden_layers']
+  assert set(one.tensors) == set(other.tensors)
+  for path, tensor in one.tensors.items(): np.testing.assert_array_equal(tensor, other.tensors[path], path)
 
 
 def test_floats_are_written_in_the_dtype_that_is_asked_for():
