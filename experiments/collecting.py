@@ -3,6 +3,7 @@ import dataclasses
 import datetime
 import json
 import re
+import sys
 from pathlib import Path
 
 from efficient_lm.errors import ConfigError
@@ -46,6 +47,24 @@ def read(folder) -> dict | None:
   """results.json of `folder`; None where there is none."""
   file = Path(folder) / 'results.json'
   return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
+
+
+def row_by_row(folder, head: dict, variants: dict, names: list[str], measured, table) -> dict:
+  """The results of `folder` with `measured(name)` for each of `names`, by default for each of `variants` that has no row
+  yet. Every row is written as soon as it is known, with the README's table of them, `table(results)`; the others stay. Ends
+  the program where something in `head`, what all rows depend on, has changed since they were measured."""
+  import jax
+  found = read(folder) or head | {'rows': {}}
+  for key in head:
+    if key != 'date' and found[key] != head[key]:
+      sys.exit(f'{folder}/results.json: has another {key}; delete it to measure all rows anew')
+  for name in names or [name for name in variants if name not in found['rows']]:
+    rows = found['rows'] | {name: measured(name)}
+    found |= {'date': today(), 'rows': {name: rows[name] for name in variants if name in rows}}
+    write(found, folder)
+    write_table(table(found), folder)
+    jax.clear_caches()
+  return found
 
 
 def write_table(table: str, folder):

@@ -169,3 +169,19 @@ def test_the_timing_of_gptq_runs_on_a_small_model(capsys):
   small = spec.Transformer(vocab_size=32, dim=128, stacks=(stack,))
   timing.timed(new_model(small, jax.random.key(0)), timing.RandomText(32, length=8), rows=8)
   assert 'of the bytes of float32' in capsys.readouterr().out
+
+
+def test_rows_are_written_one_by_one_and_those_that_stand_are_kept(tmp_path):
+  (tmp_path / 'README.md').write_text('# A table\n\n| |\n| --- |\n', encoding='utf-8')
+  head = {'date': '2026-01-01', 'hardware': 'a CPU'}
+  def measured(name):
+    if name == 'broken': raise RuntimeError
+    return {'of': name}
+  table = lambda found: collecting.markdown(['row'], [[row['of']] for row in found['rows'].values()])
+  variants = dict.fromkeys(['b', 'broken', 'a'])
+  collect = lambda names, head=head: collecting.row_by_row(tmp_path, head, variants, names, measured, table)
+  with pytest.raises(RuntimeError): collect([])
+  assert list(collect(['a'])['rows']) == ['b', 'a'], 'in the order of the table'
+  assert collecting.read(tmp_path)['rows'] == {'b': {'of': 'b'}, 'a': {'of': 'a'}}
+  assert (tmp_path / 'README.md').read_text(encoding='utf-8') == '# A table\n\n| row |\n| --- |\n| b |\n| a |\n'
+  with pytest.raises(SystemExit, match='another hardware'): collect(['a'], head | {'hardware': 'another CPU'})

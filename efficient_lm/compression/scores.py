@@ -1,4 +1,4 @@
-"""What a part of a model is worth, for pruning to take the least: the base of all scores, and those of both kinds.
+"""The importance of parts of a model, of which pruning removes the least: the base of all scores, and those of both kinds.
 
 Scores of entries choose among the numbers of a matrix (`PruneOnce`); scores of groups rank all indices of a dimension, such
 as hidden units or layers, of which a whole one goes (`Shrink`, `compression.group_scores`). Some know both. Nothing here

@@ -40,7 +40,7 @@ class Thresholded(Wrapper):
   def cast(self, dtype): return self.around(lambda inner: inner.cast(dtype))
 
   def for_decoding(self):
-    """Of floats with so many zeros that it is worth it, one that skips them."""
+    """Of floats with enough zeros for skipping to be faster, one that skips them."""
     if isinstance(self.inner, Dense) and self.sparsity >= WORTH and not self.axes.startswith('E'):
       return self.around(jax.jit(Skipping))
     inner = self.inner.for_decoding()

@@ -152,18 +152,12 @@ def collect(run: str, calibration: str, test: str, names: list[str], folder) -> 
   source, mesh = commands.source_of(run), single_device_mesh()
   rows_RT, test_RT = np.load(calibration)[:SEQUENCES].astype(np.int32), np.load(test).astype(np.int32)
   windows, head = windows_of(test_RT, source.tokenizer()), head_of(rows_RT, test_RT)
-  found = collecting.read(folder) or head | {'rows': {}}
-  for key in ('hardware', 'versions', 'calibration', 'test'):
-    if found[key] != head[key]: sys.exit(f'{folder}/results.json: has another {key}; delete it to measure all rows anew')
-  for name in names or [name for name in VARIANTS if name not in found['rows']]:
-    with jax.set_mesh(mesh): row = measured(source, VARIANTS[name], Text(rows_RT, mesh), windows)
-    print(f'{name}: perplexity {row["perplexity"]:.2f}, {row["token_seconds"] * 1e3:.1f} ms a token', flush=True)
-    rows = found['rows'] | {name: row}
-    found |= {'date': collecting.today(), 'rows': {name: rows[name] for name in VARIANTS if name in rows}}
-    collecting.write(found, folder)
-    collecting.write_table(table(found), folder)
-    jax.clear_caches()
-  return found
+
+  def row(name: str) -> dict:
+    with jax.set_mesh(mesh): found = measured(source, VARIANTS[name], Text(rows_RT, mesh), windows)
+    print(f'{name}: perplexity {found["perplexity"]:.2f}, {found["token_seconds"] * 1e3:.1f} ms a token', flush=True)
+    return found
+  return collecting.row_by_row(folder, head, VARIANTS, names, row, table)
 
 
 def table(found: dict) -> str:

@@ -23,8 +23,6 @@ from efficient_lm.compression.counting import parameters
 from efficient_lm.compression.group_scores import Activations, BlockInfluence
 from efficient_lm.compression.scores import Magnitude, Random, Taylor
 from efficient_lm.compression.shape import Shape
-from efficient_lm.data.packing import Rows, Stream
-from efficient_lm.data.pipeline import in_sequence
 from efficient_lm.models import decode, spec
 from efficient_lm.parallel.sharding import single_device_mesh
 from efficient_lm.runs import ledger, measure
@@ -32,7 +30,7 @@ from efficient_lm.runs.allocator import use_huge_pages
 from efficient_lm.techniques import Shrink
 from efficient_lm.training import evaluation
 from experiments import collecting
-from experiments.real_model.collect import PROMPT, SEQUENCES, Text
+from experiments.real_model.collect import PROMPT, SEQUENCES, Text, windows_of
 
 PEER_WINDOWS = 4   # of the test text, that those who are compared with read; their float model has 23.10
 
@@ -103,25 +101,14 @@ def collect(run: str, calibration: str, test: str, names: list[str], folder) -> 
   """Measures rows and writes each as soon as it is known; rows that stand in results.json already are kept."""
   source, mesh = commands.source_of(run), single_device_mesh()
   rows_RT, test_RT = np.load(calibration)[:SEQUENCES].astype(np.int32), np.load(test).astype(np.int32)
-  bytes_V = source.tokenizer().bytes_V
-
-  def windows(count: int | None):
-    chosen_RT = test_RT[:count]
-    stream = Stream(chosen_RT.reshape(-1), np.arange(len(chosen_RT), dtype=np.int64) * chosen_RT.shape[1], bytes_V)
-    return in_sequence(Rows(stream, chosen_RT.shape[1]), batch_size=1)
+  windows = lambda count: windows_of(test_RT[:count], source.tokenizer())()
   head = {'date': collecting.today(), 'hardware': ledger.hardware(), 'versions': ledger.versions()}
-  found = collecting.read(folder) or head | {'rows': {}}
-  for key in ('hardware', 'versions'):
-    if found[key] != head[key]: sys.exit(f'{folder}/results.json: has another {key}; delete it to measure all rows anew')
-  for name in names or [name for name in VARIANTS if name not in found['rows']]:
-    with jax.set_mesh(mesh): row = measured(source, VARIANTS[name], Text(rows_RT, mesh), windows)
-    print(f'{name}: perplexity {row["perplexity"]:.2f}, {row["share"]:.1%} of the parameters', flush=True)
-    rows = found['rows'] | {name: row}
-    found |= {'date': collecting.today(), 'rows': {name: rows[name] for name in VARIANTS if name in rows}}
-    collecting.write(found, folder)
-    collecting.write_table(table(found), folder)
-    jax.clear_caches()
-  return found
+
+  def row(name: str) -> dict:
+    with jax.set_mesh(mesh): found = measured(source, VARIANTS[name], Text(rows_RT, mesh), windows)
+    print(f'{name}: perplexity {found["perplexity"]:.2f}, {found["share"]:.1%} of the parameters', flush=True)
+    return found
+  return collecting.row_by_row(folder, head, VARIANTS, names, row, table)
 
 
 def table(found: dict) -> str:

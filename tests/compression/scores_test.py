@@ -1,4 +1,4 @@
-"""Scores of entries: what is worth least goes, an earlier mask first; each is its formula."""
+"""Scores of entries: the least important goes, an earlier mask first; each is its formula."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +27,7 @@ def test_zeros_of_an_earlier_mask_count_and_none_comes_back():
 
 
 def test_a_mask_over_what_is_zero_takes_none_of_what_is_kept_in_its_place():
-  """A kept zero, as of an input that was never active, is worth as little as one can be, and still is kept longer."""
+  """A kept zero, as of an input that was never active, has the lowest score there is, and still is kept longer."""
   w_OI, keep_OI = jnp.zeros((1, 8)), jnp.arange(8)[None] >= 4
   _, again = Magnitude().pruned(w_OI, keep_OI, {}, PerMatrix(), 0.5)
   np.testing.assert_array_equal(again, keep_OI)
