@@ -76,6 +76,18 @@ def quick_compilation():
   jax.config.update('jax_disable_most_optimizations', False)
 
 
+@pytest.fixture(scope='module')
+def one_device():
+  """Every mesh has one device, whose programs compile faster: that meshes change nothing is tested elsewhere."""
+  import jax
+
+  from efficient_lm.config.mesh import Mesh
+  build = Mesh.build
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Mesh, 'build', lambda self, devices=None: build(self, (devices or jax.devices())[:1]))
+    yield
+
+
 @pytest.fixture
 def mesh():
   """mesh(data, fsdp, expert, tensor): a context in which that mesh over eight devices is in force."""

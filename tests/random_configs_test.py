@@ -7,7 +7,7 @@ import jax
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from efficient_lm.config import experiment, mesh
+from efficient_lm.config import experiment
 from efficient_lm.errors import ConfigError, IncompatibleError
 from efficient_lm.runs import run
 from tests import minute, random_configs
@@ -17,13 +17,7 @@ FEW, MANY = 4, 60
 MOST_REFUSED = 0.5   # of all draws; a strategy that is mostly refused would state little
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device(quick_compilation):
-  """Programs for one device are compiled faster; that meshes change nothing is tested elsewhere."""
-  original = mesh.Mesh.build
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(mesh.Mesh, 'build', lambda self, devices=None: original(self, (devices or jax.devices())[:1]))
-    yield
+pytestmark = pytest.mark.usefixtures('one_device', 'quick_compilation')
 
 
 @pytest.fixture(scope='module')

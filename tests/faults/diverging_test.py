@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from efficient_lm.config import experiment, mesh
+from efficient_lm.config import experiment
 from efficient_lm.data.pipeline import Batches
 from efficient_lm.errors import ConfigError, NonFinite
 from efficient_lm.runs import run
@@ -27,13 +27,7 @@ BAD = {'first step': {0}, 'warm-up': {2}, 'middle': {MIDDLE}, 'five in a row': s
        'first and last': {0, 11}}
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device(quick_compilation):
-  """Programs for one device are compiled faster."""
-  original = mesh.Mesh.build
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(mesh.Mesh, 'build', lambda self, devices=None: original(self, (devices or jax.devices())[:1]))
-    yield
+pytestmark = pytest.mark.usefixtures('one_device', 'quick_compilation')
 
 
 @dataclasses.dataclass(kw_only=True)

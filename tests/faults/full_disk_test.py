@@ -12,10 +12,9 @@ import resource
 import shutil
 import subprocess
 
-import jax
 import pytest
 
-from efficient_lm.config import experiment, mesh
+from efficient_lm.config import experiment
 from efficient_lm.errors import WriteError
 from efficient_lm.runs import commits, report_page, run, tracking, writing
 from efficient_lm.runs.checkpoint import Checkpoints
@@ -31,13 +30,7 @@ MOMENTS = {'the start': (run.Run, 'write_beginning', 1), 'logging': (tracking.Tr
            'the report': (report_page, 'write_report', 1)}
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device(quick_compilation):
-  """Programs for one device are compiled faster."""
-  original = mesh.Mesh.build
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(mesh.Mesh, 'build', lambda self, devices=None: original(self, (devices or jax.devices())[:1]))
-    yield
+pytestmark = pytest.mark.usefixtures('one_device', 'quick_compilation')
 
 
 def perform(workdir):
