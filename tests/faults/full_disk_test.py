@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -18,6 +19,7 @@ from efficient_lm.config import experiment
 from efficient_lm.errors import WriteError
 from efficient_lm.runs import commits, report_page, run, tracking, writing
 from efficient_lm.runs.checkpoint import Checkpoints
+from efficient_lm.system import output
 from efficient_lm.techniques import PruneOnce
 from tests import minute
 from tests.leaving import left, metrics
@@ -88,8 +90,8 @@ def short_files(folder):
   """No file may grow beyond a kilobyte."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
-  yield
-  resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  try: yield
+  finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 FULL = {'bytes': no_bytes, 'inodes': no_inodes, 'limit': short_files}
@@ -150,7 +152,9 @@ def test_a_full_disk_loses_nothing(fault, disk, untouched, caplog, tried):
   recorded(tried, check(fault, list(MOMENTS), disk, untouched, caplog))
 
 
-def test_a_limit_on_the_size_of_files_loses_nothing(tmp_path, untouched, caplog, request, tried):
+def test_a_limit_on_the_size_of_files_loses_nothing(tmp_path, untouched, caplog, request, tried, monkeypatch):
+  for name in ('stdout', 'stderr'): monkeypatch.setattr(sys, name, getattr(sys, name))
+  output.outlive()   # as the program does: what it prints goes to a file, too
   moments = list(MOMENTS) if request.config.getoption('--long') else ['a commit']
   recorded(tried, check('limit', moments, tmp_path, untouched, caplog))
 
