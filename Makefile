@@ -16,6 +16,7 @@
 #                     ten minutes of a core, cmake and a C++ compiler
 #   make check-litert what is exported for LiteRT, in its own interpreter (465 MB of packages)
 #   make check-iree   one decoding step compiled and run by IREE, another reader of StableHLO (578 MB)
+#   make check-gcs    a run at gs://, against an emulator of Google's buckets
 #   make lock         requirements.lock anew, from requirements.txt: every file that pip may take, by its hash
 #   make check-supply pip check in the environments of both Pythons, installing by the hashes of requirements.lock, and licences
 #   make bench        training and decoding against PyTorch, on the device at hand
@@ -34,12 +35,13 @@ LLAMA := .venv-llama
 HF := .venv-hf
 IREE := .venv-iree
 TOOLS := .venv-tools
+GCS := .venv-gcs
 PIP := -m pip install --quiet --disable-pip-version-check
 FAULTS := tests/faults/recipe_faults_test.py tests/faults tests/random_configs_test.py tests/runs/damage_test.py tests/runs/hostile_test.py \
   tests/runs/several_test.py tests/config/leaves_test.py tests/words_test.py tests/system/workdir_test.py
 CONFIGS := $(basename $(notdir $(wildcard configs/*.py)))
 
-.PHONY: $(CONFIGS) test test-long test-changed test-next faults faults-fast check-tpu-compile check-gpu-compile check-hf check-gguf check-litert check-iree \
+.PHONY: $(CONFIGS) test test-long test-changed test-next faults faults-fast check-tpu-compile check-gpu-compile check-hf check-gguf check-litert check-iree check-gcs \
   lock check-supply lint bench bench-ops notebooks smollm2 clean
 
 $(VENV)/.stamp: requirements.txt
@@ -95,6 +97,11 @@ $(IREE)/.stamp: requirements.txt
 	$(IREE)/bin/python $(PIP) --no-deps iree-base-compiler==3.13.0 iree-base-runtime==3.13.0
 	touch $@
 
+$(GCS)/.stamp: requirements.txt
+	$(PYTHON) -m venv $(GCS)
+	$(GCS)/bin/python $(PIP) -r requirements.txt gcsfs==2026.10.1 gcp-storage-emulator==2026.7.19
+	touch $@
+
 $(TOOLS)/.stamp: Makefile
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python $(PIP) uv==0.13.9 pip-licenses==5.5.5
@@ -144,6 +151,9 @@ check-hf: $(HF)/.stamp
 
 check-iree: $(IREE)/.stamp
 	JAX_PLATFORMS=cpu $(IREE)/bin/python -m pytest tests/interop/stablehlo/iree_test.py $(ARGS)
+
+check-gcs: $(GCS)/.stamp
+	JAX_PLATFORMS=cpu $(GCS)/bin/python -m pytest tests/runs/gcs_test.py $(ARGS)
 
 lock: $(TOOLS)/.stamp
 	$(TOOLS)/bin/uv pip compile requirements.txt --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \

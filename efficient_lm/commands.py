@@ -28,7 +28,7 @@ from efficient_lm.interop.gguf.source import Gguf, file_of
 from efficient_lm.interop.huggingface import HuggingFace
 from efficient_lm.models import spec
 from efficient_lm.parallel import processes
-from efficient_lm.runs import FromRun, writing
+from efficient_lm.runs import FromRun, mirror, writing
 from efficient_lm.runs.allocator import use_huge_pages
 from efficient_lm.system import interruption
 
@@ -72,7 +72,7 @@ def processes_around() -> processes.Group | None:
 def define_run():
   """Defines --run, --stage, --packed and --config, for a command that reads a trained model."""
   if 'run' in FLAGS: return
-  flags.DEFINE_string('run', None, 'workdir of a training run, a Hugging Face folder, or a GGUF file')
+  flags.DEFINE_string('run', None, 'workdir of a training run, or its address; a Hugging Face folder, or a GGUF file')
   flags.DEFINE_integer('stage', None, 'number of a stage, for its model instead of that of the last')
   flags.DEFINE_boolean('packed', False, 'matrices of a GGUF file stay in the few bits that it stores')
   if 'config' not in FLAGS: define_config()
@@ -83,7 +83,7 @@ def run_source() -> FromRun | HuggingFace | Gguf:
   run, a Hugging Face folder, by what its config.json says, or a GGUF file or a folder with one. Raises ConfigError."""
   if FLAGS.config: experiment.execute(FLAGS.config)
   if not FLAGS.run: raise ConfigError('--run', FLAGS.run, 'is missing: write --run=runs/moe, say')
-  return source_of(FLAGS.run, FLAGS.stage, FLAGS.packed)
+  return source_of(mirror.local('--run', FLAGS.run), FLAGS.stage, FLAGS.packed)
 
 
 def source_of(path: str, stage: int | None = None, packed: bool = False) -> FromRun | HuggingFace | Gguf:

@@ -7,7 +7,7 @@ Reads config.json, metrics.jsonl, ledger.json, samples/ and what stages have lef
 import argparse
 import sys
 
-from efficient_lm.errors import ConfigError, WriteError
+from efficient_lm.errors import CheckpointError, ConfigError, WriteError
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,14 +27,16 @@ def main(arguments: list[str] | None = None) -> int:
   options = parser.parse_args(arguments)
   import rich.console
 
-  from efficient_lm.runs import ledger, report_page, results, writing
-  try: found = results.load_all(options.run)
-  except ConfigError as error:
+  from efficient_lm.runs import ledger, mirror, report_page, results, writing
+  try:
+    folders = [mirror.local('run', path) for path in options.run]
+    found = results.load_all(folders)
+  except (ConfigError, CheckpointError, WriteError) as error:
     print(error, file=sys.stderr)
     return error.exit_code
   rows = results.labelled(found)
   if rows: rich.console.Console().print(ledger.table(rows))
-  out = options.out or (options.run[0] if len(found) == 1 else '.')
+  out = options.out or (folders[0] if len(found) == 1 else '.')
   try:
     with writing.needed(out): print(report_page.write(found, out))
   except (ConfigError, WriteError) as error:

@@ -3,7 +3,7 @@
 call, and performs what is sent to a worker in a folder of this machine.
 
   calls.jsonl      each call      states     what queued-resources describe says, a line a call; the last one stays
-  hosts/<n>/       the home of worker n      bucket/    what lies in gs://
+  hosts/<n>/       the home of worker n
 """
 import json
 import os
@@ -22,8 +22,6 @@ KNOWN = {
   'compute tpus tpu-vm describe': (1, {'--zone='}, {'--format=', '--project='}),
   'compute tpus tpu-vm ssh': (1, {'--zone=', '--worker=', '--command='}, {'--project='}),
   'compute tpus tpu-vm scp': (2, {'--zone=', '--worker='}, {'--recurse', '--project='}),
-  'storage rsync': (2, set(), {'--recursive', '--exclude='}),
-  'storage ls': (1, set(), {'--recursive'}),
 }
 
 
@@ -50,11 +48,6 @@ def homes(worker: str) -> list:
   return there if worker == 'all' else [there[int(worker)]]
 
 
-def local(place: str) -> pathlib.Path:
-  """gs://… as a folder here."""
-  return CLOUD / 'bucket' / place.removeprefix('gs://') if place.startswith('gs://') else pathlib.Path(place)
-
-
 def main():
   command, names, flags = parsed(sys.argv[1:])
   with (CLOUD / 'calls.jsonl').open('a') as file: file.write(json.dumps([command, names, flags]) + '\n')
@@ -71,10 +64,6 @@ def main():
     sys.exit(max(codes))
   elif command == 'compute tpus tpu-vm scp':
     for home in homes(flags['--worker']): shutil.copy(names[0], home / names[1].partition(':')[2])
-  elif command == 'storage ls': sys.exit(not local(names[0]).is_dir())
-  elif command == 'storage rsync':
-    if not local(names[0]).is_dir(): sys.exit(f'gcloud: no {names[0]}')
-    shutil.copytree(local(names[0]), local(names[1]), dirs_exist_ok=True)
 
 
 main()

@@ -38,6 +38,7 @@ THINNED = re.compile(r'''
 | techniques/adapters/lora_test\.py::test_only_adapters
 | runs/outside_test\.py::test_parts_of_a_users
 | words_test\.py::test_a_flag_takes_any_value
+| runs/mirror_test\.py::test_a_run_that_is_killed_goes_on
 ''', re.VERBOSE)
 
 

@@ -27,13 +27,14 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 
 def start(workdir, words, processes: int = 1, devices: int = 1, own: dict[int, list[str]] | None = None,
-          variables: dict[int, dict[str, str]] | None = None, module: str = 'efficient_lm.main') -> list:
-  """The running programs. devices: of each; own, variables: words of one of them, and of its environment."""
+          variables: dict[int, dict[str, str]] | None = None, module: str = 'efficient_lm.main', cwd=ROOT) -> list:
+  """The running programs. devices: of each; own, variables: words of one of them, and of its environment; cwd: where
+  they begin."""
   port, started = free_port(), []
   for i in range(processes):
     group = [f'--coordinator=127.0.0.1:{port}', f'--process_id={i}', f'--num_processes={processes}']
     command = [sys.executable, '-m', module, f'--workdir={workdir}', *words, *(group if processes > 1 else [])]
-    started.append(subprocess.Popen([*command, *(own or {}).get(i, [])], cwd=ROOT, text=True,
+    started.append(subprocess.Popen([*command, *(own or {}).get(i, [])], cwd=cwd, text=True,
                                     env=environment(devices) | (variables or {}).get(i, {}), stdout=subprocess.PIPE,
                                     stderr=subprocess.PIPE))
   return started

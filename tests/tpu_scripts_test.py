@@ -14,6 +14,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = ROOT / 'tpu_scripts'
 WORDS = ['--config=configs/moe.py:olmoe_1b_7b', '--workdir=runs/olmoe', "--config.note='two words' $HOME"]
+AT_ADDRESS = ['--config=configs/moe.py:olmoe_1b_7b', '--workdir=gs://mine/runs/olmoe']
 PROGRAM = 'efficient_lm.main'
 
 # The python of a worker: notes its words, does as `does` beside the slice says, and leaves with its next code.
@@ -39,7 +40,7 @@ STUBS = {
 def cloud(tmp_path):
   """A folder that is a slice of one host; cloud.call(script, *words, **variables) runs a script on the machine of a user."""
   folder = tmp_path / 'cloud'
-  for name in ('hosts/0', 'bucket', 'path'): (folder / name).mkdir(parents=True)
+  for name in ('hosts/0', 'path'): (folder / name).mkdir(parents=True)
   for name, text in STUBS.items(): executable(folder / 'path' / name, text)
   shutil.copy(ROOT / 'tests' / 'fake_gcloud.py', folder / 'path' / 'gcloud')
   executable(folder / 'path' / 'gcloud', f'#!{sys.executable}\n' + (folder / 'path' / 'gcloud').read_text())
@@ -130,7 +131,7 @@ def test_every_worker_is_set_up_and_gets_the_command_word_for_word(cloud, hosts)
   assert done.returncode == 0, done.stderr
   for number in range(hosts):
     home = cloud.home(number)
-    assert (home / 'efficient_lm' / 'main.py').is_file() and '.[tpu]' in (home / '.venv' / 'installed').read_text()
+    assert (home / 'efficient_lm' / 'main.py').is_file() and '.[tpu,gcs]' in (home / '.venv' / 'installed').read_text()
     mounted = (cloud.folder / 'hosts' / str(number) / 'mounted')
     assert mounted.is_file() == bool(shared)
     if shared: assert 'mount -t nfs 10.0.0.9:/vol 1 efficient_lm/runs' in mounted.read_text()
@@ -142,8 +143,8 @@ def test_every_worker_is_set_up_and_gets_the_command_word_for_word(cloud, hosts)
 
 
 @pytest.mark.parametrize(('words', 'variables', 'hosts', 'parts'), [
-  (['--workdir=gs://b/x'], {}, 1, ['gs://b/x', 'BUCKET=']), (['--config=x'], {}, 1, ['--workdir=runs/NAME']),
-  (['--workdir=runs/x'], {}, 2, ['2 hosts', 'SHARED=']),
+  (['--config=x'], {}, 1, ['--workdir=runs/NAME']), (['--workdir=runs/x'], {}, 2, ['2 hosts', 'SHARED=']),
+  (['--workdir=gs://b/x'], {}, 2, ['2 hosts', 'SHARED=']),
   (['--workdir=/tmp/x'], {'SHARED': 'a:/b'}, 2, ['--workdir=runs/NAME'])])
 def test_what_could_not_be_resumed_is_refused_before_anything_starts(cloud, words, variables, hosts, parts):
   cloud.add_hosts(hosts)
@@ -153,7 +154,7 @@ def test_what_could_not_be_resumed_is_refused_before_anything_starts(cloud, word
 
 @pytest.mark.parametrize('script', ['create.sh', 'setup.sh', 'run.sh', 'keep.sh', 'tail.sh', 'delete.sh'])
 def test_a_dry_run_says_what_it_would_do_and_does_nothing(cloud, script):
-  done = cloud.call(script, *(WORDS if script in ('run.sh', 'keep.sh') else []), '--dry-run', BUCKET='gs://b')
+  done = cloud.call(script, *(AT_ADDRESS if script in ('run.sh', 'keep.sh') else []), '--dry-run')
   assert done.returncode == 0, done.stderr
   assert {call[0].split()[-1] for call in cloud.calls()} <= {'describe'}
   said = [shlex.split(line) for line in done.stdout.replace('\\\n', '').splitlines() if line.startswith('gcloud')]
@@ -161,30 +162,21 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(cloud, script):
   assert not list((cloud.folder / 'hosts' / '0').iterdir())
 
 
-def test_a_run_is_copied_to_the_bucket_and_back_to_an_empty_disk(cloud):
+def test_a_run_at_an_address_needs_no_share_on_one_host(cloud):
   cloud.install()
-  assert cloud.call('run.sh', *WORDS, BUCKET='gs://b/runs/').returncode == 0
-  cloud.told()
-  copy = cloud.folder / 'bucket' / 'b' / 'runs' / 'olmoe'
-  assert (copy / 'config.json').is_file()
-  (copy / 'checkpoints').mkdir()
-  shutil.rmtree(cloud.home())
-  cloud.install()
-  assert cloud.call('run.sh', *WORDS, BUCKET='gs://b/runs').returncode == 0
-  assert len(cloud.told()) == 2 and (cloud.home() / 'runs' / 'olmoe' / 'checkpoints').is_dir()
-  down = [names for _, names, _ in cloud.calls('rsync') if names[0].startswith('gs://')]
-  assert down == [['gs://b/runs/olmoe', 'runs/olmoe']]
+  assert cloud.call('run.sh', *AT_ADDRESS).returncode == 0
+  assert cloud.told() == [['-m', PROGRAM, *AT_ADDRESS]]
 
 
-def test_a_signal_reaches_the_program_and_what_it_saved_is_copied(cloud):
+def test_a_signal_reaches_the_program_which_saves_first(cloud):
   cloud.install()
   (cloud.folder / 'waits').touch()
-  program = subprocess.Popen(['tpu_scripts/train.sh', *WORDS], cwd=cloud.home(), env=cloud.variables | {
-    'BUCKET': 'gs://b', 'WORKDIR': 'runs/olmoe', 'TPU_WORKER_ID': '0', 'COPY_EVERY': '9'})
+  program = subprocess.Popen(['tpu_scripts/train.sh', *WORDS], cwd=cloud.home(),
+                             env=cloud.variables | {'TPU_WORKER_ID': '0'})
   wait_for(cloud.folder / 'began')
   program.send_signal(signal.SIGTERM)
   assert program.wait(20) == 42 and (cloud.home() / 'train.exit').read_text() == '42\n'
-  assert (cloud.folder / 'bucket' / 'b' / 'olmoe' / 'state').read_text() == 'saved\n'
+  assert (cloud.home() / 'runs' / 'olmoe' / 'state').read_text() == 'saved\n'
 
 
 def test_a_slice_that_is_taken_away_is_made_again_until_the_run_is_done(cloud):
@@ -193,17 +185,17 @@ def test_a_slice_that_is_taken_away_is_made_again_until_the_run_is_done(cloud):
   made = "grep -c '.compute tpus queued-resources create' $FAKE_CLOUD/calls.jsonl"
   executable(cloud.folder / 'python', PYTHON.replace('code=', f'[ "$({made})" -gt 1 ] || exit 42\ncode='))
   install_by_hand(cloud)
-  done = cloud.call('keep.sh', *WORDS, BUCKET='gs://b', SPOT='1')
+  done = cloud.call('keep.sh', *AT_ADDRESS, SPOT='1')
   assert done.returncode == 0, done.stderr
   assert len(cloud.calls('create')) == 2 and len(cloud.calls('delete')) == 1 and len(cloud.calls('scp')) == 2
   told = cloud.told()
-  assert len(told) > 2 and all(words == ['-m', PROGRAM, *WORDS] for words in told)
+  assert len(told) > 2 and all(words == ['-m', PROGRAM, *AT_ADDRESS] for words in told)
 
 
 def test_a_run_that_cannot_go_on_is_not_begun_again(cloud):
   (cloud.folder / 'codes').write_text('3\n')
   install_by_hand(cloud)
-  refused(cloud.call('keep.sh', *WORDS, BUCKET='gs://b'), 'exit code 3', 'tail.sh')
+  refused(cloud.call('keep.sh', *AT_ADDRESS), 'exit code 3', 'tail.sh')
   assert len(cloud.told()) == 1
   refused(cloud.call('keep.sh', *WORDS), 'empty disks')
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Trains to the end, however often the slice is taken away: makes it, sets it up, runs, looks after it, and begins again where it
-# was. Leave it running on a machine of your own. What was done lies on SHARED or in BUCKET: one of them is needed.
-# usage: SPOT=1 BUCKET=gs://BUCKET/FOLDER tpu_scripts/keep.sh --config=configs/moe.py --workdir=runs/moe [--dry-run]
+# was. Leave it running on a machine of your own. What was done lies in a bucket or on SHARED: a new slice has empty disks.
+# usage: SPOT=1 tpu_scripts/keep.sh --config=configs/moe.py --workdir=gs://BUCKET/FOLDER [--dry-run]
 # shellcheck source=tpu_scripts/settings.sh
 . "$(dirname "$0")/settings.sh"
-export TPU_NAME ZONE ACCELERATOR RUNTIME SPOT SHARED BUCKET EVERY
-[ -n "$SHARED$BUCKET" ] || refuse 'BUCKET=gs://… or SHARED=SERVER:/PATH is needed: a new slice has empty disks'
+export TPU_NAME ZONE ACCELERATOR RUNTIME SPOT SHARED EVERY
+[[ -n $SHARED || $workdir = *://* ]] ||
+  refuse "--workdir=$workdir: write --workdir=gs://BUCKET/FOLDER, or give SHARED=SERVER:/PATH: a new slice has empty disks"
 here=$(dirname "$0")
 if [ -n "$dry_run" ]; then
   "$here/create.sh" --dry-run

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034   # what is set here is used by those
 # What the other scripts share. Each value can be given in the environment, as ZONE=us-east5-a tpu_scripts/create.sh; with
 # --dry-run a script says what it would do and does nothing.
 set -euo pipefail
@@ -8,13 +8,13 @@ set -euo pipefail
 : "${RUNTIME:=v2-alpha-tpuv5-lite}"
 : "${SPOT:=}"       # anything: a slice that is cheaper and may be taken away
 : "${SHARED:=}"     # SERVER:/PATH of an NFS share (Filestore), which all hosts mount as efficient_lm/runs; several hosts need one
-: "${BUCKET:=}"     # gs://BUCKET/FOLDER that the run is copied to while it goes, and from before it begins
 : "${EVERY:=30}"    # seconds between two looks at what goes on
 
-dry_run=''
+dry_run='' workdir=''
 words=()
 for word in "$@"; do
   if [ "$word" = --dry-run ]; then dry_run=1; else words+=("$word"); fi
+  if [[ $word = --workdir=* ]]; then workdir=${word#--workdir=}; fi
 done
 set -- ${words[@]+"${words[@]}"}
 

@@ -9,7 +9,7 @@ trap 'rm -f "$archive"' EXIT
 git -C "$top" archive --format tar.gz -o "$archive" HEAD
 cloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:efficient_lm.tar.gz" --zone "$ZONE" --worker=all
 on all 'mkdir -p efficient_lm && tar xzf efficient_lm.tar.gz -C efficient_lm && cd efficient_lm &&
-  python3 -m venv .venv && .venv/bin/pip install -q -e ".[tpu]"'
+  python3 -m venv .venv && .venv/bin/pip install -q -e ".[tpu,gcs]"'
 if [ -n "$SHARED" ]; then
   on all "sudo apt-get install -qy nfs-common && mkdir -p efficient_lm/runs &&
   { mountpoint -q efficient_lm/runs || sudo mount -t nfs $(printf '%q' "$SHARED") efficient_lm/runs; }"

@@ -20,8 +20,7 @@ def check_folder(field: str, path: str):
   """Raises ConfigError for a folder that is none and cannot become one, or into which nothing can be written."""
   if '\0' in path: raise ConfigError(field, path, 'holds a character that no path can have')
   if '://' in path:
-    raise ConfigError(field, path, 'is an address: write into a folder, which several hosts must all have mounted, and copy '
-                      'that, as by gcloud storage rsync --recursive')
+    raise ConfigError(field, path, 'is an address: write into a folder, and copy that, as by gcloud storage rsync -r')
   found = os.path.abspath(path)
   _check_length(field, path, found)
   try:

@@ -20,22 +20,31 @@ DEEPEST = 100         # objects and lists in each other; structures of models ha
 
 def write(workdir, name: str, data: dict[str, Any], indent: int | None = 2):
   """Whole or not at all."""
+  workdirs.write(workdir, name, with_hash(data, indent))
+
+
+def with_hash(data: dict[str, Any], indent: int | None = None) -> str:
+  """The text of such a file."""
   data = json.loads(json.dumps(data, allow_nan=False))
-  workdirs.write(workdir, name, json.dumps(data | {ENTRY: _hash(data)}, indent=indent) + '\n')
+  return json.dumps(data | {ENTRY: _hash(data)}, indent=indent) + '\n'
 
 
 def read(path) -> dict[str, Any]:
   """What a file holds, without the hash. Raises CheckpointError, one line that names the file, for one that is missing, is
   no JSON object, or is not what was written."""
   data = load(path)
-  try:
-    if not isinstance(data, dict): raise ValueError('it holds no JSON object')
-    named = ENTRY in data
-    name = ENTRY if named else next(reversed(data), None)   # an entry that is the hash of the others, by another name
-    rest = {one: value for one, value in data.items() if one != name}
-    if named != (name is not None and data[name] == _hash(rest)):
-      raise ValueError(f'it holds something else than was written. If it was changed on purpose, remove its entry {ENTRY}')
+  try: return without_hash(data)
   except (ValueError, RecursionError) as error: raise damaged(path, error) from error
+
+
+def without_hash(data: Any) -> dict[str, Any]:
+  """What such a file holds. Raises ValueError for what is no JSON object, or is not what was written; RecursionError."""
+  if not isinstance(data, dict): raise ValueError('it holds no JSON object')
+  named = ENTRY in data
+  name = ENTRY if named else next(reversed(data), None)   # an entry that is the hash of the others, by another name
+  rest = {one: value for one, value in data.items() if one != name}
+  if named != (name is not None and data[name] == _hash(rest)):
+    raise ValueError(f'it holds something else than was written. If it was changed on purpose, remove its entry {ENTRY}')
   return rest if named else data
 
 

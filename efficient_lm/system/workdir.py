@@ -20,7 +20,7 @@ from efficient_lm.errors import ConfigError
 
 # The beginnings of all names that runs write into their folders, up to the first dot; others are the owner's own.
 WRITTEN = ('config', 'run', 'tokenizer', 'ledger', 'metrics', 'report', 'lock', 'samples', 'stages', 'checkpoints',
-           'tensorboard')
+           'tensorboard', 'mirror')
 LOCK = 'lock'
 _held: dict[Path, tuple[str, int]] = {}   # folders that this process holds: the path of the lock, and its open file
 
