@@ -68,6 +68,7 @@ def test_five_interruptions_change_nothing(processes, tmp_path, request, tried):
   found = starting.logged(workdir)
   assert found.keys() == alone.keys() and {step for step, name in found if name == 'loss'} == set(range(1, STEPS + 1))
   if processes == 1: assert found == alone
-  # Float32 sums in other orders, 2**-24 apiece, over eighteen steps.
-  for key, value in alone.items(): assert found[key] == pytest.approx(value, abs=1e-5, rel=1e-5), key
+  # Float32 sums in other orders, 2**-24 apiece, over eighteen steps; a hash of what comes of them is another.
+  numbers = {key: value for key, value in alone.items() if not isinstance(value, str)}
+  for key, value in numbers.items(): assert found[key] == pytest.approx(value, abs=1e-5, rel=1e-5), key
   tried(FAULT, count, **{'resumed bit for bit' if processes == 1 else 'resumed, losses within 1e-5': count})

@@ -35,9 +35,10 @@ def watch(program, workdir) -> list[tuple[int, int, int]]:
   return found
 
 
-def between(found, first: int, last: int, which: int) -> float:
-  """The median of what was seen between two steps."""
-  return statistics.median(row[which] for row in found if first <= row[0] < last)
+def between(found, first: int, last: int) -> tuple[float, int]:
+  """Of what was seen between two steps the median memory, and the fewest open files: a save opens some for a while."""
+  memory, files = zip(*[row[1:] for row in found if first <= row[0] < last])
+  return statistics.median(memory), min(files)
 
 
 def test_memory_and_open_files_stay_as_they_are(tmp_path, request, tried):
@@ -49,9 +50,11 @@ def test_memory_and_open_files_stay_as_they_are(tmp_path, request, tried):
   # The last steps are left out: what follows the training, its end and its ledger, is another program.
   spans = [(first, first + WINDOW) for first in range(FIRST, STEPS - WINDOW + 1, WINDOW)]
   spans[-1] = spans[-1][0], STEPS - 20
-  memory, files = ([between(found, *span, which) for span in spans] for which in (1, 2))
+  memory, files = zip(*[between(found, *span) for span in spans])
   print(f'{len(found)} samples; MiB {[round(size / 2 ** 20, 1) for size in memory]}; open files {files}')
-  assert memory[-1] <= MOST * memory[0] and max(memory) <= MOST ** 2 * memory[0], memory
-  assert files[-1] == files[0], files
+  # What compiling took is given back at some time: flat is what comes after.
+  assert memory[-1] <= MOST * min(memory) and max(memory) <= MOST ** 2 * memory[0], memory
+  assert set(files) == {files[0]}, files
   tried('two thousand steps: memory and open files', STEPS,
-        **{f'steps, after which memory is {memory[-1] / memory[0] - 1:+.1%} of that at {FIRST}, open files the same': STEPS})
+        **{f'steps, after which memory is {memory[-1] / min(memory) - 1:.1%} above the least since {FIRST}, open files as before':
+           STEPS})
