@@ -2,6 +2,7 @@
 it."""
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from efficient_lm.errors import IncompatibleError
@@ -32,7 +33,28 @@ def check(before: dict[str, tuple], model, stage) -> list[str]:
       if path in weights and one.held_by(weights[path]): continue
       if one.kind not in gives_up:
         what = 'is no longer there, with' if path not in weights else 'has lost'
-        raise IncompatibleError(f'{path} {what} its {one.kind} ({one}) in {name}: if that is meant, write '
-                                f'GivingUp(stage={name}(…), lost=({one.kind!r},))')
+        raise IncompatibleError(f'{path} {what} its {one.kind} ({one}) in {name}: {_fix(name, one.kind)}')
       given_up.setdefault(one.kind, []).append(path)
   return [f'{name} has given up the {kind} of {len(paths)} weights, such as {paths[0]}' for kind, paths in given_up.items()]
+
+
+def check_shapes(before, after, stage):
+  """Refuses, before anything is trained, a stage that is known to lose what it is given (`cannot_keep`, names of kinds), by
+  the shapes of the models around it. Raises IncompatibleError."""
+  lost = set(getattr(stage, 'cannot_keep', ())) - set(getattr(stage, 'gives_up', ()))
+  if not lost: return
+  promised, kept, name = _kinds(before), _kinds(after), getattr(stage, 'name', type(stage).__name__)
+  for path, kinds in promised.items():
+    for kind in sorted(kinds & lost - kept.get(path, set())):
+      raise IncompatibleError(f'{path} would lose its {kind} in {name}: {_fix(name, kind)}')
+
+
+def _kinds(model) -> dict[str, set[str]]:
+  """Of what is promised of each weight, from shapes alone."""
+  found = {}
+  def look(model): found.update({path: {one.kind for one in weight.invariants()} for path, weight in select(model, Weight)})
+  jax.eval_shape(look, model)
+  return found
+
+
+def _fix(name: str, kind: str) -> str: return f'if that is meant, write GivingUp(stage={name}(…), lost=({kind!r},))'

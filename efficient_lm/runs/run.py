@@ -132,7 +132,9 @@ class Run:
       if step.number == 0: continue
       field = f'{step.field}.{"train" if step.field == "config" else "training"}'
       if isinstance(step.stage, Train): memory.check_batch(step.training, width, devices, field)
-      with in_field(step.field, step.stage): model = jax.eval_shape(step.stage.abstract, model)
+      with in_field(step.field, step.stage):
+        given, model = model, jax.eval_shape(step.stage.abstract, model)
+        invariants.check_shapes(given, model, step.stage)
 
   def _check_processes(self):
     """Refuses several processes that would not do the same, do not see one workdir, or come to a stage that works in one."""

@@ -21,6 +21,9 @@ class GivingUp:
   def gives_up(self) -> tuple[str, ...]: return self.lost
 
   @property
+  def cannot_keep(self) -> tuple[str, ...]: return getattr(self.stage, 'cannot_keep', ())
+
+  @property
   def name(self) -> str: return getattr(self.stage, 'name', type(self.stage).__name__)
 
   @property

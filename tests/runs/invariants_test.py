@@ -77,6 +77,20 @@ def test_every_stage_keeps_zeros_or_says_so(pruned, stage):
   assert sum(int(jnp.sum(weight.materialize() == 0)) for _, weight in select(after, Weight)) >= zeros > 0
 
 
+@pytest.mark.parametrize('quantized', [False, True])
+def test_what_a_rotation_would_lose_is_known_from_shapes(pruned, quantized):
+  """Before anything is trained; where nothing is promised, or it is given up, it is let through."""
+  given = Quantize(rules=(INT4,), method=RoundToNearest())(pruned, Context())[0] if quantized else pruned
+  before, after = (jax.eval_shape(lambda model: model, model) for model in (given, Forget()(given, None)[0]))
+  lost = ('zeros', 'bits') if quantized else ('zeros',)
+  with pytest.raises(IncompatibleError, match=r"would lose its (zeros|bits) in Rotate: if that is meant, write GivingUp"):
+    invariants.check_shapes(before, after, Rotate())
+  invariants.check_shapes(before, after, GivingUp(stage=Rotate(), lost=lost))
+  invariants.check_shapes(before, before, Rotate())
+  invariants.check_shapes(before, after, Unroll())
+  invariants.check_shapes(after, after, Rotate())
+
+
 def test_a_rotation_gives_zeros_up_only_where_it_is_told_to(pruned):
   promised = invariants.read(pruned)
   with pytest.raises(IncompatibleError): invariants.check(promised, Rotate()(pruned, Context())[0], Rotate())

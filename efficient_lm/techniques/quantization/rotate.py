@@ -12,6 +12,8 @@ class Rotate:
   values: int = 4096
   hidden: int = 4096
 
+  cannot_keep = ('zeros', 'pattern', 'bits')   # of the arrays that it rotates
+
   def check(self):
     for name, size in dataclasses.asdict(self).items():
       if size < 1 or size & (size - 1): yield name, size, 'must be a power of two'
