@@ -182,6 +182,7 @@ class Checkpoints:
       wanted = {name: np.broadcast_to(np.zeros((), jnp.dtype(dtype)), shape) for name, (dtype, shape, _) in saved.items()}
     stored = {name: _stored_name(name, saved) for name in wanted}
     _compare(saved, {stored[name]: leaf for name, leaf in wanted.items()}, self.folder / str(step))
+    with _corruption(): _refuse_odd(self.folder / str(step))
     arguments = {item: ocp.args.StandardRestore({stored[name]: leaf for name, leaf in part.items()})
                  for item, part in _items(wanted).items()}
     with _corruption():
@@ -202,6 +203,7 @@ class Checkpoints:
   def _entries(self, step: int) -> dict:
     """{path: [dtype, shape, digest]} of a step's manifest, or Corrupt."""
     with _corruption():
+      _refuse_odd(self.folder / str(step) / 'manifest')
       args = ocp.args.Composite(manifest=ocp.args.JsonRestore())
       manifest = self._orbax.restore(self.folder / str(step), args=args)['manifest']
       if manifest['crc32'] != crc32(manifest['leaves']): raise Corrupt('its manifest is damaged')
@@ -214,8 +216,8 @@ class Checkpoints:
     with self._explained(step, size):
       self.folder.parent.stat()   # where that is gone, so is the run
       workdirs.folder(self.folder.parent, self.folder.name)
+      if self._place is not None and self._gone(): raise OSError(self._gone())
       found = os.stat(self.folder)
-      if self._place not in (None, (found.st_dev, found.st_ino)): raise OSError('another folder has taken its place')
       self._place = found.st_dev, found.st_ino
       for entry in self.folder.iterdir(): workdirs.place(self.folder, entry.name)   # a link to a step elsewhere, say
       self._clear_temporary()
@@ -247,11 +249,17 @@ class Checkpoints:
     """The loss that was saved with it; infinite where there is none."""
     return _sane(self.folder).get('loss', math.inf)
 
+  def _gone(self) -> str | None:
+    """Why the folder is not the one that was written into."""
+    try: found = os.stat(self.folder)
+    except OSError as error: return os.strerror(error.errno)
+    return 'another folder has taken its place' if self._place not in (None, (found.st_dev, found.st_ino)) else None
+
   @contextlib.contextmanager
   def _explained(self, step: int, size: int):
     try: yield
     except Exception as error:
-      if not (reason := writing.reason(error)): raise
+      if not (reason := writing.reason(error) or self._gone()): raise   # libraries say all sorts of things
       self._clear_temporary()
       raise WriteError(f'step {step}, of {size:,} bytes, cannot be saved in {self.folder}: {reason}'
                        f'{writing.free(self.folder)}; earlier steps are as they were') from error
@@ -304,6 +312,14 @@ def _manifest(leaves: dict) -> dict:
   if bad: raise NonFinite(f'state not saved: NaN or infinity in {", ".join(bad[:5])}{" …" if len(bad) > 5 else ""}')
   entries = {name: [str(leaf.dtype), list(leaf.shape), found[name][0]] for name, leaf in leaves.items()}
   return {'leaves': entries, 'crc32': crc32(entries)}
+
+
+def _refuse_odd(folder: Path):
+  """Raises Corrupt for a link, which would be read elsewhere, or a pipe, which would be waited for."""
+  if not folder.is_dir(): return   # Orbax says so
+  try:
+    with os.scandir(folder) as entries: workdirs.check_all(entries)
+  except ConfigError as error: raise Corrupt(f'{Path(error.value).relative_to(folder)} is no file') from error
 
 
 def _check_entry(name, dtype, shape, value):

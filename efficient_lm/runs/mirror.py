@@ -101,9 +101,9 @@ class Mirror:
     self._stray = {name for name in there - wanted if _is_copied(name)}
     if not wanted or self._is_known(): return
     with workdirs.lock(self.folder):
-      workdirs.place(self.folder, INDEX).unlink(missing_ok=True)   # until all is here, this is not what is there
+      workdirs.delete(self.folder, INDEX)   # until all is here, this is not what is there
       kept = {name for name in wanted if self._index and self._index.get(name, 0) == self._sum(name)}
-      for name in self._files() - wanted: workdirs.place(self.folder, name).unlink(missing_ok=True)
+      for name in self._files() - wanted: workdirs.delete(self.folder, name)
       for name in sorted(wanted - kept): self._fetch(name)
       if self._index is not None: self._note_index()
     print(f'{self.address}: {len(wanted - kept):,} files fetched into {self.folder}', flush=True)
@@ -136,16 +136,14 @@ class Mirror:
 
   def _fetch(self, name: str):
     interruption.check()
-    workdirs.folder(self.folder, os.path.dirname(name))
-    path, beside = workdirs.place(self.folder, name), workdirs.place(self.folder, f'{name}.partial')
-    beside.unlink(missing_ok=True)
-    try: self.system.get_file(f'{self.root}/{name}', str(beside))
+    path = Path(self.folder) / name
+    try: workdirs.fill(self.folder, name, lambda beside: self.system.get_file(f'{self.root}/{name}', beside))
+    except ConfigError: raise
     except FileNotFoundError: return log.warning('%s/%s is missing, though the index there names it', self.address, name)
     except OSError as error:
       if not writing.reason(error): raise self._unusable(error) from error
       raise WriteError(f'{path} cannot be written: {writing.reason(error)}{writing.free(path)}') from error
     except Exception as error: raise self._unusable(error) from error
-    os.replace(beside, path)
 
   def _note_index(self):
     sealed.write(self.folder, INDEX, {'files': self._index})

@@ -16,7 +16,7 @@ from efficient_lm.errors import WriteError
 log = logging.getLogger(__name__)
 # How libraries beneath, which do not raise OSError, say the same.
 SAID = re.compile(r'No space left on device|Disk quota exceeded|File too large|Read-only file system|Permission denied|'
-                  r'Input/output error|Too many open files|No such file or directory|NOT_FOUND: Error (?:read|writ)ing')
+                  r'Input/output error|Too many open files|No such file or directory|NOT_FOUND: Error (?:read|writ|open)ing')
 OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)   # which no user can have meant
 _said: set[str] = set()
 

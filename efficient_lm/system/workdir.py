@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from efficient_lm.errors import ConfigError
@@ -30,12 +30,18 @@ _held: dict[Path, tuple[str, int]] = {}   # folders that this process holds: the
 def check(workdir):
   """Raises ConfigError for the first link, or anything else that is neither a file nor a folder, among what runs write."""
   if not os.path.isdir(workdir): return
-  with os.scandir(workdir) as entries: own = [entry for entry in entries if entry.name.split('.')[0] in WRITTEN]
-  while own:
-    entry = own.pop()
+  with os.scandir(workdir) as entries: check_all(entry for entry in entries if entry.name.split('.')[0] in WRITTEN)
+
+
+def check_all(entries: Iterable[os.DirEntry]):
+  """Raises ConfigError for the first link, or anything else that is neither a file nor a folder, among entries of a folder
+  and all below them."""
+  left = list(entries)
+  while left:
+    entry = left.pop()
     _refuse_odd(entry.path, entry.stat(follow_symlinks=False).st_mode)
     if not entry.is_dir(follow_symlinks=False): continue
-    with os.scandir(entry.path) as entries: own += entries
+    with os.scandir(entry.path) as inside: left += inside
 
 
 def place(workdir, name: str) -> Path:
@@ -81,6 +87,15 @@ def write(workdir, name: str, content: str | bytes) -> Path:
   return path
 
 
+def fill(workdir, name: str, filled: Callable[[str], None]):
+  """As `write`, of a file that `filled` makes at the path that it is given."""
+  folder(workdir, os.path.dirname(name))
+  path, beside = place(workdir, name), place(workdir, f'{name}.partial')
+  beside.unlink(missing_ok=True)
+  filled(str(beside))
+  os.replace(beside, path)
+
+
 def append(workdir, name: str):
   """A binary file without a buffer, opened to be written on at its end. Raises ConfigError for one that has a second name
   elsewhere."""
@@ -101,6 +116,12 @@ def remove(workdir, name: str):
   still_held(workdir)
   path = place(workdir, name)
   if path.is_dir(): shutil.rmtree(path)
+
+
+def delete(workdir, name: str):
+  """Deletes a file, if it is there."""
+  still_held(workdir)
+  place(workdir, name).unlink(missing_ok=True)
 
 
 def move(workdir, name: str, to: str):
