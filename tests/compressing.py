@@ -86,6 +86,9 @@ class Context:
   key: Any = dataclasses.field(default_factory=lambda: jax.random.key(3))
   mesh: Any = None
   available: int = 4
+  followed: Any = None
+
+  def follow(self, followed): self.followed = followed
 
   def batches(self, count: int):
     found = (batch_of(seed) for seed in range(min(count, self.available)))

@@ -154,7 +154,7 @@ def model_of(experiment: Experiment, workdir: str | None = None):
   `workdir` has recorded. Raises ConfigError where neither is there."""
   if experiment.model is not None: return experiment.model
   start = recorded(workdir).get('start')
-  if not experiment.start.here and start: return _recorded_spec(workdir, start)
+  if not experiment.start.here and start: return recorded_spec(os.path.join(workdir, RUN_JSON), start['spec'])
   _check_here('config.start', experiment.start)
   return experiment.start.spec()
 
@@ -172,15 +172,15 @@ def recorded(workdir: str | os.PathLike | None) -> dict:
   return data
 
 
-def _recorded_spec(workdir: str, start: dict):
-  """The description of the model that a run in `workdir` has started from. Raises CheckpointError."""
+def recorded_spec(path: str, data):
+  """The description of a model that the file `path` of a run has recorded. Raises CheckpointError."""
   try:
-    spec = from_json(start['spec'])
+    spec = from_json(data)
     if not isinstance(spec, names.Unread):
-      if not hasattr(spec, 'build'): raise ConfigError('start.spec', spec, 'is no description of a model')
-      fields.check(spec, 'start.spec')
+      if not hasattr(spec, 'build'): raise ConfigError('spec', spec, 'is no description of a model')
+      fields.check(spec, 'spec')
     return spec
-  except (ConfigError, RecursionError) as error: raise sealed.damaged(os.path.join(workdir, RUN_JSON), error) from error
+  except (ConfigError, RecursionError) as error: raise sealed.damaged(path, error) from error
 
 
 def choose(variant: str, choices: dict[str, Any]):

@@ -10,7 +10,9 @@ import jax
 from flax import nnx
 
 from efficient_lm.compression import rewriting
-from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.config import fields
+from efficient_lm.errors import CheckpointError, ConfigError, IncompatibleError
+from efficient_lm.models.described import described
 from efficient_lm.parallel.processes import on_first
 from efficient_lm.parallel.sharding import placed, single_device_mesh
 from efficient_lm.runs import ledger, record, structure, writing
@@ -22,11 +24,18 @@ def commit(workdir, planned: record.Planned, step: int, model, row: ledger.Row, 
   """Saves what a stage has left and returns when it is on disk. `step`: of all trainings so far; `sample`: of its text.
   Raises WriteError."""
   entries = {'key': planned.key, 'step': step, 'row': ledger.as_json(row), 'structure': structure.described(model),
-             'weights': [dataclasses.asdict(line) for line in rewriting.table(model)], 'sample': sample}
+             'spec': _spec(model), 'weights': [dataclasses.asdict(line) for line in rewriting.table(model)],
+             'sample': sample}
   folder = record.stage_folder(workdir, planned)
   with writing.needed(folder): on_first(workdirs.folder, workdir, 'stages')
   with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
     checkpoints.save(step, {'model': model}, wait=True, record=entries)
+
+
+def _spec(model):
+  """What a config would say of the model; None where it has parts of a user's own."""
+  try: return fields.to_json(described(model))
+  except (IncompatibleError, AttributeError): return None
 
 
 def abstract(workdir, planned: record.Planned):

@@ -18,7 +18,11 @@ class Context:
   def __init__(self, *, key, mesh, corpus, folder: Path, field: str, tokens_seen: int, training, monitor):
     self.key, self.mesh, self.corpus, self.folder, self.field = key, mesh, corpus, folder, field
     self.tokens_seen, self._training, self._monitor = tokens_seen, training, monitor
-    self._checkpoints = None
+    self._checkpoints, self.followed = None, None
+
+  def follow(self, followed: Callable):
+    """For a stage that moves weights and knows only now where to: followed(before) -> after, as `runs.invariants` has it."""
+    self.followed = followed
 
   def batches(self, count: int) -> Iterator[dict[str, Any]]:
     """Batches of training text that follow those trained on, on the mesh, always the same ones."""

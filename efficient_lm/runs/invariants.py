@@ -19,16 +19,17 @@ def read(model) -> dict[str, tuple]:
   return {path: found for path, found in promised.items() if found}
 
 
-def check(before: dict[str, tuple], model, stage) -> list[str]:
+def check(before: dict[str, tuple], model, stage, followed=None) -> list[str]:
   """Notes on what the stage has given up. Raises IncompatibleError, with weight and stage, for what it has lost without
   saying so.
 
-  A stage that moves weights to other paths says where, by `follow(before) -> after`; one that may lose something says what,
-  by `gives_up`, names of kinds ('zeros')."""
+  A stage that moves weights to other paths says where, by `follow(before) -> after`, or, where it knows that only once it
+  has been performed, to its context (`followed`); one that may lose something says what, by `gives_up`, names of kinds
+  ('zeros')."""
   name, gives_up = getattr(stage, 'name', type(stage).__name__), getattr(stage, 'gives_up', ())
-  expected = stage.follow(before) if hasattr(stage, 'follow') else before
+  follow = followed or getattr(stage, 'follow', lambda before: before)
   weights, given_up = dict(select(model, Weight)), {}
-  for path, promised in expected.items():
+  for path, promised in follow(before).items():
     for one in promised:
       if path in weights and one.held_by(weights[path]): continue
       if one.kind not in gives_up:

@@ -201,6 +201,17 @@ def chosen(workdir, stage: int | None = None) -> Planned:
   return planned
 
 
+def left_spec(workdir, stage: int | None = None):
+  """The description of the model that a run's last stage has left, or stage number `stage`; None where it has none, or has
+  not come so far. Raises CheckpointError for one that is damaged."""
+  known = read(workdir)
+  numbered = {int(planned.folder.partition('_')[0]): planned for planned in known.plan} if known else {}
+  planned = numbered.get(max(numbered, default=None) if stage is None else stage)
+  found = committed(workdir, planned) if planned else None
+  if found is None or found.get('spec') is None: return None
+  return experiments.recorded_spec(str(stage_folder(workdir, planned)), found['spec'])
+
+
 def tokenizer(workdir):
   """The tokenizer that a run was trained with. Raises CheckpointError where there is none, or another one."""
   from efficient_lm.data import tokenizers

@@ -220,7 +220,7 @@ class Run:
       folder=self._checkpoints(step), tokens_seen=step.tokens, training=step.training, monitor=monitor)
     with contextlib.closing(context), in_field(step.field, step.stage):
       model, notes = step.stage(model, context)
-      return model, (*notes, *invariants.check(promised, model, step.stage))
+      return model, (*notes, *invariants.check(promised, model, step.stage, context.followed))
 
   @functools.cached_property
   def _keys(self):

@@ -46,7 +46,9 @@ class FromRun:
 
   def spec(self):
     """Raises ConfigError where there is no such run."""
-    with _once(self.path): return experiment.model_of(experiment.read(self.path), self.path)
+    with _once(self.path):
+      trained = experiment.read(self.path)
+      return record.left_spec(self.path, self.stage) or experiment.model_of(trained, self.path)
 
   def abstract(self):
     """Raises CheckpointError where the run has not come so far."""

@@ -11,7 +11,8 @@ import pytest
 
 from efficient_lm import commands, evaluate, generate, report
 from efficient_lm.config import experiment
-from efficient_lm.runs import record, results, tracking
+from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.runs import FromRun, record, results, tracking
 from tests import minute
 
 pytestmark = pytest.mark.fault('a run of others: config, record, manifest, tokenizer, log, ledger',
@@ -204,6 +205,14 @@ def test_an_odd_commit_is_one_line(command, folder, change):
   (folder / 'ledger.json').unlink()
   line = command()[-1]
   assert '1_train' in line and len(line) < 500
+
+
+@pytest.mark.parametrize('spec', [3, [], 'x', {}, {'class': 'Train'}, {'class': 'Transformer', 'dim': 'x'},
+                                  {'class': 'Transformer', 'dim': -1}])
+def test_an_odd_description_of_what_a_stage_left_is_one_line(folder, spec):
+  manifest(folder, {'key': 'k', 'step': 4, 'spec': spec})
+  with pytest.raises((CheckpointError, ConfigError)) as caught: FromRun(path=str(folder)).spec()
+  assert '1_train' in str(caught.value) and '\n' not in str(caught.value) and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize('leaves', [3, [], {'model/a': 3}, {'model/a': ['float32', [2]]}, {'model/a': ['x', [2], 0]},

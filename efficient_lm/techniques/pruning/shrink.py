@@ -49,8 +49,9 @@ class Shrink:
       smaller = dimensions.removed(whole, removal, context.mesh)
       found[shape] = importance.mean_loss(smaller, batches) if len(shapes) > 1 else None
       if best is None or found[shape] < found[best[0]]: best = shape, removal, smaller
-    shape, self._removal, smaller = best
-    return smaller, tuple(_notes(model, smaller, self._removal, ranked, batches, found))
+    _, removal, smaller = best
+    context.follow(removal.follow)   # masks are cut as the arrays beneath them
+    return smaller, tuple(_notes(model, smaller, removal, ranked, batches, found))
 
   def abstract(self, model):
     """The smaller model, from shapes alone. Of several candidates the first: which is taken is known when it has been."""
@@ -65,10 +66,6 @@ class Shrink:
     smaller = dimensions.Removal(model, kept)(model)
     dimensions.require_fits(smaller, jax.sharding.get_abstract_mesh())
     return smaller
-
-  def follow(self, invariants: dict[str, tuple]) -> dict[str, tuple]:
-    """What is promised of weights, of what the last call has left of them: masks are cut as the arrays beneath them."""
-    return self._removal.follow(invariants) if hasattr(self, '_removal') else invariants
 
   def _ranked(self, left) -> list[tuple[Any, list]]:
     """Each score, with the spaces that it ranks. Raises IncompatibleError for one that none does."""

@@ -155,9 +155,9 @@ def test_masks_are_cut_and_their_zeros_stay_promised():
   from efficient_lm.runs import invariants
   pruned, _ = PruneOnce(sparsity=.5, where='(down|query)$')(model_of(mlp='experts'), Context())
   for made in (stage(hidden=.5, experts=2, layers=1), GivingUp(stage=stage(hidden=.5), lost=('zeros',))):
-    before = invariants.read(pruned)
-    smaller, _ = made(pruned, Context())
-    assert invariants.check(before, smaller, made) == []
+    before, context = invariants.read(pruned), Context()
+    smaller, _ = made(pruned, context)
+    assert invariants.check(before, smaller, made, context.followed) == []
     assert len(dict(tree.select(smaller, Masked))) == 3
 
 
