@@ -35,6 +35,7 @@ from tests.training.tiny import V, batch_of
 pytestmark = pytest.mark.skipif('jax.device_count() != 8', reason='needs eight devices: run the tests on CPU')
 BEFORE, AFTER, TOTAL = 3, 2, 40   # steps before the first move, after each one, and in the whole training
 TOLERANCE = 1e-5   # of losses; sums of float32 in other orders differ by some 1e-7 in a step
+ROUNDED = 5e-3     # where products round what they multiply
 SCHEDULE = WarmupCosine(peak=1e-3, warmup=4)
 LEARNED = QuantAware(rules=(Rule(weights=Int(bits=4), activations=Int(scales=Tensor())),), method=LearnedSteps(),
                      activation_method=LearnedSteps())
@@ -44,17 +45,21 @@ PRUNE = Prune(sparsity=0.5, start=0, end=4, every=1)   # redraws its masks befor
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What is trained. holds: words in the paths of leaves that have to be there."""
+  """What is trained. holds: words in the paths of leaves that have to be there. rounds: whether its products round what they
+  multiply, activations and gradients too: sums in another order, some 1e-7 apart, are now and then rounded to another
+  integer, and losses are up to 3e-3 apart then; so they are on two meshes without any move."""
   techniques: tuple
   optimizer: object
   holds: tuple[str, ...]
+  rounds: bool = False
 
 
 EIGHT_BITS = AdamW(schedule=SCHEDULE, state_bits=8)
 CASES = {
   'masks and learned steps': Case((PRUNE, LEARNED), EIGHT_BITS, ('codes', 'keep', 'step')),
-  'late quantization in low precision': Case((LATE, LowPrecisionTraining()), EIGHT_BITS, ('codes', 'counter')),
-  'BitNet, spikes skipped': Case((BitNet(), SkipSpikes(window=4)), EIGHT_BITS, ('codes', 'losses_W')),
+  'late quantization in low precision': Case((LATE, LowPrecisionTraining()), EIGHT_BITS, ('codes', 'counter'), rounds=True),
+  'BitNet, spikes skipped': Case((BitNet(), SkipSpikes(window=4)), EIGHT_BITS, ('codes', 'losses_W'),
+                                  rounds=True),
   'masks under Muon': Case((PRUNE,), Muon(schedule=SCHEDULE), ('keep',)),
 }
 # Devices, and (data, fsdp, expert, tensor).
@@ -118,8 +123,7 @@ def cases(long: bool):
 
 
 def test_a_state_is_the_same_bit_for_bit_on_any_mesh_and_its_losses_go_on_as_they_would_have(tmp_path, request, tried):
-  moves = compared = 0
-  worst = 0.0
+  moves, worst, compared = dict.fromkeys((TOLERANCE, ROUNDED), 0), dict.fromkeys((TOLERANCE, ROUNDED), 0.0), 0
   for number, (case, chain) in enumerate(cases(request.config.getoption('--long'))):
     trainings = [Training(case, sizes) for sizes in chain]
     state, _ = trainings[0].go(trainings[0].start(), BEFORE)
@@ -128,20 +132,22 @@ def test_a_state_is_the_same_bit_for_bit_on_any_mesh_and_its_losses_go_on_as_the
     if 'codes' in case.holds: assert sum(leaf.dtype == np.int8 for leaf in found.values()) > 3
     checkpoints = Checkpoints(tmp_path / str(number), keep=99)
     checkpoints.save(BEFORE, state, wait=True)
-    _, wanted = trainings[0].go(state, AFTER * (len(chain) - 1))   # on the first mesh, never moved
-    for i, training in enumerate(trainings[1:]):
+    for i, (here, training) in enumerate(itertools.pairwise(trainings)):
       step = BEFORE + AFTER * i
+      _, expected = here.go(state, AFTER)   # where it was
       moved = checkpoints.restore(training.shapes, step)
       for path, leaf in leaves(moved).items():
         assert leaf.dtype == found[path].dtype and leaf.tobytes() == found[path].tobytes(), (path, chain[i + 1])
         compared += 1
-      moved, losses = training.go(moved, AFTER)
-      expected = wanted[AFTER * i:AFTER * (i + 1)]
-      worst = max(worst, *np.abs(np.array(losses) / expected - 1))
-      np.testing.assert_allclose(losses, expected, rtol=TOLERANCE, err_msg=f'{chain[i]} to {chain[i + 1]}')
-      checkpoints.save(step + AFTER, moved, wait=True)
-      found, moves = leaves(moved), moves + 1
+      state, losses = training.go(moved, AFTER)
+      tolerance = ROUNDED if case.rounds else TOLERANCE
+      worst[tolerance] = max(worst[tolerance], *np.abs(np.array(losses) / expected - 1))
+      np.testing.assert_allclose(losses, expected, rtol=tolerance, err_msg=f'{chain[i]} to {chain[i + 1]}')
+      checkpoints.save(step + AFTER, state, wait=True)
+      found = leaves(state)
+      moves[tolerance] += 1
     checkpoints.close()
-  print(f'{moves} moves, {compared} leaves compared, losses within {worst:.1e}')
-  tried('resharding with masks, moments in 8 bits and the state of quantization', moves, leaves_equal_bit_for_bit=compared,
-        **{'moves with losses within 1e-5': moves})
+  print(f'{moves} moves, {compared} leaves compared, losses within {worst}')
+  tried('resharding with masks, moments in 8 bits and the state of quantization', sum(moves.values()),
+        leaves_equal_bit_for_bit=compared, **{'moves with losses within 1e-5': moves[TOLERANCE],
+                                              'moves with losses within 5e-3, of products in 8 bits': moves[ROUNDED]})
