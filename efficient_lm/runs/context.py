@@ -1,12 +1,16 @@
 """What a stage may use: its key, its place on the machine, text, and ways to save, log and measure while it goes."""
 import contextlib
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from efficient_lm.errors import Preempted, WriteError
 from efficient_lm.parallel.sharding import place
 from efficient_lm.runs.checkpoint import Checkpoints
+
+log = logging.getLogger(__name__)
 
 
 class Context:
@@ -67,6 +71,13 @@ class Context:
     """A progress bar from step `first` to `last`: a context whose value is called as advance(step, numbers or None)."""
     return self._monitor.progress(first, last)
 
-  def close(self):
-    """Waits for what is still being saved."""
-    if self._checkpoints is not None: self._checkpoints.close()
+  def __enter__(self): return self
+
+  def __exit__(self, kind, error, traceback):
+    """Waits for what is still being saved. Where that fails, it is the error, also at the end by a signal, which would say
+    that all is saved; any other error before it stands, and this is a warning."""
+    if self._checkpoints is None: return
+    try: self._checkpoints.close()
+    except WriteError as late:
+      if error is None or isinstance(error, Preempted): raise
+      log.warning('%s', late)

@@ -218,7 +218,7 @@ class Run:
     context = Context(
       key=jax.random.fold_in(self._keys[1], step.number), mesh=self.mesh, corpus=self.corpus, field=step.field,
       folder=self._checkpoints(step), tokens_seen=step.tokens, training=step.training, monitor=monitor)
-    with contextlib.closing(context), in_field(step.field, step.stage):
+    with context, in_field(step.field, step.stage):
       model, notes = step.stage(model, context)
       return model, (*notes, *invariants.check(promised, model, step.stage, context.followed))
 

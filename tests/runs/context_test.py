@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from efficient_lm.errors import NonFinite, Preempted, WriteError
 from efficient_lm.parallel.sharding import single_device_mesh
 from efficient_lm.runs.context import Context
 from tests import minute
@@ -38,11 +39,25 @@ def test_calibration_reads_what_follows_what_was_trained_on(corpus, tmp_path):
 def test_what_is_saved_stays_in_the_stages_folder(corpus, tmp_path):
   made = context(corpus, tmp_path / 'checkpoints')
   assert not (tmp_path / 'checkpoints').exists()
-  made.checkpoints.save(1, {'model': {'a': np.ones(2, np.float32)}})
-  made.close()
+  with made: made.checkpoints.save(1, {'model': {'a': np.ones(2, np.float32)}})
   assert (tmp_path / 'checkpoints' / '1').is_dir()
 
 
 def test_a_context_that_saves_nothing_leaves_nothing(corpus, tmp_path):
-  context(corpus, tmp_path / 'checkpoints').close()
+  with context(corpus, tmp_path / 'checkpoints'): pass
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('error, raised', [(None, WriteError), (Preempted, WriteError), (NonFinite, NonFinite)])
+def test_a_save_that_fails_last_is_told_but_does_not_hide_what_failed_before(corpus, tmp_path, caplog, error, raised):
+  """A signal's code says that all is saved: it is not to be had where it is not."""
+  made = context(corpus, tmp_path / 'run' / 'checkpoints')
+  (tmp_path / 'run').mkdir()
+  with pytest.raises(raised), made:
+    made.checkpoints.save(1, {'model': {'a': np.ones(2, np.float32)}}, wait=True)
+    made.checkpoints.close = lambda: fail()
+    if error: raise error('before')
+  assert ('no room' in caplog.text) == (raised is NonFinite)
+
+
+def fail(): raise WriteError('no room')
