@@ -17,7 +17,8 @@ import pytest
 def pytest_addoption(parser):
   parser.addoption('--kills', type=int, default=2, help='how many times tests/faults kills a recipe of stages')
   parser.addoption('--long', action='store_true', help='all tests, those of tests/long.py too')
-  parser.addoption('--tried', metavar='FOLDER', help='where tests of faults leave a record of what they have tried')
+  parser.addoption('--tried', metavar='FOLDER', type=os.path.abspath,   # tests go elsewhere
+                   help='where tests of faults leave a record of what they have tried')
 
 
 def pytest_configure(config):
