@@ -140,12 +140,14 @@ def _within_block(w_BO, entries, keep_BO, factor_BB, project, choose, together: 
   return lax.fori_loop(0, w_BO.shape[0] // together, some, (w_BO, empty, empty, keep_BO))[1:]
 
 
-def gptq(w_OI, gram_II, format, *, range=None, **options):
+def gptq(w_OI, gram_II, format, *, range=None, choice: Choice | None = None, **options):
   """w_OI quantized by the solver: `formats.Encoded`, as `format.encode` gives it. With a mask or a `Choice` it is pruned in
   the same pass.
 
   Scales are fitted beforehand, to the weights as they were ('static groups'). Hence columns can be quantized in any order,
-  and are stored in their own: no permutation has to be stored or undone. With a multiple of the identity as Hessian it is
+  and are stored in their own: no permutation has to be stored or undone. Weights that make up for pruned ones grow beyond
+  what they were, and would be clipped: with a choice, zeros are chosen by a sweep without rounding, and scales are fitted to
+  what it leaves. With a multiple of the identity as Hessian it is
   round-to-nearest, bit for bit (of `Ternary`, whose scale is a mean, in the same program); so are the columns of inputs that
   were never active (the paper sets those to zero, which only calibration data could justify).
 
@@ -154,8 +156,9 @@ def gptq(w_OI, gram_II, format, *, range=None, **options):
     format: any; steps are those of its scales for w_OI.
     range: of the scales, None for the format's own.
   """
-  w_OI = w_OI.astype(jnp.float32)
-  scales = format.scales_for(w_OI, range)
+  w_OI = fitted_OI = w_OI.astype(jnp.float32)
+  if choice is not None: fitted_OI, options['keep_OI'] = solve(w_OI, gram_II, choice=choice, **options)
+  scales = format.scales_for(fitted_OI, range)
   step_OI, zero_OI = (None if x is None else _per_number(x, w_OI.shape) for x in format.steps(scales))
 
   snapped = lambda w_O, entries: format.snap(w_O, *entries)

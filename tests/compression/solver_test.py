@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from efficient_lm.compression import hessian, solver
-from efficient_lm.formats import Affine, Int, MeanSquaredError, Percentile, Ternary
+from efficient_lm.compression.patterns import PerMatrix
+from efficient_lm.formats import Affine, Group, Int, MeanSquaredError, Percentile, Ternary
 from tests.formats.every import FORMATS, NAMES
 
 O, I = 16, 64
@@ -96,3 +97,25 @@ def test_with_the_identity_as_hessian_it_is_round_to_nearest(format):
   np.testing.assert_array_equal(solved, nearest)
   alone = format.decode(gptq(weight(), 3. * jnp.eye(I), format))
   np.testing.assert_allclose(alone, nearest, rtol=2. ** -21 if isinstance(format, Ternary) else 0)
+
+
+def test_one_sweep_of_pruning_and_rounding_loses_no_more_than_one_after_the_other():
+  """By the output error beside that of pruning alone, as a mean of several matrices. Scales of the weights as they were would
+  clip what has grown to make up for what is gone: rounding costs a quarter more then (0.093 for 0.072)."""
+  form, choice, found = Int(bits=4, scales=Group(size=32)), solver.Choice(PerMatrix(), 0.5), []
+  for seed in range(4):
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(128, 128)) * np.exp(-0.05 * np.arange(128))[:, None] + 4 * np.eye(128)
+    x_MI = rng.normal(size=(1024, 128)) @ mixed
+    w_OI, gram_II = (jnp.asarray(array, jnp.float32) for array in (rng.normal(size=(64, 128)), x_MI.T @ x_MI))
+    error = lambda q_OI: float(jnp.einsum('oi,ij,oj', w_OI - q_OI, gram_II, w_OI - q_OI))
+    pruned_OI, keep_OI = solver.solve(w_OI, gram_II, choice=choice, act_order=False)
+    at_once = form.decode(solver.gptq(w_OI, gram_II, form, choice=choice, act_order=False))
+    after = form.decode(solver.gptq(pruned_OI, gram_II, form, keep_OI=keep_OI))
+    steps = [solver._per_number(x, w_OI.shape) for x in form.steps(form.scales_for(w_OI)) if x is not None]
+    clipped, _ = solver.solve(w_OI, gram_II, lambda w_O, entries: form.snap(w_O, *entries, None), steps, choice=choice,
+                              act_order=False)
+    assert np.array_equal(np.asarray(at_once) != 0, np.asarray(at_once * keep_OI) != 0), 'by the same mask'
+    found.append([error(q_OI) / error(pruned_OI) for q_OI in (at_once, after, clipped)])
+  at_once, after, clipped = np.mean(found, 0)
+  assert at_once < 1.01 * after and at_once - 1 < 0.85 * (clipped - 1), found
