@@ -145,20 +145,22 @@ def gptq(w_OI, gram_II, format, *, range=None, choice: Choice | None = None, **o
   the same pass.
 
   Scales are fitted beforehand, to the weights as they were ('static groups'). Hence columns can be quantized in any order,
-  and are stored in their own: no permutation has to be stored or undone. Weights that make up for pruned ones grow beyond
-  what they were, and would be clipped: with a choice, zeros are chosen by a sweep without rounding, and scales are fitted to
-  what it leaves. With a multiple of the identity as Hessian it is
+  and are stored in their own: no permutation has to be stored or undone. With a multiple of the identity as Hessian it is
   round-to-nearest, bit for bit (of `Ternary`, whose scale is a mean, in the same program); so are the columns of inputs that
   were never active (the paper sets those to zero, which only calibration data could justify).
+
+  With a choice, a first sweep prunes without rounding, in the inputs' own order: of the most active ones a block would lose
+  its share, too. What it leaves has grown to make up for what is gone; it is that to which scales are fitted, and what is
+  rounded.
 
   Args:
     w_OI, gram_II, options: see `solve`.
     format: any; steps are those of its scales for w_OI.
     range: of the scales, None for the format's own.
   """
-  w_OI = fitted_OI = w_OI.astype(jnp.float32)
-  if choice is not None: fitted_OI, options['keep_OI'] = solve(w_OI, gram_II, choice=choice, **options)
-  scales = format.scales_for(fitted_OI, range)
+  w_OI = w_OI.astype(jnp.float32)
+  if choice is not None: w_OI, options['keep_OI'] = solve(w_OI, gram_II, choice=choice, **options | {'act_order': False})
+  scales = format.scales_for(w_OI, range)
   step_OI, zero_OI = (None if x is None else _per_number(x, w_OI.shape) for x in format.steps(scales))
 
   snapped = lambda w_O, entries: format.snap(w_O, *entries)

@@ -10,8 +10,10 @@ from experiments import collecting
 
 # Name of a run -> what the table says it is; in the table's order.
 NAMES = {
-  'dense': 'dense', 'magnitude_50': 'magnitude, 50 %', 'wanda_50': 'Wanda, 50 %', 'sparsegpt_50': 'SparseGPT, 50 %',
-  'magnitude_2_4': 'magnitude, 2:4', 'wanda_2_4': 'Wanda, 2:4', 'sparsegpt_2_4': 'SparseGPT, 2:4', 'int4': 'GPTQ, 4 bits',
+  'dense': 'dense', 'magnitude_50': 'magnitude, 50 %, within a matrix', 'wanda_50_matrix': 'Wanda, 50 %, within a matrix',
+  'magnitude_50_output': 'magnitude, 50 %, within an output', 'wanda_50': 'Wanda, 50 %, within an output',
+  'sparsegpt_50': 'SparseGPT, 50 %', 'magnitude_2_4': 'magnitude, 2:4', 'wanda_2_4': 'Wanda, 2:4',
+  'sparsegpt_2_4': 'SparseGPT, 2:4', 'int4': 'GPTQ, 4 bits',
   'joint': '50 % and 4 bits in one pass', 'one_after_the_other': 'SparseGPT, 50 %, then GPTQ, 4 bits'}
 
 

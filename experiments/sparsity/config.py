@@ -16,6 +16,8 @@ def stages_of() -> dict[str, tuple]:
   for name, score in SCORES.items():
     found[f'{name}_50'] = (by.PruneOnce(sparsity=0.5, score=score()),)
     found[f'{name}_2_4'] = (by.PruneOnce(pattern=by.NofM(), score=score()),)
+  found['magnitude_50_output'] = (by.PruneOnce(sparsity=0.5, pattern=by.PerOutput()),)
+  found['wanda_50_matrix'] = (by.PruneOnce(sparsity=0.5, score=by.Wanda(), pattern=by.PerMatrix()),)
   int4 = lambda **zeros: by.Quantize(rules=(INT4,), method=by.Gptq(**zeros))
   found['int4'] = (int4(),)
   found['joint'] = (int4(sparsity=0.5),)

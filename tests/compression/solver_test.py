@@ -99,7 +99,7 @@ def test_with_the_identity_as_hessian_it_is_round_to_nearest(format):
   np.testing.assert_allclose(alone, nearest, rtol=2. ** -21 if isinstance(format, Ternary) else 0)
 
 
-def test_one_sweep_of_pruning_and_rounding_loses_no_more_than_one_after_the_other():
+def test_pruning_and_rounding_in_one_pass_loses_no_more_than_one_after_the_other():
   """By the output error beside that of pruning alone, as a mean of several matrices. Scales of the weights as they were
   would clip what has grown to make up for what is gone: rounding costs a quarter more then (0.093 for 0.072)."""
   form, choice, found = Int(bits=4, scales=Group(size=32)), solver.Choice(PerMatrix(), 0.5), []

@@ -16,7 +16,7 @@ class Gptq(Method):
   of all that follow, which changes the speed only. `true_sequential`: within a layer too, each product is calibrated on the
   outputs of quantized ones before it (for a forward pass more for each). `range`: of the scales, None for the format's own.
   Pruned entries stay zero. `sparsity`, or a `pattern` that says it, NofM(…): so many entries of each matrix of the layers
-  are pruned in the same pass, by masks chosen as SparseGpt() chooses them, in the inputs' own order."""
+  are pruned in the same pass, as SparseGpt() prunes them, before what is left is rounded."""
   act_order: bool = True
   damping: float = 0.01
   block: int = 128
@@ -49,8 +49,7 @@ class Gptq(Method):
   def encode(self, w_OI, format, statistics, keep_OI=None):
     from efficient_lm.compression.solver import Choice, gptq
     choice = None if self.prunes is None else Choice(self.prunes, self.prunes.share(self.sparsity))
-    ordered = self.act_order and choice is None   # of a block of the most active inputs, too, the share would go
-    return gptq(w_OI, statistics['gram'], format, keep_OI=keep_OI, choice=choice, range=self.range, act_order=ordered,
+    return gptq(w_OI, statistics['gram'], format, keep_OI=keep_OI, choice=choice, range=self.range, act_order=self.act_order,
                 block=self.block, damping=self.damping)
 
   def without_data(self, w_OI, format, keep_OI=None):
