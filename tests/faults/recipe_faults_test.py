@@ -92,7 +92,7 @@ def kill_at_any_time(program, workdir, rng, seconds):
   while program.poll() is None and time.monotonic() < limit: time.sleep(1e-3)
 
 
-MOMENTS = (kill_inside_a_save, kill_between_stages, kill_at_any_time)
+MOMENTS = (kill_inside_a_save, kill_between_stages, kill_inside_a_save, kill_at_any_time)   # half of them in saves
 
 
 def test_a_killed_recipe_leaves_what_an_untouched_one_does(start, untouched, request, tried):
