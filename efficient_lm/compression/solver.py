@@ -141,8 +141,8 @@ def _within_block(w_BO, entries, keep_BO, factor_BB, project, choose, together: 
 
 
 def gptq(w_OI, gram_II, format, *, range=None, choice: Choice | None = None, **options):
-  """w_OI quantized by the solver: `formats.Encoded`, as `format.encode` gives it. With a mask or a `Choice` it is pruned in
-  the same pass.
+  """w_OI quantized by the solver: `formats.Encoded`, as `format.encode` gives it. What a mask names is 0; with a `Choice`
+  it is pruned first, for the same inputs.
 
   Scales are fitted beforehand, to the weights as they were ('static groups'). Hence columns can be quantized in any order,
   and are stored in their own: no permutation has to be stored or undone. With a multiple of the identity as Hessian it is

@@ -107,18 +107,17 @@ def test_a_mask_that_is_there_stays_and_makes_up_for_nothing():
   assert not np.any(np.asarray(found)[~np.asarray(both)])
 
 
-def test_pruning_and_rounding_in_one_pass_err_less_than_one_after_the_other():
-  """In the mean over random problems; and the same entries would not be taken."""
-  format, ratios = Int(bits=4, scales=Group(size=8)), []
-  joint = jax.jit(lambda w, g: format.decode(gptq(w, g, format, choice=Choice(PerMatrix(), 0.5), block=8, act_order=False)))
-  after = jax.jit(lambda w, g, k: format.decode(gptq(w, g, format, keep_OI=k, block=8, act_order=False)))
-  for seed in range(8):
+def test_pruning_and_rounding_at_once_is_one_after_the_other_on_the_same_inputs():
+  """Bit for bit. What it has before two stages is that they see other inputs: the first, those of a model that nobody rounded."""
+  format = Int(bits=4, scales=Group(size=8))
+  at_once = jax.jit(lambda w, g: format.decode(gptq(w, g, format, choice=Choice(PerMatrix(), 0.5), block=8)))
+  after = jax.jit(lambda w, g, k: format.decode(gptq(w, g, format, keep_OI=k, block=8)))
+  for seed in range(3):
     w_OI, gram_II = jnp.asarray(weight(seed, (24, 32))), gram(seed, 32)
     first, keep_OI = pruned(w_OI, gram_II, SparseGpt(block=8), PerMatrix())
-    found = joint(w_OI, gram_II)
-    assert np.mean(np.asarray(found) == 0) >= 0.5
-    ratios.append(error(found, w_OI, gram_II) / error(after(first, gram_II, keep_OI), w_OI, gram_II))
-  assert np.mean(ratios) < 1, ratios
+    found = at_once(w_OI, gram_II)
+    assert not np.any(np.asarray(found)[~np.asarray(keep_OI)]) and np.mean(keep_OI) == 0.5
+    np.testing.assert_array_equal(found, after(first, gram_II, keep_OI))
 
 
 def test_a_stack_is_its_matrices_one_by_one():
