@@ -17,6 +17,7 @@ STYLE = {
   'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#8a8f98', 'axes.labelcolor': '#4a4f57',
   'xtick.color': '#8a8f98', 'ytick.color': '#8a8f98', 'xtick.labelcolor': '#4a4f57', 'ytick.labelcolor': '#4a4f57',
   'axes.grid': True, 'grid.color': '#e8eaed', 'axes.axisbelow': True, 'legend.frameon': False, 'svg.fonttype': 'none',
+  'svg.hashsalt': 'charts',   # or the names of shapes within a picture would be drawn by chance
 }
 MAX_POINTS = 1000   # of a line; more are not seen and make pages heavy
 

@@ -55,12 +55,14 @@ def perform(workdir, config):
 
 
 @contextlib.contextmanager
-def poisoned(bad):
-  """Inside, the batches with these numbers weigh their targets with NaN."""
+def poisoned(bad, rows=slice(None)):
+  """Inside, the batches with these numbers weigh their targets with NaN, those of all rows or of some."""
   original = Batches.iterate
   def iterate(self, start=0):
     for number, batch in enumerate(original(self, start), start):
-      yield batch | {'weights_BT': np.full_like(batch['weights_BT'], np.nan)} if number in bad else batch
+      weights_BT = batch['weights_BT'].copy()
+      if number in bad: weights_BT[rows] = np.nan
+      yield batch | {'weights_BT': weights_BT}
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(Batches, 'iterate', iterate)
     yield
@@ -102,6 +104,20 @@ def test_exactly_the_bad_batches_are_refused_and_what_comes_before_is_untouched(
     assert rates == [untouched[step]['learning_rate'] for step in range(1, len(rates) + 1)], name
     counts += {'batches refused, and no others': len(bad)}
   tried(REFUSED, len(moments(request.config.getoption('--long'))), **counts)
+
+
+def test_a_batch_of_which_one_part_is_bad_is_refused_as_a_whole(untouched, tmp_path):
+  """Of eight rows in four parts the third: nothing of the others reaches weights or moments."""
+  config = made()
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=4))
+  perform(tmp_path / 'good', config)
+  with poisoned({MIDDLE}, rows=2): perform(tmp_path / 'bad', config)
+  with poisoned({MIDDLE}): perform(tmp_path / 'all', config)
+  assert [step - 1 for step, row in of_steps(tmp_path / 'bad').items() if row['skipped_in_a_row']] == [MIDDLE]
+  for step, row in of_steps(tmp_path / 'good').items():
+    assert row['loss'] == pytest.approx(untouched[step]['loss'], rel=1e-5), 'parts are summed in another order'
+    if step <= MIDDLE: assert row == of_steps(tmp_path / 'bad')[step]
+  assert left(tmp_path / 'bad') == left(tmp_path / 'all')
 
 
 def test_a_run_of_bad_batches_interrupted_in_their_midst_goes_on_as_if_it_had_not_been(tmp_path):

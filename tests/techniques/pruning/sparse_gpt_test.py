@@ -108,7 +108,7 @@ def test_a_mask_that_is_there_stays_and_makes_up_for_nothing():
 
 
 def test_pruning_and_rounding_at_once_is_one_after_the_other_on_the_same_inputs():
-  """Bit for bit. What it has before two stages is that they see other inputs: the first, those of a model that nobody rounded."""
+  """Bit for bit. Two stages would do it from other inputs: the first, of a model that nobody has rounded."""
   format = Int(bits=4, scales=Group(size=8))
   at_once = jax.jit(lambda w, g: format.decode(gptq(w, g, format, choice=Choice(PerMatrix(), 0.5), block=8)))
   after = jax.jit(lambda w, g, k: format.decode(gptq(w, g, format, keep_OI=k, block=8)))
