@@ -86,8 +86,9 @@ def join(group: Group | None, patience: int = PATIENCE):
   """Meets the other processes; returns when all are there. To be called before any device is used.
 
   Process 0 listens on the coordinator's address and on no other, unless JAX_COORDINATOR_BIND_ADDRESS names one. Raises
-  ConfigError for an address that cannot be listened on. Whoever does not appear within `patience` seconds ends this process
-  with one line and the exit code of `OtherProcess`: JAX would abort it without a word that helps.
+  ConfigError for an address that cannot be listened on, and where they were told of other numbers of processes. Whoever does
+  not appear within `patience` seconds ends this process with one line and the exit code of `OtherProcess`: JAX would abort
+  it without a word that helps.
   """
   if group is None: return
   import jax
@@ -110,6 +111,7 @@ def join(group: Group | None, patience: int = PATIENCE):
                       'port') from error
   finally: giving_up.cancel()
   stopping.share()
+  refuse_unlike(**{'--num_processes': f'{group.num_processes}'})   # JAX takes process 0's
 
 
 def _has_node_to_itself(environ) -> bool:
@@ -122,7 +124,8 @@ def _has_node_to_itself(environ) -> bool:
 def _give_up(group: Group, patience: int):
   where = f'--coordinator = {group.coordinator!r}' if group.coordinator else 'the coordinator that JAX has found'
   who = 'not all other processes have come' if group.process_id == 0 else 'no answer, or not all processes have come'
-  print(f'{where}: {who} within {patience} seconds; start all of them, with the same address, or wait longer: '
+  how = 'the same address' if group.process_id is None else 'the same address and a --process_id of its own'
+  print(f'{where}: {who} within {patience} seconds; start all of them, each with {how}, or wait longer: '
         f'--coordinator_timeout=SECONDS', file=sys.stderr, flush=True)
   os._exit(OtherProcess.exit_code)
 

@@ -141,8 +141,8 @@ def test_a_stage_for_one_process_is_refused_before_anything_is_written_and_done_
 
 
 @pytest.mark.parametrize(('own', 'named'), [
-  ({1: ['--config.train.log_every=7']}, 'config = '), ({1: ['--workdir={}/other']}, '--workdir = ')],
-  ids=['config', 'workdir'])
+  ({1: ['--config.train.log_every=7']}, 'config = '), ({1: ['--workdir={}/other']}, '--workdir = '),
+  ({1: ['--num_processes=3']}, '--num_processes = ')], ids=['config', 'workdir', 'number'])
 def test_processes_that_are_not_told_the_same_all_refuse(tmp_path, own, named):
   own = {number: [word.format(tmp_path) for word in words] for number, words in own.items()}
   (tmp_path / 'run').mkdir()
