@@ -31,6 +31,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.spl
 WITHOUT_OWN_TEST = {
   'efficient_lm/compression/counting.py': 'runs/measure_test',
   'efficient_lm/compression/importance.py': 'scores_test',
+  'efficient_lm/compression/latency.py': 'budget_test',
   'efficient_lm/compression/merged_experts.py': 'merging_test',
   'efficient_lm/runs/console.py': 'prints; seen in run_test',
   'efficient_lm/runs/monitor.py': 'what a run shows while it trains; run_test and resume_test',

@@ -43,10 +43,15 @@ class Shape:
     """Its sizes, as they are written."""
     return ', '.join(f'{name}={getattr(self, name):g}' for name in self.asked)
 
-  def resolve(self, model) -> tuple['Shape', ...]:
+  def resolve(self, model, mesh=None) -> tuple['Shape', ...]:
     """Candidates for a model: itself (see `compression.budget`)."""
-    del model
+    del model, mesh
     return (self,)
+
+  def notes(self, model, smaller, mesh) -> tuple[str, ...]:
+    """On what was measured to find it: nothing."""
+    del model, smaller, mesh
+    return ()
 
   def described(self, model: spec.Transformer) -> spec.Transformer:
     """The description of what stays of a model with this one: what would be trained from scratch for comparison. Raises

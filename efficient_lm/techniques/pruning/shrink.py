@@ -32,7 +32,7 @@ class Shrink:
     import jax
 
     from efficient_lm.compression import calibration, dimensions, importance, selection
-    shapes = self.to.resolve(model)
+    shapes = self.to.resolve(model, context.mesh)
     left = [dimensions.counts(model, shape) for shape in shapes]
     if not any(left): return model, ('Shrink: nothing is to be removed',)
     for one in left: dimensions.Removal(model, selection.chosen(model, one, selection.unscored(one)))   # or it refuses
@@ -51,7 +51,8 @@ class Shrink:
       if best is None or found[shape] < found[best[0]]: best = shape, removal, smaller
     _, removal, smaller = best
     context.follow(removal.follow)   # masks are cut as the arrays beneath them
-    return smaller, tuple(_notes(model, smaller, removal, ranked, batches, found))
+    notes = _notes(model, smaller, removal, ranked, batches, found)
+    return smaller, (*notes, *self.to.notes(model, smaller, context.mesh))
 
   def abstract(self, model):
     """The smaller model, from shapes alone. Of several candidates the first: which is taken is known when it has been."""

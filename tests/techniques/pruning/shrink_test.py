@@ -11,6 +11,7 @@ from flax import nnx
 from efficient_lm import tree
 from efficient_lm.compression import group_scores, scores
 from efficient_lm.compression.budget import Budget, Grid
+from efficient_lm.compression.latency import Reading
 from efficient_lm.compression.merging import MergeExperts
 from efficient_lm.compression.rules import Rule
 from efficient_lm.compression.shape import Shape
@@ -21,7 +22,7 @@ from efficient_lm.formats import Group, Int
 from efficient_lm.interop.huggingface import HuggingFace
 from efficient_lm.interop.targets import HuggingFaceFolder
 from efficient_lm.models import spec, zoo
-from efficient_lm.parallel.sharding import shardings
+from efficient_lm.parallel.sharding import shardings, single_device_mesh
 from efficient_lm.runs import context, loading, run
 from efficient_lm.techniques.giving_up import GivingUp
 from efficient_lm.techniques.pruning.prune_once import PruneOnce
@@ -95,6 +96,15 @@ def test_a_budget_takes_the_candidate_with_the_least_loss():
   hidden = 20 if 'hidden=0.5' in chosen else 40
   assert f'hidden={hidden / 40:g}' in chosen and smaller.stacks[0].blocks.mlp.up.shape[-1] == hidden
   assert abstractly(made, model) is not None
+
+
+def test_a_budget_of_seconds_says_what_was_measured_of_the_model_that_is_left(monkeypatch):
+  monkeypatch.setattr(Reading, 'share', lambda self, smaller: tree.size(smaller) / tree.size(model_of()))
+  made = Shrink(to=Budget(latency=0.6, grid=Grid(layers=(2, 1), width=(32, 16)), trials=1, sequence_length=8), sequences=8)
+  smaller, notes = made(model_of(), Context(mesh=single_device_mesh()))
+  share = tree.size(smaller) / tree.size(model_of())
+  assert share <= 0.6 and f'reads 8 tokens in {share:.0%} of the seconds' in notes[-1]
+  assert abstractly(made, model_of()) is not None
 
 
 def test_experts_are_merged_or_dropped():
