@@ -80,6 +80,12 @@ def prefill_blocks(quick: bool, sparsity: float, target: float) -> result.Case:
   return blocks.prefill(quick, sparsity, target)
 
 
+def prefill_narrow(quick: bool, share: float, target: float) -> result.Case:
+  """Reading a prompt with a share of a model's width against all of it."""
+  from efficient_lm.benches import blocks
+  return blocks.narrow(quick, share, target)
+
+
 def decode_few_bits(quick: bool, name: str, batch: int, num_experts: int | None = None) -> result.Case:
   """Decoding with weights in few bits against the same model in floats."""
   from efficient_lm.benches import few_bits
@@ -102,6 +108,7 @@ CASES = {
   'prefill_int8': prefill_int8,
   'prefill_blocks_75': functools.partial(prefill_blocks, sparsity=0.75, target=1.8),
   'prefill_blocks_90': functools.partial(prefill_blocks, sparsity=0.9, target=5.0),
+  'prefill_half_width': functools.partial(prefill_narrow, share=0.5, target=1.8),
   **{f'decode_{name}_{batch}': functools.partial(decode_few_bits, name=name, batch=batch)
      for name in ('int8', 'int4') for batch in (1, 8)},
   **{f'decode_int4_{count}_experts': functools.partial(decode_few_bits, name='int4', batch=1, num_experts=count)

@@ -143,7 +143,8 @@ def command(pytestconfig):
 
 
 def test_the_command(command, tmp_path):
-  names = ['decode', 'prefill_int8', 'prefill_blocks_75', 'decode_int4_1', 'decode_int4_8_experts', 'import']
+  names = ['decode', 'prefill_int8', 'prefill_blocks_75', 'prefill_half_width', 'decode_int4_1', 'decode_int4_8_experts',
+           'import']
   run = command('--quick', f'--only={",".join(names)}', '--repeats=1', f'--out={tmp_path}')
   assert run.returncode == 0, run.stderr
   assert [row.name for row in result.read(tmp_path / 'bench.json').rows] == names

@@ -1,5 +1,6 @@
 """The experiments: what their scripts run is valid, their notebooks are stored as they are written and run from the results
 beside them, and the tables of their READMEs are those of their results."""
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -123,6 +124,36 @@ def test_every_run_of_the_pillars_table_is_valid_and_starts_from_its_own_baselin
     experiment, seed = load(words), int(name.rpartition('-')[2])
     assert experiment.seed == seed
     assert {source.path for _, source in configs.sources(experiment)} <= {f'runs/pillars/baseline-{seed}'}
+
+
+@pytest.mark.parametrize('name', ['sparsity', 'shapes'])
+def test_every_run_of_what_is_pruned_is_valid_and_starts_from_the_model_of_its_own_seed(tmp_path, monkeypatch, name):
+  folder = ROOT / 'experiments' / name
+  found = commands(folder, tmp_path, monkeypatch, SEEDS='0 3')
+  assert set(found) == {f'{name}-{seed}' for name in script(folder).NAMES for seed in (0, 3)}
+  for run, words in found.items():
+    experiment, seed = load(words), int(run.rpartition('-')[2])
+    assert experiment.seed == seed
+    whole = {f'runs/{name}/{of}-{seed}' for of in (('mixture',) if 'experts' in run else ('dense',))}
+    starts = {source.path for _, source in configs.sources(experiment)}
+    assert starts == (set() if run.startswith(('dense', 'mixture')) or 'scratch' in run else whole)
+
+
+def test_shapes_are_collected_with_what_was_left_before_they_recovered(tmp_path):
+  folder = ROOT / 'experiments' / 'shapes'
+  for name in script(folder).NAMES:
+    for seed in (0, 1):
+      rows = [dataclasses.replace(row(1.5 + seed / 8, seed), stage='1 train')]
+      if name in ('width', 'depth', 'experts_75', 'experts_50'):
+        rows = [dataclasses.replace(row(bits + seed / 8, seed), stage=stage)
+                for stage, bits in (('1 shrink', 3), ('2 train', 1.5), ('3 skip experts', 1.625))]
+      leave(tmp_path / f'{name}-{seed}', rows, [one.stage.partition(' ')[2] for one in rows])
+  found = script(folder).collect(tmp_path)
+  assert len(found['rows']) == 2 * len(script(folder).NAMES)
+  assert [one['skipping'] for one in found['rows'] if one['name'] == 'experts_50'] == [1.625, 1.75]
+  lines = script(folder).table(found).splitlines()
+  assert '| dense | 1 k | 2 k | 160 |  | 1.5000, 1.6250 | 1.5625 |' in lines
+  assert '| half of the experts, recovered | 1 k | 2 k | 160 | 3.062 | 1.5000, 1.6250 | 1.5625 |' in lines
 
 
 def test_pillars_are_collected_tabled_and_drawn(tmp_path):

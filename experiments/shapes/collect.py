@@ -33,7 +33,7 @@ def collect(folder) -> dict:
 
 def _tokens(config: dict) -> int:
   """Of all trainings that a config names."""
-  trainings = [config['train'], *(stage['training'] for stage in config['stages'] if 'training' in stage)]
+  trainings = [config['train'], *(stage['training'] for stage in config.get('stages', ()) if 'training' in stage)]
   return sum(one['steps'] * one['batch_size'] * one['sequence_length'] for one in trainings)
 
 
