@@ -106,18 +106,14 @@ def test_exactly_the_bad_batches_are_refused_and_what_comes_before_is_untouched(
   tried(REFUSED, len(moments(request.config.getoption('--long'))), **counts)
 
 
-def test_a_batch_of_which_one_part_is_bad_is_refused_as_a_whole(untouched, tmp_path):
+def test_a_batch_of_which_one_part_is_bad_is_refused_as_a_whole(tmp_path):
   """Of eight rows in four parts the third: nothing of the others reaches weights or moments."""
-  config = made()
+  config = made(steps=6)
   config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=4))
-  perform(tmp_path / 'good', config)
-  with poisoned({MIDDLE}, rows=2): perform(tmp_path / 'bad', config)
-  with poisoned({MIDDLE}): perform(tmp_path / 'all', config)
-  assert [step - 1 for step, row in of_steps(tmp_path / 'bad').items() if row['skipped_in_a_row']] == [MIDDLE]
-  for step, row in of_steps(tmp_path / 'good').items():
-    assert row['loss'] == pytest.approx(untouched[step]['loss'], rel=1e-5), 'parts are summed in another order'
-    if step <= MIDDLE: assert row == of_steps(tmp_path / 'bad')[step]
-  assert left(tmp_path / 'bad') == left(tmp_path / 'all')
+  for name, rows in (('one', 2), ('all', slice(None))):
+    with poisoned({4}, rows): perform(tmp_path / name, config)
+    assert [step - 1 for step, row in of_steps(tmp_path / name).items() if row['skipped_in_a_row']] == [4]
+  assert left(tmp_path / 'one') == left(tmp_path / 'all')
 
 
 def test_a_run_of_bad_batches_interrupted_in_their_midst_goes_on_as_if_it_had_not_been(tmp_path):
