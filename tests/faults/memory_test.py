@@ -1,5 +1,10 @@
 """Two thousand steps, with logs, evaluations, samples and saves, take no more memory and no more open files at their end
-than at step 500. A minute: only with `--long`."""
+than at step 500. A minute: only with `--long`.
+
+Linux may take back a fifth of the memory meanwhile, zeros in huge pages, which would hide what grows; so rises are summed,
+too. They are not 0: of each save TensorStore keeps some 700 strings for ever, 0.1 MB with the table of them (under Orbax
+0.12.8, seen with tracemalloc), and 30 saves lie between step 500 and the end."""
+import itertools
 import os
 import pathlib
 import statistics
@@ -10,6 +15,7 @@ import pytest
 from tests import starting
 
 STEPS, FIRST, MOST = 2000, 500, 1.02
+RISES = 0.04   # of the memory at step 500: 1.6 % were seen, and twice that where nothing is evaluated in between
 WORDS = ['--config=tests/minute.py:quick', f'--config.train.steps={STEPS}', '--config.train.log_every=10',
          '--config.train.eval_every=100', '--config.train.checkpoint_every=50']
 WINDOW = 250   # steps whose samples are taken together: a save or an evaluation under way takes some for a moment
@@ -51,8 +57,9 @@ def test_memory_and_open_files_stay_as_they_are(tmp_path, request, tried):
   spans = [(first, first + WINDOW) for first in range(FIRST, STEPS - WINDOW + 1, WINDOW)]
   spans[-1] = spans[-1][0], STEPS - 20
   memory, files = zip(*[between(found, *span) for span in spans])
-  print(f'{len(found)} samples; MiB {[round(size / 2 ** 20, 1) for size in memory]}; open files {files}')
-  assert memory[-1] <= MOST * memory[0] and max(memory) <= MOST ** 2 * memory[0], memory
+  rises = sum(max(after - before, 0) for before, after in itertools.pairwise(memory)) / memory[0]
+  print(f'{len(found)} samples; MiB {[round(size / 2 ** 20, 1) for size in memory]}, rises {rises:.1%}; open files {files}')
+  assert memory[-1] <= MOST * memory[0] and rises <= RISES, memory
   assert set(files) == {files[0]}, files
-  tried('two thousand steps: memory and open files', STEPS,
-        **{f'steps, after which memory is {memory[-1] / memory[0] - 1:+.1%} of that at {FIRST}, open files the same': STEPS})
+  ends = f'steps: memory ends {memory[-1] / memory[0] - 1:+.1%} of that at {FIRST}, all its rises are {rises:.1%}'
+  tried('two thousand steps: memory and open files', STEPS, **{f'{ends}, open files the same': STEPS})
