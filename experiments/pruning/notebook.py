@@ -13,10 +13,8 @@
 # %% [markdown]
 # # What does it cost to take weights away?
 #
-# Three tables, drawn: a real model of 135M parameters pruned by every method, beside a peer's implementation
-# (`results.json`); a small model trained here, pruned in the same ways, three seeds (`../sparsity`); and small models with
-# less width, depth or fewer experts, recovered for half of their training, beside that shape trained from nothing on as much
-# text (`../shapes`).
+# Two tables, drawn: a real model of 135M parameters pruned by every method, beside a peer's implementation
+# (`results.json`); and a small model trained here, pruned in the same ways, three seeds (`../sparsity`).
 
 # %%
 import json
@@ -25,8 +23,7 @@ import statistics
 
 import matplotlib.pyplot as plt
 
-results, small, shapes = (json.loads(pathlib.Path(folder, 'results.json').read_text()) for folder in (
-  '.', '../sparsity', '../shapes'))
+results, small = (json.loads(pathlib.Path(folder, 'results.json').read_text()) for folder in ('.', '../sparsity'))
 print(results['hardware'], results['versions'])
 peers = {'magnitude, 50 %': 536.9, 'Wanda, 50 %': 67.4, 'SparseGPT, 50 %': 62.8, 'magnitude, 2:4': 3266, 'Wanda, 2:4': 241.0,
          'SparseGPT, 2:4': 123.8}
@@ -62,19 +59,4 @@ for i, name in enumerate(order):
 plot.set_yticks(range(len(order)), order)
 plot.set(xlabel='bits per byte above dense')
 plot.grid(axis='x', alpha=0.3)
-plt.show()
-
-# %% [markdown]
-# Less of it: bits per byte against FLOPs a token. A cross is that shape, trained from nothing on as many tokens as the
-# recovery had. The whole models had twice as many, and their smaller ones those before.
-
-# %%
-figure, plot = plt.subplots(figsize=(7, 4))
-colors = {'dense': 'black', 'mixture': 'tab:gray', 'width': 'tab:blue', 'depth': 'tab:orange', 'experts': 'tab:green'}
-for name in dict.fromkeys(row['name'] for row in shapes['rows']):
-  rows = [row for row in shapes['rows'] if row['name'] == name]
-  plot.plot([row['flops_per_token'] for row in rows], [row['bits_per_byte'] for row in rows],
-            'x' if 'scratch' in name else 'o', color=colors[name.partition('_')[0]], label=name, alpha=0.7)
-plot.set(xlabel='FLOPs a token', ylabel='held-out bits per byte')
-plot.legend(fontsize=8)
 plt.show()
