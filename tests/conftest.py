@@ -66,6 +66,7 @@ def forgotten():
   pieces on Linux by default; XLA aborts where it gets no more."""
   yield
   if 'jax' in sys.modules: sys.modules['jax'].clear_caches()
+  assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), 'programs that are started next would not hear signals'
 
 
 @pytest.fixture(scope='module')

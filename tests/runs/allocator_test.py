@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from efficient_lm.runs import allocator
+from efficient_lm.system import interruption
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 PROGRAM = """
@@ -44,8 +45,15 @@ def test_it_starts_once_more_with_the_same_words_and_has_few_pages_to_clear():
   assert started == ['started'] and int(last.rpartition(' ')[2]) > 4 * 32768 / 2, 'else the setting would be needless'
 
 
+@pytest.fixture
+def lets_signals_through():
+  """What is not replaced by another program goes on here, with signals kept back for that one."""
+  yield
+  interruption.let_through()
+
+
 @needs_huge_pages
-def test_other_settings_of_the_user_stay_and_his_own_is_kept():
+def test_other_settings_of_the_user_stay_and_his_own_is_kept(lets_signals_through):
   kept = []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(os, 'execv', lambda *words: kept.append(os.environ['GLIBC_TUNABLES']))
