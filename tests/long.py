@@ -39,6 +39,24 @@ THINNED = re.compile(r'''
 | runs/outside_test\.py::test_parts_of_a_users
 | words_test\.py::test_a_flag_takes_any_value
 | runs/mirror_test\.py::test_a_run_that_is_killed_goes_on
+| parallel/stopping_test\.py::test_a_signal_to_one_ends_both
+| runs/derived_test\.py::test_it_is_taken_up
+| techniques/adapters/lora_test\.py::test_it_composes_in_both_orders
+| techniques/orders_test\.py::test_two_techniques_of_training
+| techniques/pruning/(pack_test\.py::test_it_is_the_same_model|prune_test\.py::test_each_matrix_of_each_layer)
+| techniques/pruning/sparse_gpt_test\.py::test_it_leaves_less_error
+| techniques/quantization/gptq_test\.py::test_with_the_identity
+| models/cache_test\.py::test_(rows_are_those_rounded|a_prompt_read_at_once)
+| models/transformer_test\.py::test_(a_model_taken_apart|a_token_changes_no_logits|unrolling_and_rematerialising)
+| models/moe/(layer_test\.py::test_padding_is_routed|dispatch_test\.py::test_a_full_buffer)
+| compression/(rotation_test\.py::test_it_computes_the_same|scaling_test\.py::test_clipping_raises)
+| compression/(pruning_test\.py::test_every_allocation|patterns_test\.py::test_piece_by_piece)
+| compression/(sparse_updates_test\.py::test_what_comes_back|dimensions_test\.py::test_masking_all_dimensions)
+| ops/(block_sparse_matmul_test\.py::test_of_equal_columns|low_precision_matmul_test\.py::test_an_equation_is)
+| ops/contract_test\.py::test_(auto_does_every_equation|a_product_of_matrices)
+| formats/ranges_test\.py::test_the_range_of_least_error
+| formats/format_test\.py::test_(stored_matrices|rounding_errs|bytes_are|layers_and)
+| interop/(targets/compressed_test\.py::test_what_is_written_stands|write_test\.py::test_what_is_stored_leaves)
 ''', re.VERBOSE)
 
 
