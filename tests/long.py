@@ -57,6 +57,9 @@ THINNED = re.compile(r'''
 | formats/ranges_test\.py::test_the_range_of_least_error
 | formats/format_test\.py::test_(stored_matrices|rounding_errs|bytes_are|layers_and)
 | interop/(targets/compressed_test\.py::test_what_is_written_stands|write_test\.py::test_what_is_stored_leaves)
+| weights/parted_test\.py::test_(products_of_any|it_holds_the_very)
+| weights/(low_rank_test\.py::test_a_product_is|learned_test\.py::test_what_is_trained)
+| weights/(block_sparse_test\.py::test_it_multiplies|quantizers_test\.py::test_no_token)
 ''', re.VERBOSE)
 
 
