@@ -37,7 +37,7 @@ IREE := .venv-iree
 TOOLS := .venv-tools
 GCS := .venv-gcs
 PIP := -m pip install --quiet --disable-pip-version-check
-FAULTS := tests/faults/recipe_faults_test.py tests/faults tests/random_configs_test.py tests/runs/damage_test.py tests/runs/hostile_test.py \
+FAULTS := tests/faults/recipe_faults_test.py tests/random_configs_test.py tests/faults tests/runs/damage_test.py tests/runs/hostile_test.py \
   tests/runs/several_test.py tests/config/leaves_test.py tests/words_test.py tests/system/workdir_test.py
 CONFIGS := $(basename $(notdir $(wildcard configs/*.py)))
 
@@ -130,7 +130,7 @@ faults: $(VENV)/.stamp
 	$(VENV)/bin/python -m tests.faults.table build/faults
 
 faults-fast: $(VENV)/.stamp
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(FAULTS) $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(FAULTS) $(ARGS)
 
 check-tpu-compile: $(TPU)/.stamp
 	JAX_PLATFORMS=cpu $(TPU)/bin/python -m pytest -n 2 tests/compile $(ARGS)
