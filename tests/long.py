@@ -40,6 +40,7 @@ THINNED = re.compile(r'''
 | words_test\.py::test_a_flag_takes_any_value
 | runs/mirror_test\.py::test_a_run_that_is_killed_goes_on
 | parallel/stopping_test\.py::test_a_signal_to_one_ends_both
+| runs/damage_test\.py::test_a_kill_between_any_two_files
 | runs/derived_test\.py::test_it_is_taken_up
 | techniques/adapters/lora_test\.py::test_it_composes_in_both_orders
 | techniques/orders_test\.py::test_two_techniques_of_training

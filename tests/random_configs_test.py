@@ -13,7 +13,7 @@ from efficient_lm.runs import run
 from tests import minute, random_configs
 from tests.leaving import left, metrics
 
-FEW, MANY = 4, 60
+FEW, MANY = 3, 60
 MOST_REFUSED = 0.5   # of all draws; a strategy that is mostly refused would state little
 
 
