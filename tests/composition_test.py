@@ -142,6 +142,7 @@ def assert_pruned(model):
     np.testing.assert_array_equal(zeros, expected, err_msg=path)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('names', ORDERS, ids='-'.join)
 def test_techniques_compose_in_every_order(names):
   state, rows = after_steps([TECHNIQUES[name] for name in names])
@@ -169,6 +170,7 @@ def test_what_does_not_compose_is_refused_in_one_line_whatever_stands_between(na
   elif names[0] != names[1]: learner_of([TECHNIQUES[name] for name in names])
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('names', ORDERS, ids='-'.join)
 def test_what_composes_is_known_by_its_shapes_alone(names):
   """A plan or a restored checkpoint asks for them, without drawing a number or stepping."""
@@ -246,6 +248,7 @@ def trained(*names):
 SMOOTHED = (SmoothQuant(sequences=2), Rotate())
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('before, name', [
   *((SMOOTHED, name) for name in TECHNIQUES if name not in ROUNDING), (SMOOTHED[::-1], 'prune')],
   ids=lambda value: value if isinstance(value, str) else '-'.join(type(stage).__name__ for stage in value))
@@ -287,6 +290,7 @@ def test_what_low_precision_is_wrapped_around_is_found_by_every_stage(name, stag
     stage(trained(name, 'lowprec'), context())
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('method, format', [
   *itertools.product(METHODS, ('mid-rise',)), *itertools.product(('rtn', 'gptq'), ('int4', 'ternary'))])
 def test_what_was_pruned_is_zero_whatever_quantizes_it(method, format):

@@ -16,12 +16,13 @@ import pytest
 
 def pytest_addoption(parser):
   parser.addoption('--kills', type=int, default=2, help='how many times tests/faults kills a recipe of stages')
-  parser.addoption('--long', action='store_true', help='all tests, those of tests/long.py too')
+  parser.addoption('--long', action='store_true', help='all cases, those too that tests/long.py leaves out')
   parser.addoption('--tried', metavar='FOLDER', type=os.path.abspath,   # tests go elsewhere
                    help='where tests of faults leave a record of what they have tried')
 
 
 def pytest_configure(config):
+  config.addinivalue_line('markers', 'thinned: of its cases `make test` runs some, see tests/long.py')
   config.addinivalue_line('markers', 'fault(name, outcome): each case is a try of that fault; see tests/tried.py')
 
 

@@ -47,6 +47,7 @@ def flags_of(name: str) -> list[str]:
   return [flag for flag in flags.FLAGS if f'--{flag}=' in doc or f'--{flag} ' in doc]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('value', VALUES, ids=lambda value: ascii(value)[:20])
 @pytest.mark.parametrize('name', BASE)
 def test_a_flag_takes_any_value_or_says_in_a_line_why_not(name, value, called, folder):

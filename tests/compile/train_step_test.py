@@ -114,6 +114,7 @@ def others(implementations) -> list[str]:
   return [name for name, one in implementations.items() if not ops.is_kernel(one) and name != taken]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(('name', 'implementation'), [
   (name, implementation) for name, implementations in IMPLEMENTATIONS.items() for implementation in others(implementations)])
 def test_the_loss_is_the_same_by_every_implementation(measured, name, implementation):

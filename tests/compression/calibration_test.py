@@ -149,6 +149,7 @@ def padded(batch, count: int, where: str, seed: int = 5):
   return {name: np.concatenate(order(batch[name], pads[name]), 1) for name in batch}
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('kinds', [('grouped', 'dense'), ('grouped', 'experts'), ('latent', 'dense')], ids=str)
 @pytest.mark.parametrize('where', ['before', 'after'])
 def test_padding_enters_no_statistic(kinds, where):

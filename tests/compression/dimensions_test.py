@@ -184,12 +184,14 @@ def check_the_same(name: str, shape: Shape):
   assert_the_same(whole_with_zeros(model, made), smaller)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name, kind', [case for case in CASES if case != ('gpt', 'width')], ids='-'.join)
 def test_masking_one_dimension_and_removing_it_give_the_same(name, kind):
   """With the epsilon of norms in the order of float32 roundings of what they normalise."""
   check_the_same(name, Shape(**KINDS[kind]))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name', FAMILIES)
 def test_masking_all_dimensions_and_removing_them_give_the_same(name):
   check_the_same(name, ALL[name])
@@ -207,6 +209,7 @@ def test_a_norm_that_subtracts_means_sees_the_same_where_what_is_left_sums_to_ze
 
 # ------------------------------------------------------------------ what is left is an ordinary model
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name, kind', [*CASES, *((name, 'all') for name in FAMILIES)], ids='-'.join)
 def test_what_is_left_is_described_as_the_smaller_shape(name, kind):
   shape, model = ALL[name] if kind == 'all' else Shape(**KINDS[kind]), shapes_of(name)

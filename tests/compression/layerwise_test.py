@@ -55,6 +55,7 @@ MASKED = {
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('encoding, kind', [
   *((name, 'half') for name in ENCODINGS), ('rtn', '2:4 of experts'), ('rtn', 'low precision')])
 @pytest.mark.parametrize('format', FORMATS, ids=NAMES)

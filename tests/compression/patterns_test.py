@@ -61,6 +61,7 @@ def test_each_matrix_may_have_a_share_of_its_own(pattern):
   np.testing.assert_allclose(zeros, np.floor(np.asarray(shares) * sizes) / sizes, rtol=1e-6)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('pattern', PATTERNS, ids=str)
 @pytest.mark.parametrize('share', [0.3, 0.5, 0.71])
 def test_piece_by_piece_as_many_go_as_at_once(pattern, share):

@@ -109,6 +109,7 @@ def test_a_layer_is_calibrated_on_what_pruned_layers_before_it_give():
   assert said == 'calibrated on 256 tokens' and divergence.startswith('KL to the float model: ')
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('score, attention, mlp', [
   (SparseGpt(block=16), 'latent', 'experts'), (Wanda(), 'grouped', 'experts'), (Taylor(), 'grouped', 'dense')],
   ids=lambda one: one if isinstance(one, str) else type(one).__name__)
@@ -168,6 +169,7 @@ def test_layers_of_other_families_are_pruned_with_their_biases():
 
 # ------------------------------------------------------------------ allocations
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('score, mlp, allocation', [
   (Magnitude(), 'experts', Uniform()), (Magnitude(), 'experts', Erk()), (Magnitude(), 'experts', Global()),
   (Wanda(), 'dense', Owl(most=0.2)), (Magnitude(), 'dense', Owl(most=0.2))],
@@ -201,6 +203,7 @@ def test_a_global_threshold_compares_all_matrices_as_they_were():
 
 # ------------------------------------------------------------------ on a mesh, and what is refused
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('mlp, score', [('dense', Wanda()), ('experts', SparseGpt(block=8))], ids=['Wanda', 'SparseGPT'])
 def test_over_eight_devices_it_prunes_as_on_one(mesh, mlp, score):
   """What comes out lies on the mesh, with as many zeros; sums in another order turn a few choices around, so models are

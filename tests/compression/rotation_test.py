@@ -28,6 +28,7 @@ def rotated(model, **sizes):
   return rotation.rotated(model, jax.random.key(0), **sizes)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('described', MODELS, ids=str)
 @pytest.mark.parametrize('space', SPACES)
 def test_it_computes_the_same_and_other_weights_do(described, space):

@@ -39,6 +39,7 @@ def zeros_of(model):
   return {path: [one for one in weight.invariants() if one.kind == 'zeros'] for path, weight in tree.select(model, Weight)}
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('described', MODELS, ids=str)
 @pytest.mark.parametrize('alpha', [0., 0.5, 1.])
 def test_smoothing_changes_no_output_and_no_zero(described, alpha):
@@ -83,6 +84,7 @@ def test_awq_prepares_a_layer_that_computes_the_same_with_the_same_zeros(describ
     np.testing.assert_allclose(found[path]['gram'], wanted, rtol=1e-2, atol=1e-3 * np.abs(wanted).max(), err_msg=path)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('format', [one for one in FORMATS if one != MidRise(bits=3)],
                          ids=[name for name in NAMES if name != MidRise(bits=3).name])
 def test_clipping_raises_the_error_of_no_tile(format):

@@ -34,6 +34,7 @@ def sparse_gpt(w_OI, keep_OI, **options):
   return solver.solve(w_OI, gram(), keep_OI=keep_OI, **options)[0]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('format', FORMATS, ids=NAMES)
 def test_what_is_pruned_stays_zero_in_every_format_that_has_a_zero(format):
   """With scales of the least squared error, which move zero points (by absmax: layerwise_test). Of formats without a zero,
@@ -88,6 +89,7 @@ def test_each_column_is_what_the_projection_made_of_it():
   np.testing.assert_array_equal(jnp.abs(found), place_OI)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('format', FORMATS, ids=NAMES)
 def test_with_the_identity_as_hessian_it_is_round_to_nearest(format):
   """Bit for bit. Of `Ternary`, whose scale is a mean, only in the same program: the last bits of a sum depend on it."""

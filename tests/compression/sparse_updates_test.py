@@ -171,6 +171,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_what_comes_back_has_the_state_of_a_first_step_in_any_optimizer(name):
   optimizer, number = OPTIMIZERS[name]
@@ -223,6 +224,7 @@ def zeros_expected(method, step):
   return 48
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('method, pattern', CASES)
 def test_after_every_update_as_much_of_each_matrix_is_zero_as_was_said(method, pattern):
   made = Training(technique_of(method, pattern), optax.adam(0.1))

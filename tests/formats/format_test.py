@@ -33,6 +33,7 @@ def grid(format) -> np.ndarray:
   return np.unique(numbers[np.isfinite(numbers)])
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('format', HOLDING, ids=lambda format: format.name)
 @settings(deadline=None, max_examples=8)
 @given(seed=st.integers(0, 2 ** 16), exponent=st.floats(-20, 20))
@@ -54,6 +55,7 @@ def test_rounding_errs_by_at_most_half_the_distance_of_neighbours_and_lies_on_th
   assert np.all(y <= numbers.max() + .5 * (numbers[-1] - numbers[-2]) + slack), 'a number lies beyond the grid'
 
 
+@pytest.mark.thinned
 @every
 def test_stored_matrices_dequantize_to_what_training_rounds_to(format):
   w = draw(3, O, I)
@@ -71,6 +73,7 @@ def test_numbers_on_the_grid_stay_as_they_are(format):
   np.testing.assert_array_equal(format.rounded(once, scales), once)
 
 
+@pytest.mark.thinned
 @every
 def test_bytes_are_those_of_the_codes_and_scales(format):
   w = draw(2, O, I)
@@ -80,6 +83,7 @@ def test_bytes_are_those_of_the_codes_and_scales(format):
   assert encoded.scales.scale.shape == (2, q, n)
 
 
+@pytest.mark.thinned
 @every
 def test_layers_and_experts_are_rounded_by_themselves(format):
   w = np.array(draw(2, 3, O, I))

@@ -18,6 +18,7 @@ def error(format, range, w):
   return float(jnp.mean(jnp.square(format.rounded(w, format.scales_for(w, range)) - w)))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('format', FORMATS, ids=NAMES)
 def test_the_range_of_least_error_is_never_worse_than_the_formats_own(format):
   assert error(format, MeanSquaredError(), matrix(3.)) <= error(format, None, matrix(3.))

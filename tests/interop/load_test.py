@@ -65,6 +65,7 @@ FAMILIES = 'smollm', *MIXTURES, *sorted(
   {path.parent.name for path in FIXTURES.glob('*/config.json')} - {'smollm', *MIXTURES, 'deepseek_v3_fp8'})
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name', FAMILIES)
 def test_a_model_on_eight_devices_is_the_same_and_computes_what_transformers_computes(name, monkeypatch):
   """Each shard is made by itself: no part of an array is read more often than there are different shards of it."""

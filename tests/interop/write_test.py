@@ -121,6 +121,7 @@ FORMATS = [Int(), Int(bits=4, scales=Group(size=8)), Int(bits=4, scales=Group(si
            Int(scales=Block(outputs=8, inputs=8))]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('format', FORMATS, ids=lambda format: format.name)
 def test_what_is_stored_leaves_as_its_numbers_and_scales_and_stands_for_the_same_floats(format):
   """Experts, which are pruned as well, and a matrix of attention."""

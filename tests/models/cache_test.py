@@ -53,6 +53,7 @@ def rounded(form, x_BTKH):
   return Stored(*stored).numbers().swapaxes(1, 2)[:, :T]
 
 
+@pytest.mark.thinned
 @every_format
 @settings(deadline=None, max_examples=10)
 @given(pieces=st.lists(st.sampled_from([1, 7]), min_size=1, max_size=9).filter(lambda sizes: sum(sizes) <= S))
@@ -141,6 +142,7 @@ def tokens_of(size=2):
   return np.random.default_rng(1).integers(0, 24, (size, 8)).astype(np.int32)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('form', ['float', 'int8', 'int4 by token'])
 @pytest.mark.parametrize('name', MODELS)
 def test_a_prompt_read_at_once_is_that_read_token_by_token(name, form):
@@ -160,6 +162,7 @@ def test_fewer_bits_are_further_from_reading_without_a_cache(name):
   assert error['int8'] < error['int4'] < error['int4 by token']
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('form', ['float', 'int8', 'tiles of 8, 4 bits'])
 @pytest.mark.parametrize('name', ['grouped', 'latent'])
 def test_eight_devices_decode_as_one(mesh, name, form):

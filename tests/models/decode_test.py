@@ -160,6 +160,7 @@ def test_an_empty_prompt_is_an_error(prompt):
   with pytest.raises(ValueError, match='at least one token'): text(prompt=prompt)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('kind, cache', [('windowed', 'int8'), ('latent', 'int4'), ('experts', 'float'),
                                          ('windowed', 'int4')])
 def test_prompts_of_several_lengths_are_continued_as_each_alone(kind, cache):

@@ -109,6 +109,7 @@ def cached_logits(model, tokens):
   return jnp.concatenate([first.logits_BTV, rest.swapaxes(0, 1)], 1)
 
 
+@pytest.mark.thinned
 @every_spec
 def test_a_token_changes_no_logits_before_it(name):
   before, tokens = logits_of(drawn(name), tokens_of()), tokens_of()
@@ -120,6 +121,7 @@ def test_a_token_changes_no_logits_before_it(name):
   np.testing.assert_allclose(before[:, :5], after[:, :5], rtol=0, atol=bound)
 
 
+@pytest.mark.thinned
 @dropless
 def test_reading_with_a_cache_equals_reading_at_once(name):
   np.testing.assert_allclose(cached_logits(drawn(name), tokens_of()), logits_of(drawn(name), tokens_of()), **ROUNDING)
@@ -160,6 +162,7 @@ def test_a_packed_document_is_read_as_if_alone(name):
   assert np.abs(packed - logits_of(drawn(name), tokens)).max() > 1e-2, 'unpacked, the second document sees the first'
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('arrange', [unrolled, ready], ids=['apart', 'outputs first'])
 @pytest.mark.parametrize('name', ['grouped', 'latent', 'experts'])
 def test_a_model_taken_apart_for_decoding_computes_the_same(name, arrange):
@@ -184,6 +187,7 @@ def equally_drawn(described):
 WAYS = [dict(unroll=5), dict(remat='dots'), dict(remat='transport'), dict(remat='full')]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('way, apart', [*((way, False) for way in WAYS), ({}, True), (dict(remat='full'), True)], ids=str)
 def test_unrolling_and_rematerialising_change_neither_value_nor_gradient(way, apart):
   value, gradient = slope(drawn('grouped'), tokens_of())

@@ -19,6 +19,7 @@ def assert_close(got, wanted, tolerance):
     np.testing.assert_allclose(ours, theirs, atol=tolerance * max(1, np.abs(theirs).max()), rtol=0)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name', CASES)
 def test_equals_the_reference(name):
   case = CASES[name]
@@ -135,6 +136,7 @@ SPLASH = {
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name', SPLASH)
 def test_splash_equals_the_reference(name):
   """The kernel is interpreted: uninitialised memory is NaN, and races are reported."""

@@ -39,6 +39,7 @@ def assert_close(got, wanted, tolerance):
     np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max(initial=1e-30), rtol=0)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(('implementation', 'name'), [
   *(('xla', name) for name in CASES), *(('dense', name) for name in ('half', 'unequal columns', 'bfloat16'))])
 def test_equals_the_reference(implementation, name):
@@ -64,6 +65,7 @@ def test_equals_the_dense_product_with_a_masked_matrix(name):
   assert not np.asarray(dw)[~kept].any()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('rows', [FEW, FEW + 7])
 @pytest.mark.parametrize('name', [name for name in CASES if CASES[name].balanced and CASES[name].density])
 def test_of_equal_columns_it_is_the_same_in_value_and_gradient(name, rows):
@@ -138,6 +140,7 @@ TPU = {
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name', TPU)
 def test_the_tpu_kernels_equal_the_reference(name):
   from jax.experimental.pallas import tpu as pltpu

@@ -27,6 +27,7 @@ def both_passes(equation, x, w, g, **options):
   return y, *gradient(g.astype(y.dtype))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('equation', MATRIX)
 def test_a_product_of_matrices_is_the_einsum(equation):
   x, w, g = operands(equation)
@@ -44,6 +45,7 @@ def test_a_product_of_one_row_is_the_einsum(num_outputs):
     np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)   # sums of 12 products of normals
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('equation', OTHER)
 def test_auto_does_every_equation_and_matrix_refuses_what_it_cannot(equation):
   x, w, _ = operands(equation)

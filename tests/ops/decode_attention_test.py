@@ -24,6 +24,7 @@ def agree(got, wanted, tolerance):
   np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * max(1, np.abs(wanted).max()))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('implementation', ['blocks', 'xla'])
 @pytest.mark.parametrize('name', CASES)
 def test_equals_the_reference(name, implementation):
@@ -32,6 +33,7 @@ def test_equals_the_reference(name, implementation):
   agree(*(jax.jit(case.call(name))(*arguments) for name in (implementation, 'reference')), case.tolerance)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('filled', [1.0, 0.2])
 @pytest.mark.parametrize('name', [name for name, case in CASES.items() if not case.page and case.slots >= 130])
 def test_blocks_of_a_cache_that_is_larger_than_one(name, filled, monkeypatch):
@@ -200,6 +202,7 @@ def test_benches_can_be_evaluated_abstractly(platform):
     assert o.shape == arguments[0].shape and case.flops > 0 and case.bytes > 0
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(('case', 'slots'), [
   (Case(3, 300, storage='float32'), 128),
   (Case(2, 256, storage='int8', window=100), 128),

@@ -37,6 +37,7 @@ def wanted(case: Case):
     jnp.where(inside_M1, x_MI, 0), w_EIO, sizes_E, scale_EO, jnp.where(inside_M1, g_MO, 0))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(('implementation', 'name'), ON_CPU)
 def test_equals_the_reference(implementation, name):
   case = CASES[name]
@@ -185,6 +186,7 @@ def on_tpu(case: Case):
     return (y_MO, *pull(g_MO)), interpreter.races.races_found
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name', TPU_CASES)
 def test_tpu_kernels_equal_the_reference(name):
   case = TPU_CASES[name]

@@ -42,6 +42,7 @@ def wanted(name):
   return jax.jit(CASES[name].call('reference'))(*CASES[name].arguments())
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('way', [xla.BY_TOKENS, xla.BY_VOCABULARY], ids=['by tokens', 'by vocabulary'])
 @pytest.mark.parametrize('name', CASES)
 def test_equals_the_reference_however_it_is_cut(name, way, small_chunks):
@@ -158,6 +159,7 @@ def tpu_interpreter():
   assert not interpreter.races.races_found
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('of', ['forward', 'backward'])
 @pytest.mark.parametrize('name', KERNEL_CASES)
 def test_the_tpu_kernel_equals_the_reference(name, of, tpu_interpreter, narrow_chunks):

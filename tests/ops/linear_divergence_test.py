@@ -73,6 +73,7 @@ CUTS = [(name, cut) for name, case in CASES.items() if case.of == 'both'
         for cut in ('tokens', 'vocabulary')[:2 if case.signal == 'dense' else 1]]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name, cut', CUTS)
 def test_equals_the_reference_in_value_and_gradient_however_it_is_cut(name, cut, small_chunks, monkeypatch):
   monkeypatch.setattr(xla, 'by_vocabulary', lambda tokens, V: cut == 'vocabulary')
@@ -342,6 +343,7 @@ TPU_CASES = {
 TPU = TpuTiles(16, 128, 128)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name', TPU_CASES)
 def test_the_tpu_kernels_equal_the_reference(name, tpu_interpreter):
   assert_both(dataclasses.replace(TPU_CASES[name], of='both'), 'pallas_tpu', TPU, compiled=False)

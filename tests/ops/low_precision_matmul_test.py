@@ -51,6 +51,7 @@ def assert_close(got, wanted, tolerance):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max(initial=0))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name', CASES)
 def test_equals_the_reference(name):
   case = CASES[name]
@@ -185,6 +186,7 @@ def test_runs_have_scales_of_their_own_and_padding_changes_nothing(monkeypatch):
 EQUATIONS = ['BTD,DF->BTF', 'BTNH,NHD->BTD', 'BTD,VD->BTV', 'BTD,EDF->BTEF', 'BTEF,EFD->BTED', 'BTNH,RNH->BTNR']
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('equation', EQUATIONS)
 def test_an_equation_is_the_einsum_to_rounding(equation):
   sizes = dict(B=2, T=5, D=12, N=3, H=4, F=20, V=7, E=3, R=6)

@@ -26,6 +26,7 @@ def agree(got, wanted, tolerance):
   assert np.mean(values != wanted_values) < 0.01
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name', CASES)
 def test_equals_the_reference(name):
   case = CASES[name]
@@ -120,6 +121,7 @@ def test_benches_can_be_evaluated_abstractly(platform):
     assert case.flops > 0 and case.bytes > 0
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('case', [
   Case(40, 256, norm=True), Case(5, 256, norm=True, block=16), Case(33, 256, block=256, dtype=jnp.bfloat16),
   Case(8, 128, values=jnp.float8_e4m3fn)], ids=str)

@@ -29,6 +29,7 @@ def close(got, wanted, tolerance: float):
   np.testing.assert_allclose(got, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name', CASES)
 def test_equals_the_reference(name):
   case = CASES[name]
@@ -141,6 +142,7 @@ TPU_CASES = {   # Rows and outputs are no multiples of a tile, and there are sev
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name', TPU_CASES)
 def test_the_tpu_kernel_equals_the_reference(name):
   """The kernel is interpreted: uninitialised memory is NaN, and races are reported."""

@@ -75,6 +75,7 @@ def ended(place: str, victim: int, number: int = signal.SIGTERM):
   return starting.ends(programs)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('victim', [0, 1])
 @pytest.mark.parametrize('place', PLACES)
 def test_a_signal_to_one_ends_both_with_its_code_and_a_line(request, place, victim):

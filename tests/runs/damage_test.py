@@ -111,6 +111,7 @@ def expected(folder, caplog):
 
 # ------------------------------------------------------------------ kills
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('begun', [False, True], ids=['a new run', 'a finished run'])
 def test_a_kill_between_any_two_files_that_a_run_begins_with_leaves_a_run(folder, expected, begun, caplog, monkeypatch):
   class Killed(Exception): pass

@@ -56,6 +56,7 @@ def test_a_source_of_it_has_a_key_a_tokenizer_and_a_description(workdir):
   assert source.here and source.key() and source.tokenizer().vocab_size == 8 and source.spec().dim == 16
 
 
+@pytest.mark.thinned
 def test_it_is_taken_up_without_training_again(workdir, capsys):
   """Its training is at its end; its stages are made again, since what they left has no record."""
   trained = json.loads((workdir / 'ledger.json').read_text())

@@ -64,6 +64,7 @@ def test_a_loss_that_is_declared_is_said(pruned):
   assert note.startswith('Forget has given up the zeros of ') and 'such as stacks/0/' in note
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('stage', [
   *(Quantize(rules=(INT4,), method=method, sequences=8, least_tokens=1) for method in (RoundToNearest(), Gptq(), Awq())),
   SmoothQuant(sequences=8), Unroll()],

@@ -233,6 +233,7 @@ def test_an_address_that_is_none_is_one_line(address):
   assert '\n' not in str(raised.value) and address in str(raised.value)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('processes', [1, 2])
 def test_a_run_that_is_killed_goes_on_from_the_address_on_another_machine(processes, tmp_path):
   """The program itself, killed in the middle, its machine gone: with the losses of one that nobody touched."""

@@ -88,6 +88,7 @@ def call(tmp_path_factory):
   return run
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('variant, needs', [('plain', []), ('double', ['--config=mine.py'])])
 def test_parts_of_a_users_own_file_do_all_that_ours_do(call, variant, needs):
   """Where the model itself holds a class of that file, commands that read the run are given the file; else it is not

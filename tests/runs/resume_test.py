@@ -104,6 +104,7 @@ def test_stages_are_appended_changed_and_removed_without_doing_what_comes_before
   assert loading.load_model(folder).embed.kind == 'float32', 'what the run has left is that of its last stage'
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('moment', ['before the commit', 'after the commit'])
 @pytest.mark.parametrize('number', range(1, 6))
 def test_a_kill_between_what_a_stage_makes_and_its_commit_or_its_ledger_row_loses_nothing(recipe, tmp_path, moment, number):

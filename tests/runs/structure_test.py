@@ -60,6 +60,7 @@ def assert_alike(model, again):
     assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('mlp', ['dense', 'experts'])
 @pytest.mark.parametrize('name', CHANGES)
 def test_a_model_is_the_same_tree_after_a_trip_through_json(name, mlp):

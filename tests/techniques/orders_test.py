@@ -106,6 +106,7 @@ def one_line(caught, *words):
   assert '\n' not in message and all(word in message for word in words), message
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('names', list(itertools.permutations(TRAINING, 2)), ids=' then '.join)
 def test_two_techniques_of_training_compose_or_the_second_is_refused(names):
   """Two that quantize the same weights cannot both; all others are found in the model, however they are nested."""
@@ -169,6 +170,7 @@ def test_a_converted_model_keeps_its_norms_because_it_is_refused(stage):
   one_line(caught, 'is stored as')
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('stage', [*STAGES, 'unroll'])
 @pytest.mark.parametrize('name', ['low precision', 'prune', 'upcycle'])
 def test_a_float_model_is_taken_by_every_stage(name, stage):

@@ -101,6 +101,7 @@ def test_what_is_promised_of_a_stack_is_promised_of_each_layer():
   assert invariants.check(invariants.read(pruned), Unroll()(pruned, Context())[0], Unroll()) == []
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('mlp, accumulate', [('dense', 1), ('experts', 1), ('experts', 2)])
 def test_it_trains_as_the_stack_does(mlp, accumulate):
   """The loss before the first step, and what experts report, are those of the stack; so is where the step leads."""

@@ -86,6 +86,7 @@ def assert_two_of_four(model, paths):
     assert np.all(np.sum(groups != 0, -1) <= 2), path
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('stage', [
   *map(quantize, METHODS), quantize('rtn', MID_RISE), quantize('gptq', MID_RISE), SmoothQuant(sequences=8)],
   ids=lambda stage: f'{type(stage).__name__} {type(stage.method).__name__} {stage.rules[0].weights.element}'

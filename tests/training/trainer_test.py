@@ -88,6 +88,7 @@ each_kind = pytest.mark.parametrize('kind', ['dense', 'experts'])
 TAUGHT = {}   # what the run on one device gave
 
 
+@pytest.mark.thinned
 @eight_devices
 @each_mesh
 @each_kind
@@ -97,6 +98,7 @@ def test_every_mesh_trains_as_one_device_does(kind, sizes):
   assert alone(kind)[1][-1] < alone(kind)[1][0] - 0.1, 'and it does train'
 
 
+@pytest.mark.thinned
 @eight_devices
 @each_mesh
 @each_kind
@@ -213,6 +215,7 @@ def assert_same_step(found, wanted):
     else: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * np.abs(b).max() + 1e-7, err_msg=path_name(path))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('kind, accumulate', [
   ('dense', 2), ('dense', 4), ('balanced', 4), ('without load', 4), ('taught balanced', 2)])
 def test_a_step_is_the_same_in_however_many_parts_it_is_taken(kind, accumulate):

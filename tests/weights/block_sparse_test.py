@@ -51,6 +51,7 @@ def test_its_values_are_the_kept_blocks_and_zeros(equation, inputs, stack):
   assert weight.kind == f'float32, {2 / R:.1%} of its 8 x 4 blocks' and weight.product == 'float, kept blocks alone'
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('rows', [(1, 1), (2, 3), (4, 9)], ids=['one', 'few', 'many'])
 @pytest.mark.parametrize('equation, inputs', EQUATIONS)
 def test_it_multiplies_as_the_dense_weight_and_so_do_its_gradients(equation, inputs, rows):

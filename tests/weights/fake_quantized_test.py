@@ -35,6 +35,7 @@ def test_in_bfloat16_a_stored_model_is_as_near_to_float32_as_the_one_that_was_tr
   assert 0.01 < of_trained < 0.1 and abs(of_stored / of_trained - 1) < 0.1
 
 
+@pytest.mark.thinned
 @every
 @pytest.mark.parametrize('equation, inputs', EQUATIONS[:2])
 def test_stored_and_trained_weights_have_the_same_values(equation, inputs, format):
@@ -52,6 +53,7 @@ def within_bound(stored, trained, magnitudes, dtype) -> float:
   return float(jnp.max(difference / (jnp.maximum(magnitudes, 1e-30) * (4 * unit + 64 * 2. ** -24))))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16], ids=['float32', 'bfloat16'])
 @pytest.mark.parametrize('activations', [None, Int(), Int(bits=4), Float8()], ids=lambda x: getattr(x, 'name', 'float'))
 @pytest.mark.parametrize('format', FORMATS, ids=NAMES)

@@ -82,6 +82,7 @@ def in_whole_groups(format):
   return dataclasses.replace(format, scales=Group(size=16)) if isinstance(format.scales, Group) else format
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('axes, inputs', [('DF', 'D'), ('FD', 'F'), ('NHD', 'NH'), ('DNH', 'D')])
 @pytest.mark.parametrize('format', [in_whole_groups(one) for one in FORMATS if not (
   one.joint or one.standard or isinstance(one.scales, Block))], ids=lambda one: one.name)

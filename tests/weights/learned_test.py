@@ -75,6 +75,7 @@ def test_a_step_is_positive_grows_with_its_exponent_and_gives_it_back(exponents)
 LAYERS_OF_EXPERTS = ('EDF', 'D', (2, 3, K, N))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('kind, format, letters, inputs, shape', [
   *((kind, format, *LAYERS_OF_EXPERTS) for kind, format in LEARNED),
   (LearnedStep, Int(bits=4), 'DF', 'D', (K, N)), (Stretched, MidRise(), 'NHD', 'NH', (2, 4, N))],

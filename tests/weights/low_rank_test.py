@@ -29,6 +29,7 @@ def close(got, wanted, terms: int):
   np.testing.assert_allclose(got, wanted, rtol=0, atol=terms * 2. ** -23 * float(jnp.abs(wanted).max(initial=0.)))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('stored', STORED)
 @pytest.mark.parametrize('equation, inputs', EQUATIONS)
 def test_a_product_is_that_of_the_sum(equation, inputs, stored):

@@ -33,6 +33,7 @@ def assert_rounding(got, x_MI, w_IO):
   assert (np.abs(np.asarray(got, np.float64) - x @ w) <= bound + 1e-30).all()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('format', INTEGERS, **named)
 def test_it_holds_the_very_numbers_of_the_stored_weight(format):
   for letters, inputs in (('NHD', 'NH'), ('EDF', 'D')):
@@ -53,6 +54,7 @@ def test_numbers_that_are_no_integers_stay_as_they_are_stored(format):
   assert weight.for_decoding() is weight
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('format', INTEGERS, **named)
 def test_products_of_any_number_of_rows_differ_by_rounding_only(format):
   made = stored('DF', 'D', format).for_decoding()

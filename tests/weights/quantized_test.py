@@ -33,6 +33,7 @@ def test_the_table_says_what_is_multiplied(format, activations, product):
   assert integers == (product in ('int8 x int8', 'int8 x ternary'))
 
 
+@pytest.mark.thinned
 @every
 def test_experts_multiply_their_own_rows(format):
   array, sizes, x = draw('EDF'), jnp.array([2, 0, 3, 1]), draw('BTD', seed=1).reshape(6, 64)
@@ -43,6 +44,7 @@ def test_experts_multiply_their_own_rows(format):
   np.testing.assert_allclose(stored.contract_grouped(x, sizes), np.stack([*each, np.zeros(32)]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.thinned
 @every
 def test_an_embedding_is_read_by_rows_and_as_a_head(format):
   table = round_to_nearest(Dense(draw('VD'), 'VD', 'D'), format)

@@ -23,6 +23,7 @@ def test_tokens_are_rounded_by_themselves():
   assert weight.prepare_input(x, 'BTN') is x, 'a product over other dims is another one'
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('format', [one for one in FORMATS if not isinstance(one.scales, Block)], ids=lambda one: one.name)
 def test_no_token_s_rounding_depends_on_another_token(format):
   """Those after it, above all: rounding must not make a model look ahead."""

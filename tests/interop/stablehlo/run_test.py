@@ -78,6 +78,7 @@ def own_logits(model, cache, lengths):
   return np.stack(found)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name', MODELS)
 def test_logits_are_those_of_the_model(exported, name):
   """For one sequence and three from the same file, prompts of several lengths among them. Both add up sums of at most 48

@@ -48,6 +48,7 @@ def unpacked(tensors, module: str) -> np.ndarray:
   return (codes.reshape(*scale.shape, -1) * scale[..., None]).reshape(codes.shape)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(('name', 'scheme'), [('mixtral', 'W4A16'), *(('llama3', scheme) for scheme in SCHEMES)])
 def test_what_is_written_stands_for_what_the_model_multiplies_by(name, scheme, tmp_path):
   model = quantized(name, *SCHEMES[scheme])

@@ -80,6 +80,7 @@ def oracle_of_the_default():
   return [run(*case) for case in cases(build())]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('sizes, transport', [*itertools.product(MESHES, ANYWHERE), ((8, 1, 1, 1), 'auto')], ids=str)
 def test_equals_the_dense_oracle(mesh, sizes, transport):
   run = jit(functools.partial(value_and_grads, oracle=False))
@@ -113,6 +114,7 @@ def oracle_of(variant):
           jit(lambda moe, x_BTD: moe(x_BTD)[1].metrics()['dropped_share'])(moe, tokens()))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('sizes, transport', [((1, 2, 2, 2), 'gather'), ((1, 1, 4, 2), 'a2a'),
                                               ((2, 1, 2, 2), 'ragged_emulated')], ids=str)
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -160,6 +162,7 @@ def test_combine_after_dispatch_is_the_identity(mesh, transport):
   assert dropped == 0
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('buffer', [.5, 1.0, 1.25])
 @pytest.mark.parametrize('transport', ANYWHERE)
 def test_a_full_buffer_drops_what_it_reports(mesh, transport, buffer):

@@ -110,6 +110,7 @@ def slopes(moe, x_BTD, segments_BT=None):
   return y_BTD, statistics, gradient
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('kind, length', [*((kind, 11) for kind in KINDS), ('capacity', 3)])
 def test_padding_is_routed_nowhere_and_counts_for_nothing(kind, length):
   """Outputs, statistics (loads, balancing sums, entropy, rows dropped), steps of a load bias and gradients are those of the

@@ -57,6 +57,7 @@ def stored(model):
           if not any(name in jax.tree_util.keystr(path) for name in ('.down', '.up'))}
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('kind', ['dense', 'experts'])
 def test_only_adapters_are_trained_and_the_first_step_computes_what_the_model_did(kind):
   model = model_of(kind, num_layers=2)
@@ -108,6 +109,7 @@ OTHERS = {'quant': QuantAware(rules=INT4), 'bitnet': BitNet(), 'lowprec': LowPre
   teacher=Teacher()), 'spikes': SkipSpikes()}
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('first', [True, False], ids=['lora first', 'lora last'])
 @pytest.mark.parametrize('other', [name for name in OTHERS if name != 'distill'])
 def test_it_composes_in_both_orders(other, first):

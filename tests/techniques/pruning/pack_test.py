@@ -33,6 +33,7 @@ def on_disk(model, folder) -> int:
   return sum(file.stat().st_size for file in folder.rglob('*') if file.is_file())
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('mlp', ['dense', 'experts'])
 @pytest.mark.parametrize('fields', [{'sparsity': 0.5}, {'pattern': NofM()}], ids=['half', '2:4'])
 def test_it_is_the_same_model_in_fewer_bytes(mlp, fields):

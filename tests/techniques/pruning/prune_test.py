@@ -92,6 +92,7 @@ def share_at(step):
   return 0.6 * (1 - (1 - t) ** 3)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('step', range(13))
 def test_each_matrix_of_each_layer_and_expert_has_the_scheduled_share_of_exact_zeros(step):
   found = list(matrices(history()[step]))
@@ -213,6 +214,7 @@ def trained(techniques, steps):
   return finished(state.model, state.opt_state, techniques), learner.notes
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('steps', [1, 4, 30])
 def test_by_the_end_of_any_training_all_that_was_promised_is_zero(steps):
   pruned, notes = trained((Prune(sparsity=0.5, where=PRUNE.where),), steps)

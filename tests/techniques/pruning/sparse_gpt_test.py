@@ -88,6 +88,7 @@ def error(made_OI, w_OI, gram_II):
   return float(jnp.sum(hessian.output_error(made_OI - w_OI, gram_II)))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('pattern', [PerMatrix(), PerOutput(), NofM(), Blocks(outputs=2, inputs=2)], ids=str)
 def test_it_leaves_less_error_than_magnitude_and_than_its_mask_alone(pattern):
   """In every one of some random problems, with most active inputs first and without."""

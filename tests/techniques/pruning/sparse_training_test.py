@@ -168,6 +168,7 @@ def test_gradients_of_microbatches_exchange_as_many():
     for mask in masks_of(state): np.testing.assert_array_equal(mask.reshape(-1, 64).sum(-1), 32)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('method', ['rigl', 'ac/dc', 'straight-through'])
 def test_eight_devices_draw_the_masks_of_one_bit_for_bit(method, mesh):
   """Of the same gradients. (Those of several devices differ in the order of sums.)"""
@@ -220,6 +221,7 @@ OTHERS = {'QAT': QuantAware(rules=(Rule(weights=Int(bits=4), activations=Int()),
 PAIRS = [(method, other, first) for first in (True, False) for method in METHODS for other in OTHERS]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('method, other, first', PAIRS)
 def test_each_method_composes_in_both_orders(method, other, first):
   techniques = [sparse(method), OTHERS[other]]

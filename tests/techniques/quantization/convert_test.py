@@ -33,6 +33,7 @@ def trained(*techniques):
   return learner.model
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('techniques', [
   (INT4,), (STRETCHED,), (INT4, LowPrecisionTraining()), (LowPrecisionTraining(), INT4),
 ], ids=['int4', 'stretched', 'int4, low precision', 'low precision, int4'])

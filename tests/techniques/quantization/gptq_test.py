@@ -59,6 +59,7 @@ def assert_equal(a, b):
     np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('name', FORMATS)
 def test_with_the_identity_it_is_round_to_nearest(name):
   format = FORMATS[name]
@@ -131,6 +132,7 @@ def quantize(method, format=FORMATS['group'], **fields):
   return Quantize(rules=(Rule(weights=format), Rule(where='embed', weights=Int())), method=method, sequences=8, **fields)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('mlp', ['dense', 'experts'])
 @pytest.mark.parametrize('method', SPARSE, ids=['half', '2:4'])
 def test_with_a_sparsity_it_prunes_in_the_same_pass(mlp, method):

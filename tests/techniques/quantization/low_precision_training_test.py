@@ -67,6 +67,7 @@ def test_every_matrix_of_the_layers_but_routers_is_lowered(mlp):
 
 # Seven products in the layers of a dense model, three passes each; a mixture has three for its experts and three for the
 # shared one beside four of attention. Layers are one loop, so that each stands in the program once, forward and backward.
+@pytest.mark.thinned
 @pytest.mark.parametrize('mlp, integers', [('dense', 7 * 3), ('experts', 10 * 3)])
 def test_the_train_step_multiplies_integers(mlp, integers):
   program = compiled((), mlp)[1].as_text()

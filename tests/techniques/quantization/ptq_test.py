@@ -51,6 +51,7 @@ def error(model, mlp='dense'):
   return float(jnp.mean(jnp.square(logits_of(model, batch) - logits_of(model_of(mlp=mlp), batch))))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('method, mlp', [
   ('nearest', 'dense'), ('gptq', 'dense'), ('in turn', 'dense'), ('awq', 'dense'), ('gptq', 'experts'), ('awq', 'experts')])
 def test_all_that_rules_name_is_stored_in_their_format_and_shapes_are_known_beforehand(method, mlp):
@@ -199,6 +200,7 @@ def test_a_wrong_field_is_named():
   assert [name for name, _, _ in wrong.check()] == ['rules', 'sequences', 'least_tokens']
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('mlp, method, format', [
   ('dense', METHODS['awq'], FORMAT), ('experts', METHODS['gptq'], FORMAT),   # 24 hidden units are 3 groups: not cut in two
   ('experts', METHODS['nearest'], Int(bits=4, scales=Group(size=4)))],

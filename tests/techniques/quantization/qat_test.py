@@ -243,6 +243,7 @@ def test_until_its_start_a_product_is_that_of_the_floats_bit_for_bit():
   np.testing.assert_array_equal(product(layer), product(at_once))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize('technique', [
   aware(Int(bits=3), A8_STATIC, method=LearnedSteps(), activation_method=LearnedSteps()),
   aware(MidRise(), Int(bits=4, scales=Tensor()), method=StretchedLevels(), activation_method=LearnedClip()),
