@@ -12,7 +12,8 @@ class LowPrecisionTraining:
   """Multiplies the weights whose path matches `where` in eight bits: `forward`, `dgrad` (the gradient of what they are
   multiplied with) and `wgrad` (that of the weights) each in its format, or in that of the model where it is None. With
   `stochastic`, gradients are rounded at random, so that they are right in the mean; the noise is new at each step. All three
-  None is the plain model, bit for bit. Routers, embedding and head stay as they are unless `where` is widened (Banner
+  None is the plain model, bit for bit. Each device rounds what it holds, by scales and noise of its own: numbers differ from
+  mesh to mesh as they do from seed to seed. Routers, embedding and head stay as they are unless `where` is widened (Banner
   et al. 2018, arXiv 1805.11046; float8: Micikevicius et al. 2022, arXiv 2209.05433)."""
   forward: str | None = 'int8'
   dgrad: str | None = 'int8'
