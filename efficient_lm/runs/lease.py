@@ -68,4 +68,5 @@ class Lease:
     self.system.pipe_file(self.path, json.dumps(self._own).encode())
 
 
-def _name(owner: dict) -> str: return f'host {owner.get("host")}, process {owner.get("process")}'
+def _name(owner: dict) -> str:   # in one line, whatever has been written there
+  return f'host {owner.get("host")!a:.80}, process {owner.get("process")!a:.20}'

@@ -71,3 +71,10 @@ def test_what_is_no_lease_hinders_nobody_for_long(content, system):
   system.rm_file(PATH)   # somebody has tidied up
   own.renew()
   own.give_back()
+
+
+def test_whatever_stands_there_is_said_in_a_line(system, caplog):
+  system.pipe_file(PATH, json.dumps({'host': 'a\n\x1b[2J' * 99, 'process': ['\n'] * 99}).encode())
+  one(system).claim()
+  assert 'was not given back by host' in caplog.text
+  assert all(record.getMessage().isprintable() and len(record.getMessage()) < 300 for record in caplog.records)
