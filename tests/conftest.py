@@ -80,6 +80,12 @@ def quick_compilation():
 
 
 @pytest.fixture(scope='module')
+def quick_unless_long(request):
+  """Of `make test` alone: `make test-long` compiles these tests as users' programs are."""
+  if not request.config.getoption('--long'): request.getfixturevalue('quick_compilation')
+
+
+@pytest.fixture(scope='module')
 def one_device():
   """Every mesh has one device, whose programs compile faster: that meshes change nothing is tested elsewhere."""
   import jax

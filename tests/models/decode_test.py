@@ -15,6 +15,8 @@ from efficient_lm.models import decode, spec
 from efficient_lm.models.decode import Sampling, ready, stream, until_stop
 from efficient_lm.models.moe import routing
 
+pytestmark = pytest.mark.usefixtures('quick_unless_long')
+
 V, TOKENIZER = 32, 27
 PROMPT = np.random.default_rng(1).integers(0, TOKENIZER, (2, 4)).astype(np.int32)
 

@@ -18,6 +18,8 @@ from efficient_lm.parallel.sharding import place, shardings
 from efficient_lm.tree import size
 from efficient_lm.weights.weight import Transposed
 
+pytestmark = pytest.mark.usefixtures('quick_unless_long')
+
 B, T, V, D, H, F, E = 2, 8, 24, 16, 4, 20, 4
 PROMPT = 3
 # Logits of order one, two layers: some hundred float32 operations of 2**-24 each, in another order.

@@ -11,6 +11,8 @@ from efficient_lm.ops import dispatch
 from efficient_lm.ops.attention import IMPLEMENTATIONS, attention, cudnn, reference, splash
 from efficient_lm.ops.attention.cases import CASES, Case, bench
 
+pytestmark = pytest.mark.usefixtures('quick_unless_long')
+
 
 def assert_close(got, wanted, tolerance):
   for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):

@@ -17,6 +17,8 @@ from efficient_lm.ops.decode_attention.cases import CASES, Case, bench
 from efficient_lm.ops.decode_attention.tiles import GpuTiles, TpuTiles, candidates
 from efficient_lm.ops.quantize import quantize_cache
 
+pytestmark = pytest.mark.usefixtures('quick_unless_long')
+
 
 def agree(got, wanted, tolerance):
   assert got.dtype == wanted.dtype and got.shape == wanted.shape

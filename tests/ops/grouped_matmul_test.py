@@ -14,6 +14,8 @@ from efficient_lm.ops import dispatch
 from efficient_lm.ops.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, schedule, tiles
 from efficient_lm.ops.grouped_matmul.cases import CASES, Case, bench
 
+pytestmark = pytest.mark.usefixtures('quick_unless_long')
+
 # 'auto' is 'xla' on a CPU. Of 'ragged_dot', the tests cover what is added to XLA's product: rows past the groups, and
 # rounding.
 ON_CPU = [*(('auto', name) for name in CASES), ('ragged_dot', 'empty groups'), ('ragged_dot', 'rows left over'),

@@ -21,6 +21,8 @@ from efficient_lm.ops.linear_cross_entropy import (
 from efficient_lm.ops.linear_cross_entropy.cases import CASES, Case, bench
 from efficient_lm.ops.linear_cross_entropy.tiles import SHARED_MEMORY, VMEM, GpuTiles, TpuTiles, candidates
 
+pytestmark = pytest.mark.usefixtures('quick_unless_long')
+
 
 def assert_close(got, wanted, tolerance: float):
   """Every leaf agrees, relative to its largest number."""

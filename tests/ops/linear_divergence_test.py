@@ -35,6 +35,8 @@ from efficient_lm.ops.linear_divergence.tiles import (
   tpu_vmem,
 )
 
+pytestmark = pytest.mark.usefixtures('quick_unless_long')
+
 V = 12
 
 

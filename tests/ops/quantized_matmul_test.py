@@ -22,6 +22,8 @@ from efficient_lm.ops.quantized_matmul import tiles as sizes
 from efficient_lm.ops.quantized_matmul.cases import CASES, F8, W2A8, W4A8, W4A16, W8A8, W8A16, Case, Scheme, bench
 from efficient_lm.ops.quantized_matmul.tiles import FewTiles, GpuTiles, TpuTiles
 
+pytestmark = pytest.mark.usefixtures('quick_unless_long')
+
 
 def close(got, wanted, tolerance: float):
   assert got.dtype == wanted.dtype

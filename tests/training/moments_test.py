@@ -23,6 +23,8 @@ from efficient_lm.training.learner import assemble, initial_state
 from efficient_lm.training.optimizers import AdamW, WarmupStableDecay
 from efficient_lm.tree import num_bytes, path_name
 
+pytestmark = pytest.mark.usefixtures('quick_unless_long')
+
 CONSTANT = WarmupStableDecay(peak=1e-2, warmup=0, decay=0)
 KINDS = {'signed': jnp.int8, 'unsigned': jnp.uint8}
 

@@ -17,6 +17,8 @@ from tests.compressing import logits_of, model_of
 from tests.formats.every import FORMATS, NAMES
 from tests.weights.every import EQUATIONS, draw, pair
 
+pytestmark = pytest.mark.usefixtures('quick_unless_long')
+
 every = pytest.mark.parametrize('format', FORMATS, ids=NAMES)
 
 

@@ -15,6 +15,8 @@ from efficient_lm.weights.weight import Dense, OutputsFirst, Transposed
 from tests.formats.every import FORMATS
 from tests.weights.every import draw
 
+pytestmark = pytest.mark.usefixtures('quick_unless_long')
+
 INTEGERS = [format for format in FORMATS if format.element.startswith(('int', 'full', 'affine', 'mid', 'tern'))]
 FLOATS = [format for format in FORMATS if format not in INTEGERS]
 named = {'ids': lambda format: getattr(format, 'name', None)}

@@ -13,6 +13,8 @@ from efficient_lm.models import spec
 from efficient_lm.models.moe import routing
 from efficient_lm.models.moe.layer import LoadBias, tap
 
+pytestmark = pytest.mark.usefixtures('quick_unless_long')
+
 SITE = spec.Site(dim=16, depth=2, norm_eps=1e-6)
 TOP2 = routing.SoftmaxTopK(top_k=2)
 
