@@ -146,7 +146,7 @@ def test_shapes_are_collected_with_what_was_left_before_they_recovered(tmp_path)
       rows = [dataclasses.replace(row(1.5 + seed / 8, seed), stage='1 train')]
       if name in ('width', 'depth', 'experts_75', 'experts_50'):
         rows = [dataclasses.replace(row(bits + seed / 8, seed), stage=stage)
-                for stage, bits in (('1 shrink', 3), ('2 train', 1.5), ('3 skip experts', 1.625))]
+                for stage, bits in (('1 shrink', 3), ('2 train', 1.5), ('3 skipexperts', 1.625))]
       leave(tmp_path / f'{name}-{seed}', rows, [one.stage.partition(' ')[2] for one in rows])
   found = script(folder).collect(tmp_path)
   assert len(found['rows']) == 2 * len(script(folder).NAMES)

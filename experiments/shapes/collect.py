@@ -26,7 +26,7 @@ def collect(folder) -> dict:
     row, bits = by_stage['train'], {name: one.quality.bits_per_byte for name, one in by_stage.items()}
     rows.append({
       'name': run.name.rpartition('-')[0], 'seed': row.origin.seed, 'bits_per_byte': bits['train'],
-      'taken_away': bits.get('shrink'), 'skipping': bits.get('skip experts'), 'parameters': row.size.parameters,
+      'taken_away': bits.get('shrink'), 'skipping': bits.get('skipexperts'), 'parameters': row.size.parameters,
       'flops_per_token': row.size.flops_per_token, 'tokens': _tokens(run.config)})
   return collecting.in_common(runs) | {'rows': rows}
 

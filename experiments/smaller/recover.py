@@ -17,7 +17,7 @@ SHAPES = {'depth': Shape(layers=22), 'width': Shape(width=512, hidden=1152)}
 def get_config(variant: str = 'depth') -> Experiment:
   shape, whole = choose(variant, SHAPES), Gguf(path='models/smollm2', parameters='float32')
   text = Corpus(source=TextFiles(train=('train.txt',), heldout=('heldout.txt',)))
-  recovery = Training(steps=500, batch_size=2, sequence_length=256, checkpoint_every=100,
+  recovery = Training(steps=500, batch_size=1, sequence_length=256, checkpoint_every=100,
                       optimizer=AdamW(schedule=WarmupCosine(peak=2e-4, warmup=25)))
-  return Experiment(start=whole, data=text, train=Training(steps=0, batch_size=2, sequence_length=256),
+  return Experiment(start=whole, data=text, train=Training(steps=0, batch_size=1, sequence_length=256),
                     stages=(Shrink(to=shape, sequences=64), Train(training=recovery, techniques=(Distill(teacher=whole),))))
