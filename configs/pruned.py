@@ -10,7 +10,7 @@ While training: gradual (tiny alone means it) ends with half of each matrix zero
 static are sparse from the first step on; acdc, straight_through, movement and 2_4 have dense weights too.
 Of runs/baseline, or another trained model: magnitude, wanda, sparsegpt, sparsegpt_2_4 prune once and pack what is left;
 sparsegpt_int4 goes to 4 bits in the same pass. width, depth and (of runs/moe) experts take out what is needed least, and
-half as many steps as it was trained for recover; with _scratch they train that shape from nothing on as much text. block
+half as many steps as it was trained for recover; with _scratch they train that shape from scratch on as much text. block
 leaves a quarter of all blocks, which are stored, multiplied and trained alone.
 tiny: minutes on a CPU; gradual 1.758 bits per byte beside 1.670 of the dense baseline (one seed, experiments/pillars); of a
 real model in experiments/pruning and experiments/smaller. gpt2_124m: for one H100 or a v5e-8, not run yet.

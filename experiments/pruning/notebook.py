@@ -64,7 +64,7 @@ plot.grid(axis='x', alpha=0.3)
 plt.show()
 
 # %% [markdown]
-# Less of a small model, recovered for 250 steps (blue), and the same shapes from nothing after as many (orange): bits per
+# Less of a small model, recovered for 250 steps (blue), and the same shapes from scratch after as many (orange): bits per
 # byte against parameters, every seed a point.
 
 # %%

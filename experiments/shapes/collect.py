@@ -11,11 +11,11 @@ from experiments import collecting
 
 # Name of a run -> what the table says it is; in the table's order.
 NAMES = {
-  'dense': 'dense', 'width': '3/4 of width and hidden units, recovered', 'width_scratch': 'that shape from nothing',
-  'depth': '3/4 of the layers, recovered', 'depth_scratch': 'that shape from nothing',
+  'dense': 'dense', 'width': '3/4 of width and hidden units, recovered', 'width_scratch': 'that shape from scratch',
+  'depth': '3/4 of the layers, recovered', 'depth_scratch': 'that shape from scratch',
   'mixture': 'mixture of experts', 'experts_75': '3/4 of the experts, recovered',
   'experts_50': 'half of the experts, recovered',
-  'experts_50_scratch': 'that shape from nothing'}
+  'experts_50_scratch': 'that shape from scratch'}
 
 
 def collect(folder) -> dict:

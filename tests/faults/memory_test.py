@@ -4,7 +4,8 @@ than at step 500. A minute: only with `--long`.
 What counts is what malloc has given out and not got back, all of Python's objects too. The memory of the process says less:
 Linux takes back zeros in huge pages meanwhile, up to a fifth of it, which would hide what grows. Of each save TensorStore
 keeps some 700 strings for ever, 0.1 MB with the table of them (under Orbax 0.12.8, seen with tracemalloc); 15 saves lie
-between step 500 and the end."""
+between step 500 and the end. Once in a run, at one save or another, native code takes 3.5 MB more and keeps
+them: of six runs five ended 0.3 % above step 500, and one, in which that came later, 1.6 %; all ended at the same size."""
 import os
 import pathlib
 import statistics
@@ -15,8 +16,7 @@ import pytest
 from tests import starting
 
 STEPS, FIRST = 2000, 500
-HELD_MORE = 0.03   # 0.9 to 2.4 % were seen: Python's table of interned strings doubles after step 500 or before, 1.5 %
-MORE = 0.02        # in memory
+FLAT = 0.02   # of the memory at step 500
 FOLDER = pathlib.Path(__file__).parent / 'held'
 WORDS = ['--config=tests/minute.py:quick', f'--config.train.steps={STEPS}', '--config.train.log_every=10',
          '--config.train.eval_every=100', '--config.train.checkpoint_every=100']
@@ -63,8 +63,8 @@ def test_memory_and_open_files_stay_as_they_are(tmp_path, request, tried):
   held, memory, files = zip(*[between(found, *span) for span in spans])
   mebibytes = lambda sizes: [round(size / 2 ** 20, 1) for size in sizes]
   print(f'{len(found)} samples; MiB held {mebibytes(held)}, in memory {mebibytes(memory)}; open files {files}')
-  assert all(abs(size / held[0] - 1) <= HELD_MORE for size in held), held
-  assert memory[-1] <= (1 + MORE) * memory[0], memory
+  assert all(abs(size / held[0] - 1) <= FLAT for size in held), held
+  assert memory[-1] <= (1 + FLAT) * memory[0], memory
   assert set(files) == {files[0]}, files
   change = lambda sizes: f'{sizes[-1] / sizes[0] - 1:+.1%}'
   ends = f'steps: what is held ends {change(held)} of that at {FIRST}, what is in memory {change(memory)}'

@@ -59,6 +59,7 @@ class Case:
 EIGHT_BITS = AdamW(schedule=SCHEDULE, state_bits=8)
 CASES = {
   'masks and learned steps': Case((PRUNE, LEARNED), EIGHT_BITS, ('codes', 'keep', 'step')),
+  'late quantization': Case((LATE,), EIGHT_BITS, ('codes', 'counter')),
   'late quantization in low precision': Case((LATE, LowPrecisionTraining()), EIGHT_BITS, ('codes', 'counter'), rounds=True),
   'BitNet, spikes skipped': Case((BitNet(), SkipSpikes(window=4)), EIGHT_BITS, ('codes', 'losses_W'),
                                   rounds=True),

@@ -2,6 +2,7 @@
 that the variable HELD names, ten times a second. glibc alone has the function."""
 import ctypes
 import os
+import sys
 import threading
 import time
 
@@ -9,6 +10,10 @@ import time
 class Mallinfo2(ctypes.Structure):
   _fields_ = [(name, ctypes.c_size_t) for name in (
     'arena', 'ordblks', 'smblks', 'hblks', 'hblkhd', 'usmblks', 'fsmblks', 'uordblks', 'fordblks', 'keepcost')]
+
+# The table of interned strings doubles once while a run goes, from 1.9 to 3.8 MB, at a step that depends on what has been
+# imported. It grows here, and these keep it large.
+INTERNED = [sys.intern(f'interned {i}') for i in range(200_000)] if 'HELD' in os.environ else []
 
 
 def follow(path: str):
