@@ -9,8 +9,9 @@ import xml.etree.ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from efficient_lm.runs import ledger, report_page, results
+from efficient_lm.runs import charts, ledger, report_page, results
 from efficient_lm.runs.ledger import Origin, Quality, Row, Size
 from efficient_lm.runs.tracking import Tracker
 
@@ -107,6 +108,26 @@ def test_no_curve_is_too_odd_to_draw(tmp_path, values):
     tracker.scalars(step, {'loss': value, 'eval/bits_per_byte': value, 'grad_norm': value})
   tracker.close()
   assert '<h1>' in report_page.write_report(tmp_path).read_text()
+
+
+def test_stages_are_drawn_apart_and_their_times_are_added(tmp_path):
+  """Between two trainings the model may have been pruned, and the loss be another."""
+  tracker = Tracker(tmp_path)
+  for step in range(1, 9):
+    tracker.scalars(step, {'stage': 1 if step < 5 else 3, 'loss': 9.0 - step, 'eval/bits_per_byte': 2.0, 'grad_norm': 1.0})
+  tracker.close()
+  ledger.write(tmp_path, [Row(stage=name, effort=ledger.Effort(wall_seconds=seconds))
+                          for name, seconds in (('1 train', 60.0), ('2 pruneonce', None), ('3 train', 30.0))])
+  found = results.load(tmp_path)
+  assert [list(steps) for steps, _ in found.curves('loss')] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+  assert list(found.curve('loss')[0]) == list(range(1, 9))
+  assert '<b>1 min 30 s</b>' in report_page.page([found])
+  for draw in (lambda plot: charts.draw_loss(plot, {'run': found.curves('loss')}),
+               lambda plot: charts.draw_eval(plot, {'run': found.curves('eval/bits_per_byte')}, {}),
+               lambda plot: charts.draw_series(plot, 'name', found.curves('grad_norm'))):
+    plot = Figure().add_subplot()
+    draw(plot)
+    assert all(len({step < 5 for step in line.get_xdata()}) == 1 for line in plot.lines)
 
 
 def command(*arguments):

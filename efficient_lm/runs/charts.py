@@ -1,8 +1,10 @@
 """The pictures of a report: curves of a run and quality against cost over runs, drawn with matplotlib on `Figure`s.
 
-A curve is a pair of arrays, steps and values. A value that is not finite is marked, not left out in silence.
+What is drawn of a run are its curves, one a stage: pairs of arrays, steps and values. No line joins two stages. A value that
+is not finite is marked, not left out in silence.
 """
 import io
+import itertools
 
 import numpy as np
 from matplotlib import rc_context
@@ -63,33 +65,37 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
   return steps[keep], values[keep]
 
 
-def draw_loss(plot, curves: dict[str, tuple]):
+def draw_loss(plot, runs: dict[str, list[tuple]]):
   """Training losses by run: as logged (faint) and smoothed. The scale leaves out the fall of the first steps."""
   lows, highs = [], []
-  for color, (name, (steps, values)) in zip(_colors(), curves.items()):
-    line = smoothed(values)
-    plot.plot(*thinned(steps, values), color=color, alpha=0.25, linewidth=0.8)
-    plot.plot(*thinned(steps, line), color=color, linewidth=1.6, label=name)
-    bad = ~np.isfinite(values)
-    if bad.any(): plot.plot(steps[bad], np.full(bad.sum(), 0.98), 'x', color='#c00000',
-                            transform=plot.get_xaxis_transform(), label=f'{name}: not finite')
-    seen = values[np.isfinite(values)]
-    if seen.size: lows.append(seen.min()), highs.append(np.quantile(seen, 0.98 if seen.size > 50 else 1))
+  for color, (name, curves) in zip(_colors(), runs.items()):
+    labels = itertools.chain([name], itertools.repeat('_'))   # in the legend once
+    for (steps, values), label in zip(curves, labels):
+      plot.plot(*thinned(steps, values), color=color, alpha=0.25, linewidth=0.8)
+      plot.plot(*thinned(steps, smoothed(values)), color=color, linewidth=1.6, label=label)
+      bad = ~np.isfinite(values)
+      if bad.any(): plot.plot(steps[bad], np.full(bad.sum(), 0.98), 'x', color='#c00000',
+                              transform=plot.get_xaxis_transform(), label=f'{name}: not finite')
+      seen = values[np.isfinite(values)]
+      if seen.size: lows.append(seen.min()), highs.append(np.quantile(seen, 0.98 if seen.size > 50 else 1))
   if lows and max(highs) > min(lows):
     margin = 0.05 * (max(highs) - min(lows))
     plot.set_ylim(min(lows) - margin, max(highs) + margin)
   plot.set(title='training loss', xlabel='step', ylabel='nats per token')
-  _legend(plot, len(curves) > 1)
+  _legend(plot, len(runs) > 1)
 
 
-def draw_eval(plot, curves: dict[str, tuple], baselines: dict[str, float]):
+def draw_eval(plot, runs: dict[str, list[tuple]], baselines: dict[str, float]):
   """Bits per byte on held-out text by run, beside those of compressors on the same text."""
-  several = len(curves) > 1
-  for color, (name, (steps, values)) in zip(_colors(), curves.items()):
-    plot.plot(*thinned(steps, values), color=color, linewidth=1.6, marker='o', markersize=3 * (len(steps) < 40),
-              label=f'{name}: {values[-1]:.3f}')
-    if not several: plot.annotate(f'{values[-1]:.3f}', (steps[-1], values[-1]), (5, 0), textcoords='offset points',
-                                  color=color, va='center', fontsize=9, annotation_clip=False)
+  several = len(runs) > 1
+  for color, (name, curves) in zip(_colors(), runs.items()):
+    last_step, last = curves[-1][0][-1], curves[-1][1][-1]
+    labels = itertools.chain([f'{name}: {last:.3f}'], itertools.repeat('_'))
+    for (steps, values), label in zip(curves, labels):
+      plot.plot(*thinned(steps, values), color=color, linewidth=1.6, marker='o', markersize=3 * (len(steps) < 40),
+                label=label)
+    if not several: plot.annotate(f'{last:.3f}', (last_step, last), (5, 0), textcoords='offset points', color=color,
+                                  va='center', fontsize=9, annotation_clip=False)
   lowest = min(baselines.values(), default=None)
   for name, value in baselines.items():
     plot.axhline(value, color='#6B6B6B', linestyle='--', linewidth=1)
@@ -145,13 +151,15 @@ def label_places(names: list[str], fractions) -> list[tuple[int, int]]:
   return places
 
 
-def draw_series(plot, name: str, steps: np.ndarray, values: np.ndarray):
+def draw_series(plot, name: str, curves: list[tuple]):
   """A small picture of one more thing that was logged."""
-  plot.plot(*thinned(steps, values), color=COLORS[0], linewidth=1)
+  for steps, values in curves:
+    plot.plot(*thinned(steps, values), color=COLORS[0], linewidth=1, marker='.', markersize=3 * (len(steps) == 1))
   plot.yaxis.set_major_formatter(EngFormatter(sep=''))
   plot.xaxis.set_major_formatter(EngFormatter(sep=''))
   plot.locator_params(nbins=4)
-  finite = values[np.isfinite(values)]
+  logged = np.concatenate([values for _, values in curves])
+  finite = logged[np.isfinite(logged)]
   if finite.size and finite.min() == finite.max():   # or the axis would be of thousandths of nothing
     plot.set_ylim(finite[0] - 1, finite[0] + 1)
     plot.set_yticks([finite[0]])

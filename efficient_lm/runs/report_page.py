@@ -35,8 +35,8 @@ def write(results: list[Result], folder) -> Path:
 
 def _drawings(results: list[Result]) -> list:
   """Functions of a plot, one a large picture that there are figures for."""
-  losses = {run.name: run.curve('loss') for run in results if len(run.curve('loss')[0])}
-  evals = {run.name: run.curve('eval/bits_per_byte') for run in results if len(run.curve('eval/bits_per_byte')[0])}
+  losses, evals = ({run.name: curves for run in results if (curves := run.curves(name))}
+                   for name in ('loss', 'eval/bits_per_byte'))
   baselines = {name: value for run in results for name, value in run.baselines.items()}
   drawings = []
   if losses: drawings.append(lambda plot: charts.draw_loss(plot, losses))
@@ -83,7 +83,7 @@ def _cards(run: Result) -> str:
   bits = run.curve('eval/bits_per_byte')[1]
   value = last.quality.bits_per_byte if last.quality.bits_per_byte is not None else bits[-1] if len(bits) else None
   beside = ', '.join(f'{name} {value:.3f}' for name, value in run.baselines.items())
-  size, speed, effort = last.size, last.speed, last.effort
+  size, speed, seconds = last.size, last.speed, [row.effort.wall_seconds for row in run.rows]
   active = size.active_parameters if size.active_parameters != size.parameters else None
   last_step = run.metrics[-1]['step'] if run.metrics else None
   cards = [
@@ -91,7 +91,7 @@ def _cards(run: Result) -> str:
     ('parameters', ledger.quantity(size.parameters), f'{ledger.quantity(active)} active' if active else ''),
     ('FLOPs per token', ledger.quantity(size.flops_per_token), 'forward'),
     ('tokens per second', ledger.quantity(speed.tokens_per_second), last.origin.hardware or ''),
-    ('time', ledger.duration(effort.wall_seconds), f'{last_step:,} steps' if last_step is not None else ''),
+    ('time', ledger.duration(sum(filter(None, seconds)) or None), f'{last_step:,} steps' if last_step is not None else ''),
     ('peak memory', ledger.quantity(speed.peak_memory_bytes, 'B', 1024), speed.memory_source or ''),
   ]
   return '<div class="cards">' + ''.join(
@@ -136,10 +136,9 @@ def _weights_table(lines: list[dict]) -> str:
 
 
 def _small(run: Result) -> str:
-  curves = {name: run.curve(name) for name in SERIES}
-  curves = {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
-  draw = lambda name, curve: charts.svg(lambda plot: charts.draw_series(plot, name, *curve), 2.6, 1.6)
-  return _grid('small', [f'<figure>{draw(name, curve)}</figure>' for name, curve in curves.items()])
+  shown = {name: run.curves(name) for name in SERIES if len(run.curve(name)[0]) > 1}
+  draw = lambda name, curves: charts.svg(lambda plot: charts.draw_series(plot, name, curves), 2.6, 1.6)
+  return _grid('small', [f'<figure>{draw(name, curves)}</figure>' for name, curves in shown.items()])
 
 
 def _image(image_HWC) -> str:

@@ -1,6 +1,7 @@
 """What folders hold of runs: configs, metrics, rows, samples, tables of weights. Reads files only, and loads nothing
 heavy."""
 import dataclasses
+import itertools
 import logging
 from pathlib import Path
 
@@ -28,10 +29,13 @@ class Result:
   def curve(self, name: str):
     """Steps and values of the rows that have `name`; those beyond float32, which nothing here computes with and no plot can
     show, as infinities."""
-    found = [(row['step'], row[name]) for row in self.metrics if isinstance(row.get(name), (int, float))]
-    steps, values = zip(*found) if found else ((), ())
-    values = np.asarray(values, float)
-    return np.asarray(steps), np.where(np.abs(values) > np.finfo(np.float32).max, np.copysign(np.inf, values), values)
+    return _curve(self._logged(name), name)
+
+  def curves(self, name: str) -> list[tuple]:
+    """The same apart by stages, between which the model, and the loss that it is trained by, may have changed."""
+    return [_curve(list(rows), name) for _, rows in itertools.groupby(self._logged(name), lambda row: row.get('stage'))]
+
+  def _logged(self, name: str) -> list[dict]: return [row for row in self.metrics if isinstance(row.get(name), (int, float))]
 
   @property
   def baselines(self) -> dict[str, float]:
@@ -44,6 +48,11 @@ class Result:
     last = next((row['load'] for row in reversed(self.metrics) if row.get('load')), None)
     try: return None if last is None or np.asarray(last, float).ndim != 2 else last
     except (ValueError, TypeError, OverflowError): return None
+
+
+def _curve(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+  steps, values = np.asarray([row['step'] for row in rows]), np.asarray([row[name] for row in rows], float)
+  return steps, np.where(np.abs(values) > np.finfo(np.float32).max, np.copysign(np.inf, values), values)
 
 
 def load(folder) -> Result:

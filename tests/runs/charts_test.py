@@ -34,11 +34,11 @@ def test_a_name_on_its_own_stands_right_below_its_point():
 
 def test_a_number_that_does_not_change_is_the_one_mark_of_its_axis():
   for value in (0., 8., 1e9):
-    text = svg(lambda plot, value=value: draw_series(plot, 'name', np.arange(3), np.full(3, value)), 2.6, 1.6)
+    text = svg(lambda plot, value=value: draw_series(plot, 'name', [(np.arange(3), np.full(3, value))]), 2.6, 1.6)
     assert '>' + {0.: '0', 8.: '8', 1e9: '1G'}[value] + '<' in text and 'm<' not in text
 
 
 def test_a_picture_is_the_same_each_time_it_is_drawn():
   """So that the report of a run is, too, in another process as well."""
-  draw = lambda plot: draw_series(plot, 'name', np.arange(3), np.arange(3))
+  draw = lambda plot: draw_series(plot, 'name', [(np.arange(3), np.arange(3))])
   assert svg(draw, 2.6, 1.6) == svg(draw, 2.6, 1.6)
