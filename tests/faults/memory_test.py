@@ -1,11 +1,12 @@
 """Two thousand steps, with logs, evaluations, samples and saves, hold no more memory and no more open files at their end
-than at step 500. A minute: only with `--long`.
+than at step 500. Two minutes: only with `--long`.
 
-What counts is what malloc has given out and not got back, all of Python's objects too. The memory of the process says less:
-Linux takes back zeros in huge pages meanwhile, up to a fifth of it, which would hide what grows. Of each save TensorStore
-keeps some 700 strings for ever, 0.1 MB with the table of them (under Orbax 0.12.8, seen with tracemalloc); 15 saves lie
-between step 500 and the end. Once in a run, at one save or another, native code takes 3.5 MB more and keeps
-them: of six runs five ended 0.3 % above step 500, and one, in which that came later, 1.6 %; all ended at the same size."""
+What counts is what malloc has given out and not got back, all of Python's objects too. The memory of the process says
+less: Linux takes back zeros in huge pages meanwhile, up to a fifth of it, which would hide what grows. A state has 6 MB, and
+15 saves lie between step 500 and the end: if each kept a copy it would be a quarter more. TensorStore does keep some 700
+strings of each save, 0.1 MB with the table of them (under Orbax 0.12.8, seen with tracemalloc); and once in a run, at one
+save or another, native code takes 3.5 MB more and keeps them: of four runs three ended 0.3 % above step 500, and one, in
+which that came later, 1.4 %."""
 import os
 import pathlib
 import statistics
@@ -18,8 +19,9 @@ from tests import starting
 STEPS, FIRST = 2000, 500
 FLAT = 0.02   # of the memory at step 500
 FOLDER = pathlib.Path(__file__).parent / 'held'
-WORDS = ['--config=tests/minute.py:quick', f'--config.train.steps={STEPS}', '--config.train.log_every=10',
-         '--config.train.eval_every=100', '--config.train.checkpoint_every=100']
+WORDS = ['--config=configs/baseline.py', f'--config.train.steps={STEPS}', '--config.train.batch_size=2',
+         '--config.train.sequence_length=64', '--config.train.log_every=10', '--config.train.eval_every=100',
+         '--config.data.eval_tokens=1024', '--config.train.checkpoint_every=100']
 WINDOW = 250   # steps whose samples are taken together: a save or an evaluation under way takes some for a moment
 PAGE = os.sysconf('SC_PAGE_SIZE')
 
@@ -52,7 +54,8 @@ def between(found, first: int, last: int) -> tuple[float, float, int]:
 def test_memory_and_open_files_stay_as_they_are(tmp_path, request, tried):
   if not request.config.getoption('--long'): pytest.skip('needs --long')
   run, file = tmp_path / 'run', tmp_path / 'held'
-  variables = {'PYTHONPATH': f'{FOLDER}:{starting.ROOT}', 'HELD': str(file), 'PYTHONMALLOC': 'malloc'}
+  variables = {'PYTHONPATH': f'{FOLDER}:{starting.ROOT}', 'HELD': str(file), 'PYTHONMALLOC': 'malloc',
+               'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}
   program, = starting.start(run, WORDS, variables={0: variables})
   found = watch(program, run, file)
   starting.finish([program])
