@@ -59,7 +59,7 @@ def logits_of(model, tokens_BT):
 def measured(target, model, out: str, tokens_BT) -> tuple[Parity | None, str]:
   """The figures of the target's independent engine, and why there are none."""
   try: theirs_BTV = target.read(out, tokens_BT)
-  except ImportError as error: return None, f'{target.independent} is not installed here ({error})'
+  except ImportError as error: return None, f'{target.independent} cannot be imported here: {error}'
   except Exception as error:   # whatever an engine of others raises: the export is there, and its page says so
     said = str(error).strip().splitlines() or ['']
     return None, f'{target.independent} did not open it ({type(error).__name__}: {said[0]})'
